@@ -1,0 +1,115 @@
+"""Small things that several tests use: a linear two-level HVAE, small data, a command line run in this process."""
+import contextlib
+import io
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+import common
+
+REAL_MNIST = Path(__file__).resolve().parents[2] / "shared" / "mnist"
+
+
+@dataclass
+class Flags(common.TrainFlags):
+    beta_1: float = common.scalar(1.0, "weight of level 1", low=0)
+    beta_2: float = common.scalar(1.0, "weight of level 2", low=0)
+    eta_enc: float = common.scalar(1.0, "std of p(z2)", above=0)
+    eta_dec: float = common.scalar(0.7, "std of p(z1|z2) and p(x|z1)", above=0)
+    sigma_1: float = common.scalar(0.5, "std of q(z1|x)", above=0)
+    d_1: int = common.flag(3, "units of z1", low=1)
+    width: int = common.flag(6, "dimension of x", low=1)
+
+
+class LinearHVAE(nn.Module):
+    """A two-level HVAE whose maps are all linear, so that log p(x) is known exactly."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.W1, self.U1 = nn.Linear(f.width, f.d_1, bias=False), nn.Linear(f.d_1, f.width, bias=False)
+        self.W2, self.U2 = nn.Linear(f.d_1, 2, bias=False), nn.Linear(2, f.d_1, bias=False)
+        self.log_sigma_2 = nn.Parameter(torch.full((2,), -0.5))
+
+    def forward(self, x, f, sample_shape=()):
+        q_1 = Normal(self.W1(x), f.sigma_1)
+        z_1 = q_1.rsample(sample_shape)
+        q_2 = Normal(self.W2(z_1), self.log_sigma_2.exp())
+        z_2 = q_2.rsample()
+        p_1, p_2 = Normal(self.U2(z_2), f.eta_dec), Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
+        log_px_z = common.log_normal(x, self.U1(z_1), f.eta_dec)
+        terms = {"log_px_z": log_px_z, "kl_1": -q_1.entropy() - p_1.log_prob(z_1), "kl_2": kl_divergence(q_2, p_2)}
+        if not self.training:
+            terms["log_w"] = (log_px_z + (p_1.log_prob(z_1) - q_1.log_prob(z_1)).sum(-1)
+                              + (p_2.log_prob(z_2) - q_2.log_prob(z_2)).sum(-1))
+            terms["unit_kl_1"] = kl_divergence(q_1, p_1)
+            terms["mean_1"], terms["mean_2"] = q_1.mean / f.eta_dec, q_2.mean / f.eta_enc
+        return terms
+
+    def exact_log_px(self, x, f):
+        """log p(x), (B,): x ~ N(0, U1 (eta_enc^2 U2 U2' + eta_dec^2 I) U1' + eta_dec^2 I)."""
+        U1, U2 = self.U1.weight.detach().double(), self.U2.weight.detach().double()
+        level_1 = f.eta_enc**2 * U2 @ U2.T + f.eta_dec**2 * torch.eye(f.d_1, dtype=torch.float64)
+        covariance = U1 @ level_1 @ U1.T + f.eta_dec**2 * torch.eye(f.width, dtype=torch.float64)
+        return MultivariateNormal(torch.zeros(f.width, dtype=torch.float64), covariance).log_prob(x.double())
+
+
+def gaussian_data(n_train=256, n_test=64, width=6, dtype=torch.float64, seed=0):
+    """Correlated Gaussian rows as common.Data."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=random, dtype=torch.float64) / width**0.5
+    train, test = (torch.randn(n, width, generator=random, dtype=torch.float64) @ mix for n in (n_train, n_test))
+    labels = [torch.zeros(n, dtype=torch.long) for n in (n_train, n_test)]
+    return common.Data("gaussian", (train.to(dtype),), (test.to(dtype),), *labels)
+
+
+def digit_data(n_train=256, n_test=64, dtype=torch.float64):
+    """Drawn digits as common.Data."""
+    images, labels = common.draw_digits(n_train + n_test, seed=3)
+    x, labels = torch.from_numpy(images).flatten(1).to(dtype) / 255, torch.from_numpy(labels).long()
+    return common.Data("digits", (x[:n_train],), (x[n_train:],), labels[:n_train], labels[n_train:])
+
+
+def write_mnist(folder, n_train=256, n_test=64):
+    """MNIST's four files with few drawn digits, in the format of MNIST, where torchvision looks for them."""
+    raw = Path(folder, "MNIST", "raw")
+    raw.mkdir(parents=True)
+    for split, n, seed in (("train", n_train, 5), ("t10k", n_test, 6)):
+        images, labels = common.draw_digits(n, seed)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, n, 28, 28) + images.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, n) + labels.tobytes())
+    return raw
+
+
+def call(main, *argv):
+    """Run a script's main in this process. Returns (exit status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in argv])
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def plain_train(Model, f, data):
+    """The shortest plain PyTorch loop that trains what common.fit trains: one setting, data on the device."""
+    x = data.train[0]
+    with common.seeded(f.seed, "init", torch.device("cpu")):
+        model = Model(f).to(x.device, x.dtype)
+    g = common.on_device(f, data)
+    optimizer = torch.optim.Adam(model.parameters(), lr=f.lr)
+    order = common.generator(f.seed, "batches", x.device)
+    with common.seeded(f.seed, "noise", x.device):
+        for _ in range(f.num_epochs):
+            for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
+                terms = model(x[rows], g)
+                loss = (-terms["log_px_z"] + g.beta_1 * terms["kl_1"].sum(-1) + g.beta_2 * terms["kl_2"].sum(-1)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
+                optimizer.step()
+    return model

@@ -1,0 +1,132 @@
+"""Flags: what a command line means, and what is refused."""
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import common
+import MNIST_HVAE_Relu
+from tests.small import call
+
+
+def settings_of(*argv):
+    with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stderr"):
+        return common.parse_flags(MNIST_HVAE_Relu.Flags, [*argv, "--out_dir", folder])
+
+
+class Values(unittest.TestCase):
+    def test_defaults_are_the_published_ones(self):
+        [f] = settings_of()
+        self.assertEqual((f.d_1, f.d_2, f.d_hidden, f.eta_enc, f.eta_dec, f.sigma_1, f.beta_1, f.beta_2, f.lr,
+                          f.grad_clip, f.num_epochs, f.batch_size),
+                         (16, 16, 256, 0.5, 0.5, 0.5, 1.0, 1.0, 1e-3, 0.1, 100, 128))
+
+    def test_list_and_range(self):
+        self.assertEqual([f.beta_1 for f in settings_of("--beta_1", "0.1,0.5,1.0")], [0.1, 0.5, 1.0])
+        betas = [f.beta_1 for f in settings_of("--beta_1=0.1:5.0:0.1")]
+        self.assertEqual(len(betas), 50)
+        self.assertEqual((betas[2], betas[-1]), (0.3, 5.0))        # exactly, where 0.1 + 0.1 + 0.1 is not 0.3
+        self.assertEqual([f.seed for f in settings_of("--seed", "0:3")], [0, 1, 2, 3])
+        self.assertEqual([f.beta_1 for f in settings_of("--beta_1", "0:1:0.4")], [0, 0.4, 0.8])
+        self.assertEqual([f.beta_1 for f in settings_of("--beta_1", "2,0.5:1:0.5,2")], [2, 0.5, 1])
+
+    def test_lists_multiply(self):
+        grid = [(f.beta_1, f.beta_2, f.seed) for f in settings_of("--seed", "1,2", "--beta_2", "3,4", "--beta_1", "5,6")]
+        self.assertEqual(grid, [(a, b, s) for a in (5, 6) for b in (3, 4) for s in (1, 2)])
+
+    def test_booleans(self):
+        self.assertTrue(settings_of("--released_objective", "--beta_1", "2")[0].released_objective)
+        self.assertFalse(settings_of("--beta_1", "2")[0].released_objective)
+        both = settings_of("--released_objective", "false,true")
+        self.assertEqual([f.released_objective for f in both], [False, True])
+
+    def test_a_path_may_hold_commas_and_colons(self):
+        self.assertEqual(settings_of("--data_dir", "a,b:c")[0].data_dir, "a,b:c")
+
+    def test_help_names_every_flag_with_default(self):
+        status, out, _ = call(MNIST_HVAE_Relu.main, "--help")
+        self.assertEqual(status, 0)
+        for name in common.what(MNIST_HVAE_Relu.Flags(), common.Data("mnist", (), (), None, None)):
+            self.assertIn(f"--{name}=VALUE", out)
+        self.assertIn("default 0.5", out)
+
+
+class Refused(unittest.TestCase):
+    """Exit status 2, one line that names the flag, what came and what is allowed; nothing is trained."""
+
+    def refuse(self, argv, *parts):
+        with mock.patch("common.train", side_effect=AssertionError("trained")):
+            status, out, err = call(MNIST_HVAE_Relu.main, *argv)
+        self.assertEqual(status, 2, err)
+        self.assertEqual(out, "")
+        self.assertEqual(err.count("\n"), 1, err)
+        for part in ("MNIST_HVAE_Relu.py: error: ", *parts):
+            self.assertIn(part, err)
+
+    def test_unknown_flag(self):
+        self.refuse(["--beta1", "2"], "--beta1", "nearest is --beta_1")
+        self.refuse(["--eta_decc=2"], "--eta_decc", "nearest is --eta_dec")
+        self.refuse(["--beta", "2"], "--beta:", "nearest is --beta_")      # no abbreviation either
+
+    def test_not_a_number(self):
+        for value in ("many", "", "1,,2", "1:2:x", "1:2:3:4", "0.1;0.5"):
+            self.refuse(["--beta_1", value], "--beta_1", "wants a number at least 0")
+        self.refuse(["--d_1", "1.5"], "--d_1", "'1.5'", "a whole number at least 1")
+        self.refuse(["--overwrite", "maybe"], "--overwrite", "'maybe'", "true or false")
+
+    def test_not_finite(self):
+        for value in ("nan", "inf", "-inf", "1e999", "0:inf", "0:1:nan"):
+            self.refuse(["--beta_1", value], "--beta_1", value)
+
+    def test_out_of_range(self):
+        for flag in ("eta_enc", "eta_dec", "sigma_1", "lr", "grad_clip"):
+            for value in ("0", "-1", "0.5,0", "1e-999"):
+                self.refuse([f"--{flag}", value], f"--{flag}", value.split(",")[-1], "above 0")
+        for flag in ("beta_1", "beta_2"):
+            self.refuse([f"--{flag}", "-0.1"], f"--{flag}", "-0.1", "at least 0")
+        for flag in ("d_1", "d_2", "d_hidden", "batch_size", "num_epochs"):
+            self.refuse([f"--{flag}", "0"], f"--{flag}", "'0'", "at least 1")
+        for flag in ("num_samples", "seed"):
+            self.refuse([f"--{flag}=-1"], f"--{flag}", "'-1'", "at least 0")
+
+    def test_upper_bound_and_choices(self):
+        """Flags that later scripts have: a digit, a correlation type."""
+        digit = common.flag(1, "which digit", low=0, high=9)
+        digit.name = "digit"
+        self.assertEqual(common._values(digit, "0:9"), list(range(10)))
+        for value in ("10", "-1", "5:10"):
+            with self.assertRaises(ValueError):
+                common._values(digit, value)
+        self.assertEqual(common._wanted(digit), "a whole number at least 0 and at most 9")
+        kind = common.flag("Identical", "correlation", choices=("Identical", "Random"))
+        self.assertEqual(common._values(kind, "Random,Identical"), ["Random", "Identical"])
+        with self.assertRaisesRegex(ValueError, "Randon"):
+            common._values(kind, "Identical,Randon")
+        self.refuse(["--dataset", "mnits"], "--dataset", "'mnits'", "auto, mnist, fashion, digits")
+
+    def test_empty_range(self):
+        for value in ("5:1:1", "1:2:0", "1:2:-1", "0:1:1e-9"):
+            self.refuse(["--beta_1", value], "--beta_1", value, "range")
+
+    def test_too_many_settings(self):
+        self.refuse(["--beta_1", "0:1000", "--beta_2", "0:1000"], "--beta_1", "1002001", "10000")
+
+    def test_value_without_a_flag_and_flag_without_a_value(self):
+        self.refuse(["0.5"], "'0.5'")
+        self.refuse(["--beta_1"], "--beta_1")
+
+    def test_out_dir_that_cannot_be_written(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "file")
+            file.touch()
+            self.refuse(["--out_dir", file], "--out_dir", str(file))
+            self.refuse(["--out_dir", file / "below"], "--out_dir", str(file))
+
+    def test_device_unknown_or_absent(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for device in ("gpu", "cuda:99", "meta", "cpu:x"):
+                self.refuse(["--device", device, "--out_dir", folder], "--device", device, "auto, cpu")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,174 @@
+"""Each script from its command line: a short training on few images, its files, its table, Ctrl-C."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import MNIST_HVAE_Relu
+from tests import small
+
+ROOT = Path(__file__).resolve().parents[1]
+# script: (flags that make it small, its metrics, its pictures)
+LEVELS = ["AU", "AU_kl", "active_share"]
+SCRIPTS = {
+    "MNIST_HVAE_Relu.py": (
+        ["--d_hidden", "32"],
+        ["log_px", "elbo", "reconstruction", "kl_1", "kl_2"] + [f"{m}_{level}" for level in (1, 2) for m in LEVELS],
+        {"reconstructions.png", "samples.png", "collapse.png", "training.png"}),
+}
+
+
+def png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") and content.rstrip().endswith(b"IEND\xaeB`\x82"), path
+    return tuple(int.from_bytes(content[k:k + 4], "big") for k in (16, 20))
+
+
+class CommandLine(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        small.write_mnist(cls.folder / "data")
+
+    def start(self, script, *argv, **more):
+        argv = [sys.executable, str(ROOT / script), "--data_dir", str(self.folder / "data"), *argv]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder, **more)
+
+    def test_each_script_leaves_complete_results(self):
+        for script, (small_flags, metrics, pictures) in SCRIPTS.items():
+            with self.subTest(script=script):
+                argv = [*small_flags, "--num_epochs", "1", "--num_samples", "20", "--device", "cpu"]
+                process = self.start(script, *argv)
+                out, err = process.communicate(timeout=120)
+                self.assertEqual(process.returncode, 0, err)
+                [run] = (self.folder / "runs" / Path(script).stem).glob("*")
+                result = json.loads((run / "result.json").read_text())
+                self.assertEqual(set(result) & {"script", "settings", "dataset", "device", "versions", "seconds", "metrics"},
+                                 {"script", "settings", "dataset", "device", "versions", "seconds", "metrics"})
+                self.assertEqual((result["script"], result["dataset"], result["device"]), (Path(script).stem, "mnist", "cpu"))
+                self.assertEqual(list(result["metrics"]), metrics)
+                self.assertTrue(np.isfinite(list(result["metrics"].values())).all())
+                self.assertEqual(set(result["versions"]), {"python", "torch", "numpy"})
+                with np.load(run / "units.npz") as units:
+                    self.assertTrue(all(len(units[name]) == 64 for name in units))
+                    self.assertTrue(all((units[name] >= 0).all() for name in units if name.startswith("unit_kl")))
+                state = torch.load(run / "model.pt", weights_only=True)
+                self.assertTrue(all(value.isfinite().all() for value in state.values()))
+                self.assertEqual({path.name for path in run.glob("*.png")}, pictures)
+                self.assertTrue(all(min(png_size(path)) > 300 for path in run.glob("*.png")))
+                self.assertEqual([path for path in run.iterdir() if path.name.startswith(".")], [])
+                # The table is the last thing printed, on stdout: a caption, the metrics' names, a row.
+                caption, names, row = out.strip().split("\n")
+                self.assertIn("on mnist: 256 training and 64 test examples, cpu, seed 0, nats", caption)
+                self.assertEqual(names.split(), metrics)
+                self.assertEqual(len(row.split()), len(metrics))
+                self.assertAlmostEqual(float(row.split()[1]), result["metrics"]["elbo"], delta=0.006)
+                # In a pipe there is no cursor control.
+                self.assertNotIn("\r", err)
+                self.assertRegex(err, r"training: epoch 1/1, loss -?\d+\.\d\d, 100%")
+                # Again: shown, not trained, and the same table.
+                process = self.start(script, *argv)
+                again, err = process.communicate(timeout=120)
+                self.assertEqual((process.returncode, again), (0, out))
+                self.assertIn("already trained", err)
+                self.assertNotIn("training: epoch", err)
+
+    def test_interrupted(self):
+        """Ctrl-C: one line, no traceback, exit status 130, nothing half-written."""
+        process = self.start("MNIST_HVAE_Relu.py", "--num_epochs", "100000", "--out_dir", "interrupted", "--seed", "7",
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        seen = ""
+        while "training: epoch" not in seen:              # blocks until it trains; ends if the process does
+            line = process.stderr.readline()
+            self.assertTrue(line, seen)
+            seen += line
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 130)
+        self.assertEqual(out, "")
+        self.assertNotIn("Traceback", err)
+        self.assertRegex(err.strip().split("\n")[-1], "^interrupted")
+        self.assertEqual([path for path in (self.folder / "interrupted").rglob("*") if path.is_file()], [])
+
+    def test_errors_reach_the_shell(self):
+        process = self.start("MNIST_HVAE_Relu.py", "--eta_dec", "0")
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out, err.count("\n")), (2, "", 1))
+        self.assertIn("--eta_dec", err)
+
+
+class Grids(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        small.write_mnist(self.folder / "data")
+
+    def run_grid(self, *argv):
+        status, out, err = small.call(
+            MNIST_HVAE_Relu.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs", "--d_hidden", 16,
+            "--num_epochs", 1, "--num_samples", 0, "--device", "cpu", *argv)
+        self.assertEqual(status, 0, err)
+        return [line.split() for line in out.strip().split("\n")[1:]], err
+
+    def results(self):
+        paths = (self.folder / "runs" / "MNIST_HVAE_Relu").glob("*/result.json")
+        return {(r["settings"]["beta_1"], r["settings"]["beta_2"], r["settings"]["seed"]): r["metrics"]
+                for r in (json.loads(path.read_text()) for path in paths)}
+
+    def pictures(self):
+        return {path.name for path in (self.folder / "runs" / "MNIST_HVAE_Relu" / "grids").rglob("*.png")}
+
+    def test_one_flag(self):
+        (names, *rows), err = self.run_grid("--beta_1", "0.1,0.5,2")
+        self.assertIn("training 3 settings", err)
+        self.assertEqual(names[0], "beta_1")
+        self.assertEqual([row[0] for row in rows], ["0.1", "0.5", "2.0"])
+        for row in rows:
+            self.assertAlmostEqual(float(row[1]), self.results()[float(row[0]), 1.0, 0]["elbo"], delta=0.006)
+        self.assertEqual(self.pictures(), {"collapse.png"})
+
+    def test_two_flags(self):
+        (names, *rows), _ = self.run_grid("--beta_1", "0.1,2", "--beta_2", "1,3,5")
+        self.assertEqual(names[:2], ["beta_1", "beta_2"])
+        self.assertEqual([tuple(row[:2]) for row in rows], [(a, b) for a in ("0.1", "2.0") for b in ("1.0", "3.0", "5.0")])
+        self.assertEqual(self.pictures(), {"metrics.png"} | {f"reconstructions_{k}.png" for k in range(3)})
+        [sheet] = (self.folder / "runs").rglob("reconstructions_2.png")
+        width, height = png_size(sheet)
+        self.assertGreater(width, height)                     # three columns, two rows
+
+    def test_seeds(self):
+        """A row is mean ± sample standard deviation over seeds; two flags' grids do not take each other's place."""
+        (names, *rows), _ = self.run_grid("--beta_1", "0.1,2", "--seed", "1,2,3")
+        self.assertEqual((names[0], len(rows)), ("beta_1", 2))
+        for row in rows:
+            elbos = [self.results()[float(row[0]), 1.0, seed]["elbo"] for seed in (1, 2, 3)]
+            self.assertEqual(row[1:4], [f"{np.mean(elbos):.2f}", "±", f"{np.std(elbos, ddof=1):.2f}"])
+            self.assertGreater(np.std(elbos), 0)
+        self.run_grid("--beta_1", "0.1,2", "--eta_dec", "0.6")
+        self.assertEqual(len(list((self.folder / "runs").rglob("grids/*/collapse.png"))), 2)
+
+
+class Documents(unittest.TestCase):
+    def test_only_the_allowed_packages_are_imported(self):
+        allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "tests"} | set(sys.stdlib_module_names)
+        scripts = {path.stem for path in ROOT.glob("*.py")}
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+            for module in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
+                self.assertIn(module, (allowed | scripts) - {"argparse"}, path)
+
+
+if __name__ == "__main__":
+    unittest.main()
