@@ -61,7 +61,7 @@ class HVAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def x_mean(self, z1):
-        return self.z1_to_x(z1).tanh()
+        return self.z1_to_x(z1).tanh_()            # in place: (S, B, 784) is large
 
     def forward(self, x, f, sample_shape=()):
         """x (B, 784). Terms of the ELBO at draws of z1 and z2, in nats; shapes as common.py says."""
@@ -71,12 +71,13 @@ class HVAE(nn.Module):
         z2 = q_z2.rsample()                                              # (S, B, d_2)
         p_z1, p_z2 = self.p_z1(z2, f), self.p_z2(f)
         log_px_z = common.log_normal(x, self.x_mean(z1), f.eta_dec)
+        log_p_z1 = p_z1.log_prob(z1)
         # E[log q(z1|x) - log p(z1|z2)] with z2 inferred from this z1: no divergence, it can be negative.
-        kl_1 = -q_z1.entropy() - p_z1.log_prob(z1)
+        kl_1 = -q_z1.entropy() - log_p_z1
         kl_2 = kl_divergence(q_z2, p_z2)
         terms = {"log_px_z": log_px_z, "kl_1": kl_1, "kl_2": kl_2}
         if not self.training:
-            terms["log_w"] = (log_px_z + (p_z1.log_prob(z1) - q_z1.log_prob(z1)).sum(-1)
+            terms["log_w"] = (log_px_z + (log_p_z1 - q_z1.log_prob(z1)).sum(-1)
                               + (p_z2.log_prob(z2) - q_z2.log_prob(z2)).sum(-1))
             # z2 comes from one draw of z1; over a fresh one, KL(q(z1|x) || p(z1|z2)) is a divergence.
             terms["unit_kl_1"] = kl_divergence(q_z1, p_z1)

@@ -94,6 +94,16 @@ def stop(flags, message):
     raise SystemExit(2)
 
 
+def own_and_shared(flags):
+    """The fields of a flags class (or instance), {name: field}: first the script's own, then those it inherits."""
+    cls = flags if isinstance(flags, type) else type(flags)
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
+    own, shared = {}, {}
+    for field in dataclasses.fields(cls):
+        (shared if field.name in inherited else own)[field.name] = field
+    return own, shared
+
+
 def _wanted(field):
     """What a flag takes, in words."""
     meta, kind = field.metadata, type(field.default)
@@ -157,9 +167,8 @@ def parse_flags(Flags, argv=None):
     flag named.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    shared = {field.name for base in Flags.__mro__[1:] if dataclasses.is_dataclass(base)
-              for field in dataclasses.fields(base)}
-    fields = {field.name: field for field in sorted(dataclasses.fields(Flags), key=lambda field: field.name in shared)}
+    own, shared = own_and_shared(Flags)
+    fields = own | shared
     parser = _Parser(prog=f"{script_name(Flags)}.py", usage="%prog [--flag value] ...",
                      description=(inspect.getmodule(Flags).__doc__ or "").strip().split("\n\n")[0],
                      epilog="A value may be a list 0.1,0.5,1.0 or a range 0.1:5.0:0.1 (first:last:step, the last one "
@@ -272,7 +281,7 @@ def load_mnist(settings):
     loaded = {}
     for f in settings:
         if f.dataset not in loaded:
-            name, arrays = f.dataset, None
+            name = f.dataset
             if name == "auto":
                 name = "mnist" if _on_disk_or_fetched("mnist", f.data_dir) else "digits"
                 if name == "digits":
@@ -661,7 +670,7 @@ def clip(parameters, max_norm, G):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 ELBO_DRAWS = 64                                           # draws per example where no log-likelihood is asked for
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**27}               # of a layer as wide as the data: a cache, or a busy GPU
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of a layer as wide as the data: a cache, or a busy GPU
 
 
 @torch.no_grad()
@@ -743,8 +752,8 @@ def write_json(path, value):
 
 def what(f, data):
     """The flags that say what is computed, {name: value}, with the data set that was used; not where or on what."""
-    return {name: value for name, value in dataclasses.asdict(f).items() if name not in WHERE_FLAGS} | {
-        "dataset": data.name}
+    own, shared = own_and_shared(f)
+    return {name: getattr(f, name) for name in own | shared if name not in WHERE_FLAGS} | {"dataset": data.name}
 
 
 def run_name(f, data):
@@ -754,7 +763,7 @@ def run_name(f, data):
 
 def changed(f, data):
     """The flags of `what` that are not at their default, where MNIST counts as the default data set."""
-    defaults = {field.name: field.default for field in dataclasses.fields(f)} | {"dataset": "mnist"}
+    defaults = what(type(f)(), data) | {"dataset": "mnist"}
     return {name: value for name, value in what(f, data).items() if value != defaults[name]}
 
 

@@ -225,7 +225,7 @@ class Finished(unittest.TestCase):
         data = self.data[0]
         self.assertEqual(common.run_name(small.Flags(), dataclasses.replace(data, name="mnist")), "default")
         self.assertEqual(common.run_name(small.Flags(beta_1=0.1, seed=2, device="cpu"), data),
-                         "seed=2,dataset=gaussian,beta_1=0.1")
+                         "beta_1=0.1,seed=2,dataset=gaussian")
         long = {f"flag_{k}": 0.123456789 for k in range(30)}
         self.assertLess(len(common.spell(long)), 256)
         self.assertNotEqual(common.spell(long), common.spell(long | {"flag_29": 1}))
