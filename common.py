@@ -28,6 +28,7 @@ import json
 import math
 import optparse
 import os
+import pickle
 import platform
 import shutil
 import socket
@@ -307,15 +308,16 @@ def _mnist_class(name):
 
 
 def _on_disk_or_fetched(name, data_dir):
-    """Whether the data set is in data_dir, after an attempt to fetch it if it is not."""
+    """Whether the data set is in data_dir, after an attempt to unpack or to fetch it if it is not."""
+    from torchvision.datasets.utils import check_integrity
     dataset = _mnist_class(name)
     raw = Path(data_dir, dataset.__name__, "raw")
     if all((raw / file).exists() for file in MNIST_FILES):
         return True
-    packed = all((raw / f"{file}.gz").exists() for file in MNIST_FILES)
+    packed = all(check_integrity(str(raw / file), md5) for file, md5 in dataset.resources)
     if not packed and not _any_answers([f"{mirror}{MNIST_FILES[0]}.gz" for mirror in dataset.mirrors]):
         return False
-    print(f"fetching {name} to {data_dir}", file=sys.stderr)
+    print(f"{'unpacking' if packed else 'fetching'} {name} in {data_dir}", file=sys.stderr)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
@@ -552,25 +554,38 @@ def fit(Model, settings, data, side_by_side=True):
     """
     models, groups = [None] * len(settings), {}
     for i, (f, d) in enumerate(zip(settings, data)):
-        training = None if f.overwrite else read_result(f, d, "training.json")
-        if training is None:
+        finished = None if f.overwrite else read_trained(Model, f, d)
+        if finished is None:
             fixed = [getattr(f, field.name) for field in dataclasses.fields(f) if not field.metadata["scalar"]]
             groups.setdefault((*fixed, id(d)) if side_by_side else i, []).append(i)
         else:
+            models[i] = finished[0]
             print(f"already trained: {run_dir(f, d)} (--overwrite trains it again)", file=sys.stderr)
-            if not training["diverged"]:
-                models[i] = build(Model, f, d).eval()
-                models[i].load_state_dict(torch.load(run_dir(f, d) / "model.pt", weights_only=True, map_location="cpu"))
     for group in groups.values():
         trained = train(Model, [settings[i] for i in group], data[group[0]])
         for i, (model, training) in zip(group, trained):
             folder, models[i] = run_dir(settings[i], data[i]), model
-            for stale in ("result.json", "training.json"):        # of a run that this one takes the place of
-                (folder / stale).unlink(missing_ok=True)
+            # The files of a run that this one takes the place of go first, those that vouch for the others before all.
+            for stale in sorted(folder.glob("*"), key=lambda path: path.suffix != ".json"):
+                stale.unlink()
             if model is not None:
                 write(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
             write_json(folder / "training.json", describe(settings[i], data[i]) | training)
     return models
+
+
+def read_trained(Model, f, data):
+    """(model, training) of a setting that was trained before, as `train` gives them; None if it is not there, whole."""
+    training = read_result(f, data, "training.json")
+    if training is None or training["diverged"]:
+        return training and (None, training)
+    model = build(Model, f, data).eval()
+    try:
+        model.load_state_dict(torch.load(run_dir(f, data) / "model.pt", weights_only=True, map_location="cpu"))
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as wrong:
+        print(f"cannot read {run_dir(f, data) / 'model.pt'}, training again: {wrong}", file=sys.stderr)
+        return None
+    return model, training
 
 
 def build(Model, f, data):
@@ -686,24 +701,27 @@ def evaluate(model, f, data):
     row = like.element_size() * max(t[0].numel() for t in data.test)
     rows = max(1, CHUNK_BYTES[like.device.type] // row)       # images x draws that are evaluated at a time
     images, f = max(1, rows // draws), on_device(f, data)
-    progress = Progress("evaluating", len(like), "test examples")
-    chunks = []
+    progress, terms = Progress("evaluating", len(like), "test examples"), {}
     with seeded(f.seed, "evaluation", like.device):
         for start in range(0, len(like), images):
-            batch, chunk = [t[start:start + images] for t in data.test], {}
+            here = slice(start, start + images)
+            batch = [t[here] for t in data.test]
             for drawn in range(0, draws, rows):
                 S = min(rows, draws - drawn)
                 for name, value in model(*batch, f, sample_shape=(S,)).items():
                     if name == "log_w":
                         value = value.logsumexp(0)
-                        chunk[name] = torch.logaddexp(chunk[name], value) if drawn else value
-                    else:                                 # the mean over draws; what lacks that dimension is its own
-                        value = value.mean(0) if value.ndim > (1 if name == "log_px_z" else 2) else value
-                        chunk[name] = chunk.get(name, 0) + value * (S / draws)
-            chunks.append(chunk)
+                    else:                                 # this part of the mean over draws, which a term may lack
+                        drawn_from = value.ndim > (1 if name == "log_px_z" else 2)
+                        value = (value.mean(0) if drawn_from else value) * (S / draws)
+                    if name not in terms:                 # of all rows at once: many small tensors scatter the memory
+                        start_at = -math.inf if name == "log_w" else 0
+                        terms[name] = value.new_full((len(like), *value.shape[1:]), start_at)
+                    so_far = terms[name][here]
+                    so_far.copy_(torch.logaddexp(so_far, value) if name == "log_w" else so_far + value)
             progress.update(start + len(batch[0]))
     progress.update(len(like), end=True)
-    terms = {name: torch.cat([chunk[name] for chunk in chunks]).double().cpu() for name in chunks[0]}
+    terms = {name: value.double().cpu() for name, value in terms.items()}
 
     metrics, examples = {}, {}
     if f.num_samples:
@@ -806,8 +824,8 @@ def report(models, settings, data):
         folder, result = run_dir(f, d), read_result(f, d, "result.json")
         if result is None:
             training = read_result(f, d, "training.json")
-            result = describe(f, d) | {"seconds": {"train": training["seconds"]}} | {
-                name: training[name] for name in ("side_by_side", "diverged", "curves")} | {"metrics": None}
+            result = describe(f, d) | {name: training[name] for name in ("diverged", "side_by_side", "curves")}
+            result |= {"seconds": {"train": training["seconds"]}, "metrics": None}
             if model is not None:
                 start = time.monotonic()
                 result["metrics"], examples = evaluate(model, f, d)
@@ -829,6 +847,13 @@ def varying(settings, data):
     return {name: of for name, of in values.items() if len(of) > 1}
 
 
+def caption_of(settings, data):
+    """What a table or picture is of: script, data set, and the flags that all settings share."""
+    shared = {name: value for name, value in changed(settings[0], data[0]).items()
+              if name not in (*varying(settings, data), "seed", "dataset")}
+    return f"{script_name(settings[0])} on {', '.join({d.name: None for d in data})} {spell(shared)}".strip()
+
+
 def print_table(results, settings, data):
     """One row a setting; rows that differ in nothing but the seed are one, mean ± standard deviation."""
     flags, seeds = list(varying(settings, data)), len({f.seed for f in settings})
@@ -848,9 +873,9 @@ def print_table(results, settings, data):
         table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
     widths = [max(map(len, column)) for column in zip(*table)]
     d = data[0]
-    print(f"\n{script_name(settings[0])} on {', '.join({d.name: None for d in data})}: {len(d.train[0]):,} training "
-          f"and {len(d.test[0]):,} test examples, {device_name(d.train[0].device)}, "
-          f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}, nats per test example")
+    print(f"\n{caption_of(settings, data)}: {len(d.train[0]):,} training and {len(d.test[0]):,} test examples, "
+          f"{device_name(d.train[0].device)}, nats per test example, "
+          f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
     print("".join(f"{note}\n" for note in notes), end="")
@@ -880,7 +905,7 @@ def save_figure(path, columns, rows, width, height, caption, draw):
 
 def draw_run(folder, model, f, data, curves, examples):
     """The pictures of one run: collapse.png, training.png and, of images, reconstructions.png and samples.png."""
-    caption = f"{script_name(f)}, {data.name}, {run_name(f, data)}"
+    caption = f"{caption_of([f], [data])} seed={f.seed}"
     draw_collapse(folder / "collapse.png", {"": examples}, caption)
 
     def draw_curves(axes):
@@ -948,10 +973,10 @@ def draw_grid(models, settings, data):
             cells.setdefault(tuple(what(f, d)[name] for name in flags), (model, f, d))
     if len(flags) not in (1, 2) or not cells:
         return
-    common_flags = {name: value for name, value in changed(settings[0], data[0]).items() if name not in flags}
+    shared = {name: value for name, value in changed(settings[0], data[0]).items() if name not in flags}
     folder = run_dir(settings[0], data[0]).parent / "grids" / spell(
-        common_flags | {name: "+".join(map(str, values)) for name, values in flags.items()})
-    caption = f"{script_name(settings[0])}, {', '.join({d.name: None for d in data})}"
+        {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
+    caption = caption_of(settings, data)
     if len(flags) == 1:
         runs = {f"{name} = {value}": np.load(run_dir(f, d) / "units.npz")
                 for name in flags for (value,), (_, f, d) in cells.items()}

@@ -11,7 +11,10 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import common
 
-REAL_MNIST = Path(__file__).resolve().parents[2] / "shared" / "mnist"
+ROOT = Path(__file__).resolve().parents[1]
+# MNIST, if it is there: fetched by a script, or in a folder beside this one.
+REAL_MNIST = next((folder for folder in (ROOT / "data", ROOT.parent / "shared" / "mnist")
+                   if (folder / "MNIST").exists()), None)
 
 
 @dataclass

@@ -1,4 +1,6 @@
 """Data: MNIST's files and what is wrong with them, fetching without a network, the embedded digits."""
+import gzip
+import hashlib
 import shutil
 import socket
 import struct
@@ -41,7 +43,7 @@ class Mnist(unittest.TestCase):
             self.assertAlmostEqual(train[7, 12 * 28 + 13].item(), byte / 255, places=7)
             self.assertEqual(data.test_labels.tolist(), list((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]))
 
-    @unittest.skipUnless((REAL_MNIST / "MNIST").exists(), "MNIST is not here")
+    @unittest.skipUnless(REAL_MNIST, "MNIST is not here")
     def test_real_mnist(self):
         data, err = load(REAL_MNIST, "mnist")
         self.assertEqual((data.train[0].shape, data.test[0].shape, err), ((60000, 784), (10000, 784), ""))
@@ -76,7 +78,7 @@ class Mnist(unittest.TestCase):
                     for dataset in ("mnist", "auto"):     # a corrupt MNIST is no reason to fall back
                         status, err = load(self.folder / f"{file}{k}", dataset)
                         self.assertEqual(status, 2)
-                        self.assertIn(f"MNIST_HVAE_Relu.py: error: --data_dir: {raw / file} is truncated or corrupt", err)
+                        self.assertIn(f"error: --data_dir: {raw / file} is truncated or corrupt", err)
                         self.assertEqual(err.count("\n"), 1)
         raw = write_mnist(self.folder / "eleven")
         labels = raw / "t10k-labels-idx1-ubyte"
@@ -90,11 +92,25 @@ class Mnist(unittest.TestCase):
             self.assertEqual(status, 2)
             self.assertIn(f"error: --dataset: {dataset} is not in --data_dir {str(self.folder)!r}", err)
             self.assertEqual(err.count("\n"), 1)
-        with mock.patch("common.draw_digits", side_effect=lambda n, seed: (np.zeros((4, 28, 28), "u1"), np.zeros(4, "u1"))):
+        blank = np.zeros((4, 28, 28), np.uint8), np.zeros(4, np.uint8)
+        with mock.patch("common.draw_digits", return_value=blank):
             data, err = load(self.folder, "auto")
         self.assertEqual(data.name, "digits")
         self.assertIn("warning", err)
         self.assertIn("digits", err)
+
+    @mock.patch("common._any_answers", side_effect=AssertionError("asked the network"))
+    def test_packed_files_are_unpacked(self, _):
+        raw, packed = write_mnist(self.folder / "a", 30, 20), self.folder / "b" / "MNIST" / "raw"
+        packed.mkdir(parents=True)
+        resources = []
+        for file in common.MNIST_FILES:
+            content = gzip.compress((raw / file).read_bytes())
+            (packed / f"{file}.gz").write_bytes(content)
+            resources.append((f"{file}.gz", hashlib.md5(content).hexdigest()))
+        with mock.patch("torchvision.datasets.MNIST.resources", resources):
+            data, _ = load(self.folder / "b", "auto")
+        torch.testing.assert_close(data.train, load(self.folder / "a", "mnist")[0].train)
 
     def test_fetching_does_not_hang(self):
         """A server that accepts and then says nothing is no network."""

@@ -1,4 +1,4 @@
-"""fit: the same numbers as a plain loop, alone or in a grid, once or twice; what is finished, diverged or interrupted."""
+"""fit: the same numbers as a plain loop, alone or in a grid, or twice; what is finished, diverged or interrupted."""
 import dataclasses
 import json
 import math
@@ -194,6 +194,27 @@ class Finished(unittest.TestCase):
         for broken in (text[:-20], "", text.replace('"d_1": 3', '"d_1": 4')):
             training.write_text(broken)
             self.assertEqual(self.fit([f])[1], [1])
+
+    def test_a_model_that_cannot_be_read_is_trained_again(self):
+        [f] = self.settings[:1]
+        self.fit([f])
+        model = common.run_dir(f, self.data[0]) / "model.pt"
+        whole = model.read_bytes()
+        for content in (whole[:-200], b"", b"no model at all", None):
+            model.unlink() if content is None else model.write_bytes(content)
+            [again], trained = self.fit([f])
+            self.assertEqual(trained, [1])
+            self.assertIsNotNone(again)
+        self.assertEqual(self.fit([f])[1], [])
+
+    def test_overwriting_leaves_nothing_of_the_old_run(self):
+        [f] = self.settings[:1]
+        self.fit([f])
+        folder = common.run_dir(f, self.data[0])
+        for name in ("result.json", "units.npz", "collapse.png"):
+            (folder / name).write_text("old")
+        self.fit([dataclasses.replace(f, overwrite=True)])
+        self.assertEqual({path.name for path in folder.iterdir()}, {"model.pt", "training.json"})
 
     def test_interrupted_in_the_second_group(self):
         """Ctrl-C: what was finished stays."""

@@ -28,7 +28,7 @@ class Terms(unittest.TestCase):
 
     @torch.no_grad()
     def by_hand(self, draws):
-        """Draws of z1 and z2 and every density at them, from the weights alone: ReLU layers, tanh means, softplus std."""
+        """Draws of z1, z2 and all densities at them, from the weights alone: ReLU layers, tanh means, softplus std."""
         weights = {name: value for name, value in self.model.named_parameters()}
         random = torch.Generator().manual_seed(2)
 
