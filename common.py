@@ -911,7 +911,7 @@ def draw_run(folder, model, f, data, curves, examples):
     def draw_curves(axes):
         for ax, (name, curve) in zip(axes[0], curves.items()):
             ax.plot(range(1, len(curve) + 1), curve)
-            ax.set(xlabel="epoch", ylabel=f"{name} (nats per training example)")
+            ax.set(title=name, xlabel="epoch", ylabel="nats per training example")
     save_figure(folder / "training.png", len(curves), 1, 3.4, 3, caption, draw_curves)
 
     def draw_images(axes):
@@ -919,11 +919,11 @@ def draw_run(folder, model, f, data, curves, examples):
             _show(ax, images, 10, title)
     if hasattr(model, "reconstructions"):
         panels = reconstructions(model, f, data, 100)
-        save_figure(folder / "reconstructions.png", len(panels), 1, 4.2, 4.5, caption, draw_images)
+        save_figure(folder / "reconstructions.png", len(panels), 1, 4.2, 4.7, caption, draw_images)
     if hasattr(model, "samples"):
         with torch.no_grad(), seeded(f.seed, "samples", data.test[0].device):
             panels = {"samples from the prior": model.samples(100, on_device(f, data))}
-        save_figure(folder / "samples.png", 1, 1, 4.2, 4.5, caption, draw_images)
+        save_figure(folder / "samples.png", 1, 1, 4.2, 4.7, caption, draw_images)
 
 
 @torch.no_grad()
@@ -952,7 +952,7 @@ def draw_collapse(path, runs, caption):
         for ax, kl in zip(axes[0], kls):
             for k, (label, run) in enumerate(runs.items()):
                 ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post", label=label,
-                        color=colormaps["viridis"](0.9 * k / max(1, len(runs) - 1)),
+                        color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
                         linestyle=("-", "--", "-.", ":")[k % 4])
             ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103),
                    title="units of z" + kl.removeprefix("unit_kl").removeprefix("_"))
@@ -1014,13 +1014,13 @@ def draw_heat_maps(path, flags, cells, caption):
         for ax in axes.flat[len(names):]:
             ax.axis("off")
         for ax, name in zip(axes.flat, names):
-            values = np.array([[metrics.get((row, column), {}).get(name, math.nan) for column in column_values]
-                               for row in row_values])
+            values = [[metrics.get((row, column), {}).get(name, math.nan) for column in column_values]
+                      for row in row_values]
             ax.imshow(values, cmap="viridis")
             middle = (np.nanmin(values) + np.nanmax(values)) / 2
-            for (i, j), value in np.ndenumerate(values):
-                ax.text(j, i, f"{value:.4g}", ha="center", va="center", fontsize=7,
-                        color="black" if value > middle else "white")
+            for i, j in np.ndindex(len(row_values), len(column_values)):
+                ax.text(j, i, _cell([values[i][j]], 1), ha="center", va="center", fontsize=7,
+                        color="black" if values[i][j] > middle else "white")
             ax.set(title=name, xlabel=column_flag, ylabel=row_flag, xticks=range(len(column_values)),
                    yticks=range(len(row_values)), xticklabels=column_values, yticklabels=row_values)
     save_figure(path, columns, math.ceil(len(names) / columns), 3.4, 3.2, caption, draw)

@@ -44,10 +44,30 @@ class SameNumbers(unittest.TestCase):
         self.assert_close(model.state_dict(), small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).state_dict(), 1e-12)
         self.assertEqual([len(curve) for curve in training["curves"].values()], [2] * 4)
 
+    def test_curves_are_means_over_examples(self):
+        """A small last batch counts by its examples."""
+        class Still(torch.nn.Module):
+            def __init__(self, f):
+                super().__init__()
+                self.scale = torch.nn.Parameter(torch.ones(()))
+
+            def forward(self, x, f, sample_shape=()):
+                return {"log_px_z": self.scale * x[:, 0], "kl_1": self.scale * x[:, 1:3].abs()}
+
+        data = small.gaussian_data(100)
+        [x], f = data.train, flags(beta_1=3.0, lr=1e-30)
+        [(_, training)] = train(Still, [f], data)
+        expected = {"reconstruction": -x[:, 0].mean().item(), "kl_1": x[:, 1:3].abs().sum(1).mean().item()}
+        expected["loss"] = expected["reconstruction"] + 3 * expected["kl_1"]
+        for name, value in expected.items():
+            for found in training["curves"][name]:
+                self.assertAlmostEqual(found, value, places=9)
+
     def test_row_of_a_grid_like_alone_float64(self):
-        """Eight steps of Adam, for a nonlinear and a linear model."""
+        """Eight steps of Adam, for a nonlinear model, clipped or not, and a linear one."""
         for Model, data, settings in (
                 (MNIST_HVAE_Relu.HVAE, small.digit_data(128), [self.relu(**values) for values in self.grid]),
+                (MNIST_HVAE_Relu.HVAE, small.digit_data(128), [self.relu(grad_clip=1e6, **v) for v in self.grid]),
                 (small.LinearHVAE, small.gaussian_data(128), [flags(**values) for values in self.grid])):
             together = train(Model, settings, data)
             for f, in_grid in zip(settings, together):
@@ -239,6 +259,8 @@ class Finished(unittest.TestCase):
             raise OSError("disk full")
         with self.assertRaises(OSError):
             common.write(path, breaks)
+        with mock.patch("os.replace", side_effect=OSError("killed")), self.assertRaises(OSError):
+            common.write(path, lambda file: file.write(b"second"))
         self.assertEqual([p.name for p in path.parent.iterdir()], ["file"])
         self.assertEqual(path.read_bytes(), b"first")
 

@@ -70,6 +70,8 @@ class Terms(unittest.TestCase):
                    + (hand["log_p2"] - hand["log_q2"]).sum(-1))
         self.assert_same_mean(by_hand, elbo)
         self.assert_same_mean(by_hand, terms["log_w"])
+        # Without log p(x|z), whose spread would hide much.
+        self.assert_same_mean(by_hand - hand["log_px_z"], terms["log_w"] - terms["log_px_z"])
         torch.testing.assert_close(terms["mean_1"], hand["mean_1"] / 0.4)
         self.assert_same_mean(hand["mean_2"] / 0.7, terms["mean_2"])
 
