@@ -1,7 +1,7 @@
 """Each script from its command line: a short training on few images, its files, its table, Ctrl-C."""
+import ast
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -169,8 +169,11 @@ class Documents(unittest.TestCase):
         allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "tests"} | set(sys.stdlib_module_names)
         scripts = {path.stem for path in ROOT.glob("*.py")}
         for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
-            for module in re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE):
-                self.assertIn(module, (allowed | scripts) - {"argparse"}, path)
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [name.name for name in node.names] if isinstance(node, ast.Import) else \
+                    [node.module] if isinstance(node, ast.ImportFrom) else []
+                for module in modules:
+                    self.assertIn(module.split(".")[0], (allowed | scripts) - {"argparse"}, path)
 
 
 if __name__ == "__main__":
