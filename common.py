@@ -10,7 +10,7 @@ A script's model is an `nn.Module` built from one setting f (an instance of the 
         log_w    (S, B)     log p(x, z) - log q(z|x), the log importance weight
         mean*    (S, B, d)  E_q[z|x] of each level, in standard deviations of its prior
         unit_kl* (S, B, d)  the level's KL where the ELBO's term is no divergence (may be left out otherwise)
-      where S = sample_shape; a term that does not depend on the draw may lack it
+      where S = sample_shape; a term other than log_w that does not depend on the draw may lack it
     reconstructions(*batch, f)             {caption: images (B, 784)}     (optional, for pictures)
     samples(n, f)                          images (n, 784) from the prior (optional, for pictures)
 

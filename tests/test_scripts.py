@@ -86,6 +86,19 @@ class CommandLine(unittest.TestCase):
                 self.assertIn("already trained", err)
                 self.assertNotIn("training: epoch", err)
 
+    def test_same_command_twice_same_numbers(self):
+        """Trained and evaluated anew, not shown again."""
+        found = []
+        for out_dir in ("once", "again"):
+            process = self.start("MNIST_HVAE_Relu.py", "--out_dir", out_dir, "--num_epochs", "2", "--num_samples", "20",
+                                 "--beta_1", "0.5,1", "--device", "cpu")
+            out, err = process.communicate(timeout=120)
+            self.assertIn("training 2 settings: epoch 2/2", err)
+            results = [json.loads(path.read_text()) for path in sorted((self.folder / out_dir).rglob("result.json"))]
+            found.append((out, [(result["metrics"], result["curves"]) for result in results]))
+        self.assertEqual(len(found[0][1]), 2)
+        self.assertEqual(found[0], found[1])
+
     def test_interrupted(self):
         """Ctrl-C: one line, no traceback, exit status 130, nothing half-written."""
         process = self.start("MNIST_HVAE_Relu.py", "--num_epochs", "100000", "--out_dir", "interrupted", "--seed", "7",
