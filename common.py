@@ -17,6 +17,7 @@ A script's model is an `nn.Module` built from one setting f (an instance of the 
 Within `fit` and `report`, the scalars of the objective in f (beta, eta, sigma, ...) are 0-d tensors on the device.
 """
 import contextlib
+import copy
 import dataclasses
 import decimal
 import difflib
@@ -50,34 +51,57 @@ torch.distributions.Distribution.set_default_validate_args(False)
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
-def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False):
+def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False):
     """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
 
     low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that
-    differ in nothing else are trained side by side as one batched model.
+    differ in nothing else are trained side by side as one batched model. A vector may also be several numbers joined
+    by "/", one a unit, and is then that text.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar))
+        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector))
 
 
 scalar = functools.partial(flag, scalar=True)             # beta, eta, sigma, ...
 
 
 @dataclass
-class TrainFlags:
+class RunFlags:
+    """The flags of every experiment."""
+    seed: int = flag(0, "seed of all random numbers", low=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...; auto is CUDA where there is one")
+    out_dir: str = flag("runs", "where results go")
+
+
+@dataclass
+class MatrixFlags(RunFlags):
+    """The flags of the checks of a theorem on synthetic data."""
+    device: str = flag("cpu", "auto, cpu, cuda, ...; matrices this small gain nothing from a GPU")
+    num_samples: int = flag(1000, "rows of data", low=1)
+
+
+@dataclass
+class TrainFlags(RunFlags):
     """The flags of every experiment that trains on images."""
     batch_size: int = flag(128, "examples per gradient step", low=1)
     num_epochs: int = flag(100, "passes over the training set", low=1)
     lr: float = flag(1e-3, "Adam's learning rate", above=0)
+    lr_schedule: str = flag("constant", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
     grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
-    seed: int = flag(0, "seed of initial weights, batches, noise and evaluation", low=0)
     num_samples: int = flag(1000, "draws per example for the log-likelihood; 0 leaves it out", low=0)
     dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                         choices=("auto", "mnist", "fashion", "digits"))
     data_dir: str = flag("data", "where data sets lie, or are put")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...; auto is CUDA where there is one")
-    out_dir: str = flag("runs", "where results go")
     overwrite: bool = flag(False, "train again what is finished")
+
+
+@dataclass
+class LinearFlags(TrainFlags):
+    """The flags of the experiments with linear models, which are to arrive at a predicted optimum: the learning rate falls
+    to 0, and a clip that noisy gradients never reach does not bias where they lead."""
+    lr: float = flag(3e-3, "Adam's learning rate", above=0)
+    lr_schedule: str = flag("cosine", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
+    grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
 
 
 WHERE_FLAGS = ("device", "data_dir", "out_dir", "overwrite")   # how and where, not what: they do not name a run
@@ -113,7 +137,7 @@ def _wanted(field):
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     bounds = [f"{word} {meta[key]}" for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
               if meta[key] is not None]
-    return f"{words} {' and '.join(bounds)}".strip()
+    return f"{words} {' and '.join(bounds)}".strip() + (", or one a unit, joined by /" if meta["vector"] else "")
 
 
 def _number(field, text):
@@ -143,6 +167,8 @@ def _values(field, text):
                 values.append({"true": True, "false": False}[part.lower()])
             elif kind is str:
                 values.append({choice: choice for choice in choices}[part])
+            elif field.metadata["vector"] and "/" in part:
+                values.append("/".join(str(float(_number(field, number))) for number in part.split("/")))
             else:
                 ends = part.split(":")
                 first, last, step = {1: [part, part, "1"], 2: [*ends, "1"], 3: ends}[len(ends)]
@@ -236,7 +262,7 @@ def device_name(device):
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-PURPOSES = ("init", "batches", "noise", "evaluation", "samples")
+PURPOSES = ("init", "batches", "noise", "evaluation", "samples", "data")
 
 
 def _seed_of(seed, purpose):
@@ -272,6 +298,11 @@ class Data:
     train_labels: torch.Tensor
     test_labels: torch.Tensor
 
+    @functools.cached_property
+    def moment(self):
+        """The second moment of the training rows, all columns of train joined: (d, d), see `second_moment`."""
+        return second_moment(*self.train)
+
 
 def load_mnist(settings):
     """The data of each setting: a list of `Data`, shared where the settings share --dataset.
@@ -297,6 +328,38 @@ def load_mnist(settings):
             labels = [torch.from_numpy(a).to(device).long() for a in arrays[1::2]]
             loaded[f.dataset] = Data(name, (images[0],), (images[1],), labels[0], labels[1])
     return [loaded[f.dataset] for f in settings]
+
+
+def load_mnist_quarters(settings):
+    """The data of each setting as a CVAE has it, the images of one class only where the setting has a --digit.
+
+    x is the lower left quarter of an image, y the other three: see `quarters`. Shared where settings share both flags.
+    """
+    loaded = {}
+    for f, d in zip(settings, load_mnist(settings)):
+        digit = getattr(f, "digit", None)
+        if (d.name, digit) not in loaded:
+            train, test = (labels == digit if digit is not None else slice(None)
+                           for labels in (d.train_labels, d.test_labels))
+            loaded[d.name, digit] = Data(d.name, quarters(d.train[0][train]), quarters(d.test[0][test]),
+                                         d.train_labels[train], d.test_labels[test])
+    return [loaded[d.name, getattr(f, "digit", None)] for f, d in zip(settings, load_mnist(settings))]
+
+
+def quarters(images):
+    """(x, y) of images (n, 784): x (n, 196) the lower left quarter, y (n, 588) the upper left, upper right and lower
+    right ones."""
+    upper, lower = images.view(-1, 28, 28).split(14, dim=1)
+    upper_left, upper_right, lower_left, lower_right = (
+        quarter.flatten(1) for half in (upper, lower) for quarter in half.split(14, dim=2))
+    return lower_left, torch.cat([upper_left, upper_right, lower_right], dim=1)
+
+
+def whole_images(x, y):
+    """Images (n, 784) from their quarters x (n, 196) and y (n, 588): undoes `quarters`."""
+    upper_left, upper_right, lower_left, lower_right = (
+        quarter.unflatten(1, (14, 14)) for quarter in (*y[:, :392].split(196, dim=1), x, y[:, 392:]))
+    return torch.cat([torch.cat([upper_left, upper_right], 2), torch.cat([lower_left, lower_right], 2)], 1).flatten(1)
 
 
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -473,12 +536,322 @@ def digits(data_dir):
     return arrays
 
 
+# ------------------------------------------------------------------------------------------ spectra and closed forms
+#
+# What a linear VAE, CVAE and two-level HVAE converge to (Dang et al. 2024, arXiv 2306.05023, theorems 1, 2, 3 and 5;
+# the optimal losses and the collapse thresholds follow from them). All in float64; moments are not centred. The closed
+# forms take settings as numbers or as tensors (...,) of many and give {name: (..., d)}, per unit in the order of theta:
+#   theta        what the theorem calls so: of each mode of the data, its root for VAE and HVAE, its variance for CVAE
+#   lambda       singular values of the encoder on whitened data: the std of E[z|x] (of E[z2|z1])
+#   omega        singular values of the decoder
+#   sigma        std of q(z|x)
+#   kl           the ELBO's KL term, in nats
+#   information  log(1 + lambda^2 / sigma^2) / 2, what z tells of its input, in nats: 0 if and only if it is collapsed
+#   collapse     the beta (HVAE: beta_2) from which on it is collapsed; inf for never
+# and "loss" (...,), the least negative beta-ELBO, in nats per example. Two-level names end in their level, _1 or _2.
+
+def second_moment(*columns):
+    """E[v v^T] over rows, float64 (d, d), of v = the columns (n, d_1), (n, d_2), ... joined, d = d_1 + d_2 + ..."""
+    moment = 0
+    for rows in zip(*(column.split(512) for column in columns)):
+        v = torch.cat(rows, dim=1).double()
+        moment = moment + v.T @ v
+    return moment.cpu() / len(columns[0])
+
+
+@functools.lru_cache(maxsize=4)                           # by identity: a grid asks for the same moment again and again
+def modes(moment):
+    """The modes of a second moment (d, d): variances (d,) in descending order, and directions (d, d) in columns.
+
+    Variances below d machine epsilons of the largest are rounding and set to 0.
+    """
+    variance, directions = torch.linalg.eigh(moment)
+    variance, directions = variance.flip(0), directions.flip(1)
+    rounding = len(variance) * torch.finfo(variance.dtype).eps * variance[0]
+    return torch.where(variance > rounding, variance, 0), directions
+
+
+def spectrum(moment):
+    """The variances of the modes of a second moment (d, d): (d,), in descending order."""
+    return modes(moment)[0]
+
+
+def root(moment):
+    """A root R (d, d) of a second moment, R R^T = E[v v^T]: the singular values of W R are those of W P Phi^(1/2)."""
+    variance, directions = modes(moment)
+    return directions * variance.sqrt()
+
+
+@functools.lru_cache(maxsize=4)
+def residual(moment, dim_x):
+    """E = B - C A^+ C^T, what is left of y's second moment once x has explained what it can: (d_y, d_y).
+
+    moment is that of (x, y) joined, with blocks A of x, (dim_x, dim_x), B of y and C = E[y x^T]. Source: theorem 2.
+    """
+    A, B, C = moment[:dim_x, :dim_x], moment[dim_x:, dim_x:], moment[dim_x:, :dim_x]
+    variance, directions = modes(A)
+    whitening = torch.where(variance > 0, variance.rsqrt(), 0) * directions
+    explained = C @ whitening                             # E[y x~^T], x~ the whitened x
+    left = B - explained @ explained.T
+    # What is left of a variance that x explains wholly is rounding.
+    return left if left.trace() > len(moment) * torch.finfo(left.dtype).eps * B.trace() else torch.zeros_like(left)
+
+
+def _per_unit(*settings):
+    """Settings as float64 tensors with an axis for units: (...,) becomes (..., 1)."""
+    return [torch.as_tensor(value, dtype=torch.float64).unsqueeze(-1) for value in settings]
+
+
+def _first(values, d):
+    """The first d values, (..., d), with zeros where there are fewer."""
+    return torch.nn.functional.pad(values[..., :d], (0, max(0, d - values.shape[-1])))
+
+
+def _gaussian(squared_error, dim, eta_dec):
+    """-log N of mean squared error (...,) in dim dimensions with std eta_dec, in nats."""
+    return squared_error / (2 * eta_dec**2) + dim / 2 * (2 * math.pi * eta_dec**2).log()
+
+
+def vae_optimum(theta, d_1, beta, eta_enc, eta_dec):
+    """The linear VAE at its optimum, Sigma = diag(sigma_i^2) learnable (theorem 1).
+
+    theta (D,): the roots of the spectrum of E[x x^T]. Per unit, (..., d_1): see above.
+    """
+    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
+    variance, level = _first(theta, d_1)**2, beta * eta_dec**2
+    above = torch.maximum(variance, level)                # reverse water-filling: modes below the level collapse
+    kl = (above / level).log() / 2
+    error = (theta**2).sum(-1) - (above - level).sum(-1)
+    return {"theta": _first(theta, d_1), "lambda": eta_enc * ((above - level) / above).sqrt(),
+            "omega": (above - level).sqrt() / eta_enc, "sigma": eta_enc * (level / above).sqrt(), "kl": kl,
+            "information": kl, "collapse": variance / eta_dec**2,
+            "loss": _gaussian(error, theta.shape[-1], eta_dec[..., 0]) + (beta * kl).sum(-1)}
+
+
+def cvae_optimum(theta, dim_z, beta, eta_enc, eta_dec):
+    """The linear CVAE at its optimum, Sigma = diag(sigma_i^2) learnable (theorem 2): the VAE of what x leaves of y.
+
+    theta (D,): the spectrum of E, see `residual`. Per unit, (..., dim_z): see above.
+    """
+    return vae_optimum(theta.sqrt(), dim_z, beta, eta_enc, eta_dec) | {"theta": _first(theta, dim_z)}
+
+
+def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
+    """The linear VAE at its optimum, Sigma = diag(sigma_i^2) fixed (theorem 1): sigma (..., d_1), the smallest on the
+    largest mode. Where the mean is dead (lambda = 0) the kl is not 0, unless sigma_i = eta_enc."""
+    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
+    sigma = sigma.double().sort(dim=-1).values
+    d_1 = sigma.shape[-1]
+    first, k = _first(theta, d_1), beta.sqrt() * eta_dec / eta_enc
+    gain = (first - k * sigma).clamp(min=0)
+    lambda_ = (sigma * gain / k).sqrt()
+    dead_kl = _kl(0, sigma, eta_enc)
+    error = (theta**2).sum(-1) - (gain**2).sum(-1)        # with the beta-weighted KL of the means in it
+    return {"theta": first, "lambda": lambda_, "omega": (k * gain / sigma).sqrt(), "sigma": sigma.expand_as(gain),
+            "kl": _kl(lambda_, sigma, eta_enc), "information": _information(lambda_, sigma),
+            "collapse": (first * eta_enc / (eta_dec * sigma))**2,
+            "loss": _gaussian(error, theta.shape[-1], eta_dec[..., 0]) + (beta * dead_kl).sum(-1)}
+
+
+def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
+    """The linear two-level HVAE at its optimum, Sigma1 = sigma_1^2 I fixed, Sigma2 = diag learnable (theorem 3).
+
+    theta (D,): the roots of the spectrum of E[x x^T]. Per unit of z1 (..., d_1) and of z2 (..., d_2): see above. omega_2
+    are the singular values of U2. Beyond the paper, d_1 and d_2 may differ: z2 describes the largest modes of z1.
+    """
+    sigma_1, beta_1, beta_2, eta_enc, eta_dec = _per_unit(sigma_1, beta_1, beta_2, eta_enc, eta_dec)
+    first, described = _first(theta, d_1), torch.arange(d_1) < d_2
+    b, alone = beta_2 / beta_1 * eta_dec**2, sigma_1 * first / beta_1.sqrt()
+    with_z2 = (sigma_1 * first / eta_dec)**2 / beta_2
+    # m = lambda_1^2 + sigma_1^2, the variance of a mode of z1
+    m = torch.where(described & ((sigma_1**2 >= b) | (alone >= b)), with_z2, alone)
+    m = torch.maximum(m, sigma_1**2)
+    ratio = torch.where(described, (m / b).clamp(min=1), 1)   # of m to what z2 leaves of it
+    kl_1 = (m / ratio / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
+    ratio_2 = 1 + _first(ratio - 1, d_2)
+    kl_2 = ratio_2.log() / 2
+    lambda_1, loss = _level_1(theta, first, m, sigma_1, eta_dec)
+    return {"theta": first, "lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1),
+            "lambda_2": eta_enc * (1 - 1 / ratio_2).sqrt(), "omega_2": (b * (ratio_2 - 1)).sqrt() / eta_enc,
+            "sigma_2": eta_enc / ratio_2.sqrt(), "kl_2": kl_2, "information_2": kl_2,
+            "collapse_1": _collapse_1(first, sigma_1, beta_1, (first / eta_dec)**2 * described),
+            "collapse_2": _first(beta_1 / eta_dec**2 * torch.maximum(sigma_1**2, alone) * described, d_2),
+            "loss": loss + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1)}
+
+
+def hvae_optimum_fixed_sigma_2(theta, d_1, d_2, sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec):
+    """The linear two-level HVAE at its optimum, Sigma1 = sigma_1^2 I and Sigma2 = sigma_2^2 I fixed (theorem 5).
+
+    Arguments and result as of `hvae_optimum`. Where the mean of z2 is dead its kl is not 0, unless sigma_2 = eta_enc.
+    """
+    sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec = _per_unit(sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec)
+    first, described = _first(theta, d_1), torch.arange(d_1) < d_2
+    c, K = eta_dec / eta_enc, (beta_1 * beta_2).sqrt()
+    m_0, alone = beta_2 * (c * sigma_2)**2 / beta_1, sigma_1 * first / beta_1.sqrt()
+    with_z2 = (sigma_1**2 * first**2 / (K * c * sigma_2))**(2 / 3)
+    m = torch.where(described & ((sigma_1**2 >= m_0) | (alone >= m_0)), with_z2, alone)
+    m = torch.maximum(m, sigma_1**2)
+    omega = ((K * c * m.sqrt() / sigma_2 - beta_2 * c**2).clamp(min=0) / beta_1).sqrt() * described
+    encoder = beta_1 * omega / (beta_1 * omega**2 + beta_2 * c**2)        # singular values of W2
+    left = (1 - omega * encoder)**2 * m + (omega * sigma_2)**2            # E (z1 - U2 z2)^2
+    kl_1 = (left / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
+    lambda_2 = _first(encoder * m.sqrt(), d_2)
+    kl_2 = _kl(lambda_2, sigma_2, eta_enc)
+    lambda_1, loss = _level_1(theta, first, m, sigma_1, eta_dec)
+    by_noise = first**4 / (beta_1 * (c * sigma_1 * sigma_2)**2)
+    return {"theta": first, "lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1),
+            "lambda_2": lambda_2, "omega_2": _first(omega, d_2), "kl_2": kl_2,
+            "information_2": _information(lambda_2, sigma_2),
+            "collapse_1": _collapse_1(first, sigma_1, beta_1, by_noise * described),
+            "collapse_2": _first(beta_1 / (c * sigma_2)**2 * torch.maximum(sigma_1**2, alone) * described, d_2),
+            "loss": loss + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1)}
+
+
+def _level_1(theta, first, m, sigma_1, eta_dec):
+    """lambda_1 and the reconstruction's part of the loss, from m, the variances of z1's modes."""
+    error = (theta**2).sum(-1) - (first**2 * (1 - sigma_1**2 / m)).sum(-1)
+    return (m - sigma_1**2).sqrt(), _gaussian(error, theta.shape[-1], eta_dec[..., 0])
+
+
+def _collapse_1(first, sigma_1, beta_1, with_z2):
+    """The beta_2 from which on lambda_1 = 0: never where the mode is strong enough for z1 alone, with_z2 otherwise."""
+    return torch.where(first > sigma_1 * beta_1.sqrt(), math.inf, with_z2)
+
+
+def _kl(lambda_, sigma, eta):
+    """E KL(N(mean, sigma^2) || N(0, eta^2)) in nats, lambda_ the root mean square of the mean."""
+    return ((lambda_**2 + sigma**2) / eta**2 - 1) / 2 - (sigma / eta).log()
+
+
+def _information(lambda_, sigma):
+    return (1 + (lambda_ / sigma)**2).log() / 2
+
+
+def vae_units(U, V, sigma, eta_enc):
+    """What `vae_optimum` predicts, of a linear VAE or CVAE as it is: U (D, d_1) its decoder, V = W R (d_1, D) its encoder
+    on whitened data, sigma (d_1,). All float64."""
+    # Units that share a sigma may be turned into each other without changing anything: take their singular directions.
+    of_unit = torch.empty_like(sigma)
+    for value in sigma.unique():
+        tied = sigma == value
+        of_unit[tied] = _singular_values(V[tied], int(tied.sum()))
+    return {"lambda": _singular_values(V, len(sigma)), "omega": _singular_values(U, len(sigma)), "sigma": sigma,
+            "kl": _kl(of_unit, sigma, eta_enc), "information": _information(of_unit, sigma)}
+
+
+def hvae_units(V1, W2, U2, sigma_1, sigma_2, eta_enc, eta_dec):
+    """What `hvae_optimum` predicts, of a linear two-level HVAE as it is: V1 = W1 R (d_1, D), W2 (d_2, d_1), U2 (d_1, d_2),
+    sigma_1 a number, sigma_2 (d_2,). All float64."""
+    d_1, d_2 = U2.shape
+    z1_moment = V1 @ V1.T + sigma_1**2 * torch.eye(d_1, dtype=V1.dtype)
+    unexplained = torch.eye(d_1, dtype=V1.dtype) - U2 @ W2
+    z1_left = unexplained @ z1_moment @ unexplained.T + U2 * sigma_2**2 @ U2.T     # E[(z1 - U2 z2)(z1 - U2 z2)^T]
+    kl_1 = (torch.linalg.eigvalsh(z1_left) / eta_dec**2 - 1) / 2 - math.log(sigma_1 / eta_dec)
+    lambda_1 = _singular_values(V1, d_1)
+    level_2 = vae_units(U2, W2 @ torch.linalg.cholesky(z1_moment), sigma_2, eta_enc)
+    return {"lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1)} | {
+        f"{name}_2": values for name, values in level_2.items()}
+
+
+def _singular_values(matrix, d):
+    """The d largest singular values of a matrix in descending order, 0 where it has fewer."""
+    return _first(torch.linalg.svdvals(matrix), d)
+
+
+def compare(predicted, trained, loss):
+    """What a closed form predicts beside what a model is, as lists: {"predicted", "trained", "errors", "optimal_loss",
+    "loss", "gap"}. The trained values of each kind stand in the order of the predicted, largest at largest: which unit
+    of a model describes which mode is its own affair."""
+    ordered = {}
+    for name in trained:
+        if name in predicted:
+            ranks = predicted[name].argsort(descending=True, stable=True)
+            ordered[name] = torch.empty_like(predicted[name])
+            ordered[name][ranks] = trained[name].sort(descending=True).values
+    errors = {name: (ordered[name] - predicted[name]).abs().max().item() for name in ordered}
+    optimal = predicted["loss"].item()
+    return {"predicted": {name: values.tolist() for name, values in predicted.items() if name != "loss"},
+            "trained": {name: values.tolist() for name, values in ordered.items()}, "errors": errors,
+            "optimal_loss": optimal, "loss": loss, "gap": loss - optimal}
+
+
+def minimise(loss, starts, blocks=40, tolerance=1e-9):
+    """Minimise loss({name: tensor}) over float64 parameters: L-BFGS from each start, in at most so many blocks of 50 steps,
+    until a block gains less than this share of the loss; then Newton steps from the best.
+    A list of ({name: tensor}, the loss there), the least first."""
+    found = []
+    for start in starts:
+        parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
+        optimizer = torch.optim.LBFGS(parameters.values(), max_iter=50, history_size=30, tolerance_change=0,
+                                      tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(parameters)
+            value.backward()
+            return value
+
+        before = math.inf
+        for _ in range(blocks):
+            optimizer.step(closure)
+            now = loss(parameters).item()
+            if not before - now > tolerance * abs(now):
+                break
+            before = now
+        found.append(({name: value.detach() for name, value in parameters.items()}, now))
+    found.sort(key=lambda one: one[1])
+    return [newton(loss, found[0][0]), *found[1:]]
+
+
+def newton(loss, parameters, steps=40):
+    """Newton steps down to the nearest minimum: a line search on the loss ends where rounding hides its differences, at
+    half the digits. Directions in which the loss is flat stay as they are. ({name: tensor}, the loss there)."""
+    names, shapes = list(parameters), [value.shape for value in parameters.values()]
+
+    def unflatten(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
+
+    def of_flat(flat):
+        return loss(unflatten(flat))
+
+    flat = torch.cat([value.flatten() for value in parameters.values()])
+    value = of_flat(flat)
+    for _ in range(steps):
+        gradient = torch.func.grad(of_flat)(flat)
+        curvature, directions = torch.linalg.eigh(torch.func.jacrev(torch.func.grad(of_flat))(flat))
+        curvature = curvature.abs()                       # downhill where the loss curves down, too
+        curved = curvature > 1e-9 * curvature.max()
+        step = directions @ torch.where(curved, directions.T @ gradient / curvature, 0)
+        lengths = 0.5 ** torch.arange(10.0, dtype=flat.dtype, device=flat.device)
+        after = torch.stack([of_flat(flat - length * step) for length in lengths])
+        if not after.min() <= value + 1e-14 * value.abs():
+            break
+        flat, value = flat - lengths[after.argmin()] * step, after.min()
+        if step.abs().max() < 1e-12 * flat.abs().max():
+            break
+    return unflatten(flat), value.item()
+
+
 # --------------------------------------------------------------------------------------- densities that scripts share
 
 def log_normal(x, mean, std):
     """log N(x; mean, std^2 I) in nats, summed over the last dimension: x and mean (..., d), std a 0-d tensor; (...)."""
     squared_error = torch.linalg.vector_norm(x - mean, dim=-1).square()
     return -squared_error / (2 * std**2) - x.shape[-1] / 2 * (2 * math.pi * std**2).log()
+
+
+def log_normal_linear(x, U, z, std):
+    """log N(x; U z, std^2 I) in nats, the square expanded so that no draw is as wide as the data: x (B, d), U (d, k),
+    z (..., B, k), std a 0-d tensor; (..., B)."""
+    squared_error = (x**2).sum(-1) - 2 * (z * (x @ U)).sum(-1) + (z @ (U.T @ U) * z).sum(-1)
+    return -squared_error / (2 * std**2) - x.shape[-1] / 2 * (2 * math.pi * std**2).log()
+
+
+def log_normal_low_rank(x, factor, std):
+    """log N(x; 0, factor factor^T + std^2 I) in nats: x (B, d), factor (d, k), std a 0-d tensor; (B,)."""
+    return torch.distributions.LowRankMultivariateNormal(
+        torch.zeros_like(x[0]), factor, (std**2).expand(len(factor))).log_prob(x)
 
 
 def std_head(raw, prior_std, floor=1e-3):
@@ -532,17 +905,26 @@ def _clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def scalars_of(group, data):
-    """The scalars of the objective of a group of G settings: {flag: (G,) tensor} of the data's device and dtype."""
-    like = data.train[0]
-    names = [field.name for field in dataclasses.fields(group[0]) if field.metadata["scalar"]]
-    return {name: torch.tensor([getattr(f, name) for f in group], dtype=like.dtype, device=like.device)
-            for name in names}
+def scalars_of(group, like):
+    """The scalars of the objective of a group of G settings: {flag: (G,) tensor} of like's device and dtype; a
+    vector's is (G, d) where one of the settings gives d numbers."""
+    scalars = {}
+    for name in [field.name for field in dataclasses.fields(group[0]) if field.metadata["scalar"]]:
+        rows = [numbers(getattr(f, name)) for f in group]
+        width = max(map(len, rows))
+        values = torch.tensor([row * (width // len(row)) for row in rows], dtype=like.dtype, device=like.device)
+        scalars[name] = values[:, 0] if width == 1 else values
+    return scalars
 
 
-def on_device(f, data):
-    """The setting as a model's forward sees it: the scalars of its objective are 0-d tensors."""
-    return dataclasses.replace(f, **{name: values[0] for name, values in scalars_of([f], data).items()})
+def numbers(value):
+    """The numbers that a vector flag's value stands for: a list of one, or of one a unit."""
+    return [float(number) for number in str(value).split("/")]
+
+
+def on_device(f, like):
+    """The setting as a model's forward sees it: the scalars of its objective are 0-d tensors, of like's device and dtype."""
+    return dataclasses.replace(f, **{name: values[0] for name, values in scalars_of([f], like).items()})
 
 
 def fit(Model, settings, data, side_by_side=True):
@@ -605,7 +987,7 @@ def train(Model, group, data):
     epoch and the last loss before it, with None for the model.
     """
     first, like, G = group[0], data.train[0], len(group)
-    models, scalars = [build(Model, f, data) for f in group], scalars_of(group, data)
+    models, scalars = [build(Model, f, data) for f in group], scalars_of(group, like)
     if G > 1:
         parameters, buffers = torch.func.stack_module_state(models)
     else:
@@ -623,6 +1005,10 @@ def train(Model, group, data):
         means = torch.vmap(means, in_dims=(0, 0, 0) + (None,) * len(data.train), randomness="same")
     optimizer = torch.optim.Adam(parameters.values(), lr=first.lr, fused=True)
     batches, n = generator(first.seed, "batches", like.device), len(like)
+    steps = first.num_epochs * math.ceil(n / first.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, {
+        "constant": lambda step: 1.0, "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
+    }[first.lr_schedule])
     curves, diverged, limit = [], [None] * G, None
     last = torch.full((G,), math.nan, dtype=like.dtype, device=like.device)
     alive = torch.ones(G, dtype=torch.bool, device=like.device)
@@ -636,6 +1022,7 @@ def train(Model, group, data):
                 terms["loss"].sum().backward()
                 clip(parameters.values(), first.grad_clip, G)
                 optimizer.step()
+                schedule.step()
                 # What is kept stays on the device: the host reads it once an epoch.
                 values = torch.stack(list(terms.values())).detach().view(-1, G)
                 limit = EXPLODED * (1 + values[0].abs()) if limit is None else limit
@@ -700,7 +1087,7 @@ def evaluate(model, f, data):
     like, draws = data.test[0], f.num_samples or ELBO_DRAWS
     row = like.element_size() * max(t[0].numel() for t in data.test)
     rows = max(1, CHUNK_BYTES[like.device.type] // row)       # images x draws that are evaluated at a time
-    images, f = max(1, rows // draws), on_device(f, data)
+    images, scalars = max(1, rows // draws), on_device(f, like)
     progress, terms = Progress("evaluating", len(like), "test examples"), {}
     with seeded(f.seed, "evaluation", like.device):
         for start in range(0, len(like), images):
@@ -708,7 +1095,7 @@ def evaluate(model, f, data):
             batch = [t[here] for t in data.test]
             for drawn in range(0, draws, rows):
                 S = min(rows, draws - drawn)
-                for name, value in model(*batch, f, sample_shape=(S,)).items():
+                for name, value in model(*batch, scalars, sample_shape=(S,)).items():
                     if name == "log_w":
                         value = value.logsumexp(0)
                     else:                                 # this part of the mean over draws, which a term may lack
@@ -726,7 +1113,10 @@ def evaluate(model, f, data):
     metrics, examples = {}, {}
     if f.num_samples:
         log_px = terms["log_w"] - math.log(draws)
-        metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy().astype("float32")
+        metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy()
+    if hasattr(model, "exact_log_px"):
+        exact = in_double(model, f, data.test, lambda double, batch, f: double.exact_log_px(*batch, f))
+        metrics["exact_log_px"], examples["exact_log_px"] = exact.mean().item(), exact.numpy()
     kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in levels(terms)}
     reconstruction = -terms["log_px_z"].mean().item()
     metrics |= {"elbo": -reconstruction - sum(kls.values()), "reconstruction": reconstruction} | kls
@@ -737,6 +1127,31 @@ def evaluate(model, f, data):
         metrics[f"active_share{level}"] = (unit_kl > 0.01).double().mean().item()
         examples[f"unit_kl{level}"] = unit_kl.numpy().astype("float32")
     return metrics, examples
+
+
+@torch.no_grad()
+def in_double(model, f, split, work):
+    """work(model, batch, f) over all rows of a split, batch by batch, in float64: its (B, ...) joined, on the CPU."""
+    double = copy.deepcopy(model).double()
+    f = on_device(f, split[0][:0].double())
+    return torch.cat([work(double, [t.double() for t in batch], f).cpu()
+                      for batch in zip(*(t.split(2048) for t in split))])
+
+
+@torch.no_grad()
+def check(model, f, data, examples):
+    """`compare` a trained linear model with its closed form: `predicted(f, data)` gives that, `units(f, data)` the same of
+    the model; the loss is the exact mean over the training rows. examples are those of `evaluate`: if it sampled,
+    "importance_sampling" has the mean over test examples of (estimated p(x)) / (exact p(x)), which is 1 in expectation,
+    and its standard error."""
+    model = copy.deepcopy(model).train()
+    loss = in_double(model, f, data.train, lambda double, batch, f: beta_elbo_loss(double(*batch, f), f)).mean().item()
+    units = model.cpu().double().units(on_device(f, data.moment[:0]), data)
+    theory = compare(model.predicted(f, data), units, loss)
+    if "log_px" in examples:
+        ratio = np.exp(examples["log_px"] - examples["exact_log_px"])
+        theory["importance_sampling"] = {"mean_ratio": ratio.mean(), "standard_error": ratio.std() / len(ratio)**0.5}
+    return theory
 
 
 def collapse_curve(unit_kl, epsilon, delta=0.05):
@@ -769,9 +1184,11 @@ def write_json(path, value):
 
 
 def what(f, data):
-    """The flags that say what is computed, {name: value}, with the data set that was used; not where or on what."""
+    """The flags that say what is computed, {name: value}, with the data set that was used (data may be None for a script
+    that makes its own); not where or on what."""
     own, shared = own_and_shared(f)
-    return {name: getattr(f, name) for name in own | shared if name not in WHERE_FLAGS} | {"dataset": data.name}
+    flags = {name: getattr(f, name) for name in own | shared if name not in WHERE_FLAGS}
+    return flags | ({"dataset": data.name} if data else {})
 
 
 def run_name(f, data):
@@ -799,8 +1216,8 @@ def run_dir(f, data):
 def describe(f, data):
     """What every result file says of its run."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"script": script_name(f), "settings": what(f, data), "dataset": data.name,
-            "device": device_name(data.train[0].device), "versions": versions}
+    return {"script": script_name(f), "settings": what(f, data), "dataset": data.name if data else "synthetic",
+            "device": device_name(device_of(f)), "versions": versions}
 
 
 def read_result(f, data, name):
@@ -814,10 +1231,11 @@ def read_result(f, data, name):
 
 # --------------------------------------------------------------------------------------------------- report: the table
 
-def report(models, settings, data):
+def report(models, settings, data, counterpart=None):
     """Evaluate what is not evaluated yet, leave each run's files, draw the grid's pictures and print the table.
 
-    Returns the exit status: 1 if a setting diverged, else 0.
+    counterpart is the script to compare with: where it has a run of the same flags, the collapse curves of both are drawn
+    on one picture. Returns the exit status: 1 if a setting diverged, else 0.
     """
     results = []
     for model, f, d in zip(models, settings, data):
@@ -829,14 +1247,22 @@ def report(models, settings, data):
             if model is not None:
                 start = time.monotonic()
                 result["metrics"], examples = evaluate(model, f, d)
+                if hasattr(model, "predicted"):
+                    result["theory"] = check(model, f, d, examples)
                 result["seconds"]["evaluate"] = time.monotonic() - start
                 write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
                 draw_run(folder, model, f, d, training["curves"], examples)
             write_json(folder / "result.json", result)
         results.append(result)
         print(f"files: {folder}", file=sys.stderr)
+        of_both = {script: Path(f.out_dir, script, folder.name, "units.npz") for script in (folder.parent.name, counterpart)
+                   if script}
+        if counterpart and all(path.exists() for path in of_both.values()):
+            draw_collapse(folder / "collapse_beside.png", {script: np.load(path) for script, path in of_both.items()},
+                          caption_of([f], [d]).partition(" on ")[2] + f" seed={f.seed}")
     draw_grid(models, settings, data)
     print_table(results, settings, data)
+    print_theory(results, settings, data)
     return int(any(result["diverged"] for result in results))
 
 
@@ -871,14 +1297,19 @@ def print_table(results, settings, data):
         finished = [m for m in repeats if m]
         cells = [_cell([m[name] for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
         table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
-    widths = [max(map(len, column)) for column in zip(*table)]
     d = data[0]
     print(f"\n{caption_of(settings, data)}: {len(d.train[0]):,} training and {len(d.test[0]):,} test examples, "
           f"{device_name(d.train[0].device)}, nats per test example, "
           f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
-    for row in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+    print_rows(table)
     print("".join(f"{note}\n" for note in notes), end="")
+
+
+def print_rows(rows):
+    """Rows of text in columns, each as wide as its widest cell, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def _cell(values, repeats):
@@ -887,6 +1318,144 @@ def _cell(values, repeats):
         return f"{values[0]:.2f}" if isinstance(values[0], float) else str(values[0])
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{spread}" + (f" ({len(values)} of {repeats})" if len(values) < repeats else "")
+
+
+# ------------------------------------------------------------------------------- trained (or found) beside predicted
+
+def print_units(theory, found):
+    """A table a level: each unit's theta, what the closed form predicts and what was found ("trained"), its state."""
+    predicted, of_model = theory["predicted"], theory["trained"]
+    for level in theory_levels(theory):
+        names = [name for name in ("lambda", "omega", "sigma", "kl") if f"{name}{level}" in of_model]
+        theta = predicted["theta"] + [0.0] * len(predicted[f"kl{level}"])
+        rows = [["unit", "theta", *(word for name in names for word in (f"{name}{level}", found)), "collapses at", "state"]]
+        for i, information in enumerate(predicted[f"information{level}"]):
+            numbers = [values[f"{name}{level}"][i] for name in names for values in (predicted, of_model)]
+            state = "active" if information > 0 else "collapsed"
+            if (of_model[f"information{level}"][i] > ACTIVE) != (information > ACTIVE):
+                state += f" but {found} is not"
+            rows.append([str(i + 1), *(f"{value:.4f}" for value in (theta[i], *numbers)),
+                         f"{predicted[f'collapse{level}'][i]:.4g}", state])
+        print()
+        print_rows(rows)
+
+
+ACTIVE = 0.01                                             # nats of information that make a unit active
+
+
+def theory_levels(theory):
+    """The levels of a result's "theory": [""], or ["_1", "_2"]."""
+    return sorted(name.removeprefix("information") for name in theory["predicted"] if name.startswith("information"))
+
+
+def active_units(theory, of="predicted"):
+    """How many units of each level are active, of those predicted or of those trained: {"_1": 5, "_2": 3}."""
+    return {level: sum(value > ACTIVE for value in theory[of][f"information{level}"]) for level in theory_levels(theory)}
+
+
+def print_theory(results, settings, data):
+    """What the closed form predicts of each setting beside what was trained, if there is one, and where they differ."""
+    results = [result for result in results if result.get("theory")]
+    if not results:
+        return
+    if len(settings) == 1:
+        print_units(results[0]["theory"], "trained")
+        print("".join(f"{note}\n" for note in notes(results[0]["theory"])), end="")
+    flags, rows, differ = list(varying(settings, data)), [], []
+    seeds = ["seed"] if len({f.seed for f in settings}) > 1 else []
+    for result in results:
+        theory, key = result["theory"], {name: str(result["settings"][name]) for name in flags + seeds}
+        of = active_units(theory, "trained")
+        row = key | {f"active{level}": f"{count} ({of[level]})" for level, count in active_units(theory).items()}
+        row |= {"singular values": f"{singular_value_error(theory):.2%}", "optimal loss": f"{theory['optimal_loss']:.4f}",
+                "trained": f"{theory['loss']:.4f}", "gap": f"{theory['gap']:.4f}"}
+        if "importance_sampling" in theory:
+            row["sampled / exact p"] = "{mean_ratio:.5f} ± {standard_error:.5f}".format(**theory["importance_sampling"])
+        rows.append(row)
+        differ += [f"{spell(key) + ': ' if key else ''}{what}" for what in disagreements(theory)]
+    print("\npredicted (trained): active units; largest error of a singular value over the largest predicted one; nats per "
+          "training example")
+    print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    print("\n".join(f"DIFFERS {line}" for line in differ) or "trained as predicted")
+
+
+def singular_value_error(theory):
+    """The largest |trained - predicted| singular value, lambda or omega of any level, over the largest predicted one."""
+    names = [name for name in theory["errors"] if name.startswith(("lambda", "omega"))]
+    largest, error = max(max(theory["predicted"][name]) for name in names), max(theory["errors"][name] for name in names)
+    return error / largest if largest else error
+
+
+def disagreements(theory):
+    """In which ways a trained model is not what the closed form predicts, in words."""
+    if singular_value_error(theory) > 0.02:
+        yield f"a singular value is off by {singular_value_error(theory):.1%} of the largest, wants at most 2 %"
+    if not -1e-6 < theory["gap"] < 0.05:
+        yield f"the loss is {theory['gap']:.3f} nats above the optimal one, wants 0 to 0.05"
+    for level in theory_levels(theory):
+        pairs = zip(theory["predicted"][f"information{level}"], theory["trained"][f"information{level}"])
+        wrong = [i + 1 for i, (predicted, trained) in enumerate(pairs)       # units near their threshold aside
+                 if (predicted > ACTIVE) != (trained > ACTIVE) and not 0 < predicted < 2 * ACTIVE]
+        if wrong:
+            yield f"units {', '.join(map(str, wrong))} of z{level.removeprefix('_')} are not as active as predicted"
+    sampling = theory.get("importance_sampling")
+    if sampling and abs(sampling["mean_ratio"] - 1) > 3 * sampling["standard_error"] + 1e-6:
+        yield "sampled p(x) is more than three standard errors from the exact one"
+
+
+STARTS, TOLERANCE = 8, 1e-6                               # of the checks of theorems
+
+
+def verify(Problem, settings):
+    """Check a theorem on synthetic data, setting by setting: minimise the exact expected loss from several random starts,
+    print what was found beside what is predicted, and VERIFIED or FAILED. Returns the exit status, 0 or 1.
+
+    Problem(f) has start(draw), random parameters {name: float64 tensor} where draw(*shape) draws; loss(parameters),
+    0-d; predicted(), one of the closed forms; units(parameters), the same quantities of these.
+    """
+    rows, worst, flags = [], 0.0, varying(settings, [None] * len(settings))
+    for f in settings:
+        began, problem, there = time.monotonic(), Problem(f), device_of(f)
+        random, moved = generator(f.seed, "init"), copy.copy(problem)
+        for name, value in vars(problem).items():
+            setattr(moved, name, value.to(there) if torch.is_tensor(value) else value)
+        with there:
+            found = minimise(moved.loss, [problem.start(lambda *shape: 0.5 * torch.randn(
+                shape, dtype=torch.float64, generator=random, device="cpu").to(there)) for _ in range(STARTS)])
+        parameters = {name: value.cpu() for name, value in found[0][0].items()}
+        theory = compare(problem.predicted(), problem.units(parameters), found[0][1])
+        error = float(np.max([*theory["errors"].values(), abs(theory["gap"])]))        # nan if one of them is
+        worst = float(np.max([worst, error]))
+        write_json(run_dir(f, None) / "result.json", describe(f, None) | {
+            "seconds": {"minimise": time.monotonic() - began}, "max_error": error, "theory": theory})
+        rows.append({name: str(getattr(f, name)) for name in (*flags, "seed")} | {
+            f"active{level}": f"{count} of {len(theory['predicted'][f'kl{level}'])}"
+            for level, count in active_units(theory).items()} | {
+            "optimal loss": f"{theory['optimal_loss']:.6f}", "found": f"{theory['loss']:.6f}", "max error": f"{error:.1e}"})
+        if len(settings) > 1:
+            print(f"{len(rows)} of {len(settings)} settings", file=sys.stderr)
+    print(f"{script_name(f)}: {spell(changed(settings[0], None)) or 'defaults'}, nats")
+    if len(settings) == 1:
+        print_units(theory, "found")
+        for note in notes(theory):
+            print(note)
+        print(f"\n{sum(loss - found[0][1] < 1e-6 for _, loss in found)} of {STARTS} random starts end at the least loss")
+    columns = max(rows, key=len)
+    print_rows([list(columns), *([row.get(name, "-") for name in columns] for row in rows)])
+    print(f"{'VERIFIED' if worst <= TOLERANCE else 'FAILED'} max error {worst:.1e}")
+    return int(not worst <= TOLERANCE)
+
+
+def notes(theory):
+    """What of the predicted optimum is not unique, or surprises, in sentences."""
+    predicted, theta = theory["predicted"], theory["predicted"]["theta"]
+    said = [f"units {i + 1} and {i + 2} have the same theta: each may describe any mixture of their modes"
+            for i in range(len(theta) - 1) if theta[i] > 0 and theta[i] - theta[i + 1] < 1e-9 * theta[0]]
+    if theta[-1] == 0:
+        said.append(f"theta is 0 from unit {theta.index(0.0) + 1} on: the data has no more modes")
+    if "lambda_1" in predicted and any(a == 0 < b for a, b in zip(predicted["lambda_1"], predicted["omega_2"])):
+        said.append("where lambda_1 = 0 < omega_2, z2 describes nothing but the noise of z1")
+    return said
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -922,7 +1491,7 @@ def draw_run(folder, model, f, data, curves, examples):
         save_figure(folder / "reconstructions.png", len(panels), 1, 4.2, 4.7, caption, draw_images)
     if hasattr(model, "samples"):
         with torch.no_grad(), seeded(f.seed, "samples", data.test[0].device):
-            panels = {"samples from the prior": model.samples(100, on_device(f, data))}
+            panels = {"samples from the prior": model.samples(100, on_device(f, data.test[0]))}
         save_figure(folder / "samples.png", 1, 1, 4.2, 4.7, caption, draw_images)
 
 
@@ -931,7 +1500,7 @@ def reconstructions(model, f, data, count):
     """{caption: images (n, 784)} of count or so test examples, as many of each class, class by class."""
     classes = data.test_labels.unique()
     rows = torch.cat([(data.test_labels == c).nonzero()[:max(1, count // len(classes)), 0] for c in classes])
-    return model.reconstructions(*(t[rows] for t in data.test), on_device(f, data))
+    return model.reconstructions(*(t[rows] for t in data.test), on_device(f, data.test[0]))
 
 
 def _show(ax, images, columns, title, **font):
@@ -977,6 +1546,13 @@ def draw_grid(models, settings, data):
     folder = run_dir(settings[0], data[0]).parent / "grids" / spell(
         {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
     caption = caption_of(settings, data)
+    scalars = [field.name for field in dataclasses.fields(settings[0]) if field.metadata["scalar"]]
+    if all(hasattr(model, "predicted") for model, _, _ in cells.values()):
+        dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)
+        if len(flags) == 1:
+            draw_units_over(folder / "theory.png", flags, cells, dense, caption)
+        elif dense:
+            draw_active_map(folder / "theory.png", flags, cells, caption)
     if len(flags) == 1:
         runs = {f"{name} = {value}": np.load(run_dir(f, d) / "units.npz")
                 for name in flags for (value,), (_, f, d) in cells.items()}
@@ -985,6 +1561,69 @@ def draw_grid(models, settings, data):
         draw_sheets(folder, flags, cells, caption)
         draw_heat_maps(folder / "metrics.png", flags, cells, caption)
     print(f"files: {folder}", file=sys.stderr)
+
+
+def draw_units_over(path, flags, cells, dense, caption):
+    """Over one flag, a row a level: each unit's information, predicted as a line and trained as dots, and how many units
+    are active, predicted as a staircase and trained as dots."""
+    [(flag_name, values)] = flags.items()
+    theories = {value: read_result(f, d, "result.json")["theory"] for (value,), (_, f, d) in cells.items()}
+    levels, (model, f, d) = theory_levels(next(iter(theories.values()))), next(iter(cells.values()))
+    if dense:                                             # between the trained values, too
+        x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
+        predicted = model.predicted(dataclasses.replace(f, **{flag_name: x}), d)
+    else:
+        x = list(theories)
+        predicted = {f"information{level}": torch.tensor([theories[value]["predicted"][f"information{level}"]
+                                                          for value in x]) for level in levels}
+
+    def draw(axes):
+        from matplotlib import colormaps
+        for row, level in zip(axes, levels):
+            lines = predicted[f"information{level}"]
+            trained = np.array([theory["trained"][f"information{level}"] for theory in theories.values()])
+            for i in range(lines.shape[1]):
+                color = colormaps["viridis"](0.9 * i / max(1, lines.shape[1] - 1))
+                row[0].plot(x, lines[:, i], color=color, linewidth=1, label="predicted" if i == 0 else None,
+                            linestyle="-" if dense else ":")
+                row[0].plot(list(theories), trained[:, i], ".", color=color, markersize=4,
+                            label="trained" if i == 0 else None)
+            if dense and flag_name in ("beta", "beta_2"):
+                collapse = [at for at in theories[values[0]]["predicted"][f"collapse{level}"] if values[0] < at < values[-1]]
+                row[0].plot(collapse, [0] * len(collapse), "|", color="red", markersize=9, label="predicted collapse")
+            row[1].step(x, (lines > 0).sum(1), where="mid", color="0.5", label="predicted")
+            row[1].plot(list(theories), (trained > ACTIVE).sum(1), ".", color="C3", markersize=5, label="trained")
+            unit = "z" + level.removeprefix("_")
+            row[0].set(xlabel=flag_name, ylabel=f"information of each unit of {unit} (nats)")
+            row[1].set(xlabel=flag_name, ylabel=f"active units of {unit}")
+            row[0].legend(fontsize=7)
+            row[1].legend(fontsize=7)
+    save_figure(path, 2, len(levels), 4.8, 3.4, caption, draw)
+
+
+def draw_active_map(path, flags, cells, caption):
+    """Over two scalar flags, a panel a level: how many units are predicted active as a map, trained ones as numbers on it."""
+    (row_flag, row_values), (column_flag, column_values) = flags.items()
+    theories = {key: read_result(f, d, "result.json")["theory"] for key, (_, f, d) in cells.items()}
+    levels, (model, f, d) = theory_levels(next(iter(theories.values()))), next(iter(cells.values()))
+    rows, columns = (np.geomspace(min(values) / 1.3, max(values) * 1.3, 200) for values in (row_values, column_values))
+    grid = dict(zip((row_flag, column_flag), torch.tensor(np.meshgrid(rows, columns, indexing="ij")).flatten(1)))
+    predicted = model.predicted(dataclasses.replace(f, **grid), d)
+
+    def draw(axes):
+        for ax, level in zip(axes[0], levels):
+            active = (predicted[f"information{level}"] > 0).sum(1).view(200, 200)
+            total = predicted[f"information{level}"].shape[1]
+            shown = ax.pcolormesh(columns, rows, active, cmap="viridis", vmin=0, vmax=total, shading="nearest",
+                                  rasterized=True)
+            for (row, column), theory in theories.items():
+                trained, of = active_units(theory, "trained")[level], active_units(theory)[level]
+                ax.text(column, row, trained, ha="center", va="center", fontsize=8,
+                        color="black" if of > total / 2 else "white", weight="normal" if trained == of else "bold")
+            ax.set(xscale="log", yscale="log", xlabel=column_flag, ylabel=row_flag,
+                   title=f"active units of z{level.removeprefix('_')}: predicted, and trained (numbers)")
+            ax.figure.colorbar(shown, ax=ax)
+    save_figure(path, len(levels), 1, 5.0, 4.0, caption, draw)
 
 
 def draw_sheets(folder, flags, cells, caption):

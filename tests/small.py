@@ -103,7 +103,7 @@ def plain_train(Model, f, data):
     x = data.train[0]
     with common.seeded(f.seed, "init", torch.device("cpu")):
         model = Model(f).to(x.device, x.dtype)
-    g = common.on_device(f, data)
+    g = common.on_device(f, data.test[0])
     optimizer = torch.optim.Adam(model.parameters(), lr=f.lr)
     order = common.generator(f.seed, "batches", x.device)
     with common.seeded(f.seed, "noise", x.device):

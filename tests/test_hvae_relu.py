@@ -19,7 +19,7 @@ class Terms(unittest.TestCase):
     def setUpClass(cls):
         f = MNIST_HVAE_Relu.Flags(d_1=3, d_2=2, d_hidden=12, eta_enc=0.7, eta_dec=0.4, sigma_1=0.3, device="cpu")
         cls.data = small.digit_data(8, 4)
-        cls.model, cls.f = common.build(MNIST_HVAE_Relu.HVAE, f, cls.data).eval(), common.on_device(f, cls.data)
+        cls.model, cls.f = common.build(MNIST_HVAE_Relu.HVAE, f, cls.data).eval(), common.on_device(f, cls.data.test[0])
         with torch.no_grad():                             # far from its start, so that no term is near 0
             random = torch.Generator().manual_seed(1)
             for p in cls.model.parameters():
@@ -94,7 +94,7 @@ class Terms(unittest.TestCase):
                 net[0].weight[:] = torch.tensor([[1.0], [-1.0]])
                 net[2].weight[0] = torch.tensor([1.0, -1.0])
             model.z1_to_z2[2].bias[1] = -20.0                 # a posterior of z2 that is all but a point
-            terms = model(self.x, common.on_device(f, self.data), sample_shape=(500,))
+            terms = model(self.x, common.on_device(f, self.data.test[0]), sample_shape=(500,))
         self.assertLess(terms["kl_1"].mean().item(), -0.5)
         self.assertGreater(terms["unit_kl_1"].mean().item(), 1.0)
 
@@ -120,7 +120,7 @@ class Terms(unittest.TestCase):
         """The std of q(z2|z1) starts near eta_enc, whatever that is."""
         for eta_enc in (0.25, 2.0):
             f = MNIST_HVAE_Relu.Flags(eta_enc=eta_enc, device="cpu")
-            model, g = common.build(MNIST_HVAE_Relu.HVAE, f, self.data), common.on_device(f, self.data)
+            model, g = common.build(MNIST_HVAE_Relu.HVAE, f, self.data), common.on_device(f, self.data.test[0])
             with torch.no_grad():
                 std = model.q_z2(model.q_z1(self.x, g).mean, g).stddev / eta_enc
             self.assertLess((std - 1).abs().max().item(), 0.3)
