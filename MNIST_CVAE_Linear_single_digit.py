@@ -24,7 +24,7 @@ class Flags(common.LinearFlags):
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
     dim_z: int = common.flag(16, "units of z", low=1)
     d_hidden: int = common.flag(196, "units between the two layers of a map", low=1)
-    lr: float = common.flag(1e-2, "Adam's learning rate", above=0)
+    num_epochs: int = common.flag(300, "passes over the training set", low=1)
 
 
 class CVAE(nn.Module):

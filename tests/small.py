@@ -105,6 +105,8 @@ def plain_train(Model, f, data):
         model = Model(f).to(x.device, x.dtype)
     g = common.on_device(f, data.test[0])
     optimizer = torch.optim.Adam(model.parameters(), lr=f.lr)
+    steps = f.num_epochs * -(-len(x) // f.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if f.lr_schedule == "cosine" else None
     order = common.generator(f.seed, "batches", x.device)
     with common.seeded(f.seed, "noise", x.device):
         for _ in range(f.num_epochs):
@@ -115,4 +117,6 @@ def plain_train(Model, f, data):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
                 optimizer.step()
+                if schedule:
+                    schedule.step()
     return model

@@ -42,7 +42,7 @@ class ImportanceSampling(unittest.TestCase):
         [x] = self.data.test
         torch.manual_seed(0)
         with torch.no_grad():
-            log_w = model(x, common.on_device(self.f, self.data), sample_shape=(4000,))["log_w"]
+            log_w = model(x, common.on_device(self.f, self.data.test[0]), sample_shape=(4000,))["log_w"]
         weights = (log_w - log_w.logsumexp(0)).exp() * len(log_w)
         return (weights.var(0) / draws).sum().sqrt().item() / len(x)
 
@@ -76,7 +76,7 @@ class ImportanceSampling(unittest.TestCase):
         for model in self.models.values():
             metrics, _ = evaluate(model, self.settings(num_samples=2000), self.data)
             with torch.no_grad():
-                log_w = model(x, common.on_device(self.f, self.data), sample_shape=(2000,))["log_w"].mean(1)
+                log_w = model(x, common.on_device(self.f, self.data.test[0]), sample_shape=(2000,))["log_w"].mean(1)
             error = log_w.std().item() / len(log_w)**0.5
             self.assertLess(abs(metrics["elbo"] - log_w.mean().item()), 4 * error * 2**0.5)
             self.assertLess(metrics["elbo"], metrics["log_px"])

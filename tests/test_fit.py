@@ -39,10 +39,14 @@ class SameNumbers(unittest.TestCase):
 
     def test_like_a_plain_loop(self):
         data = small.digit_data(100)                          # 100 = 3 x 32 + 4: the last batch is a small one
-        f = self.relu(beta_1=0.3, beta_2=2.0, eta_dec=0.8)
-        [(model, training)] = train(MNIST_HVAE_Relu.HVAE, [f], data)
-        self.assert_close(model.state_dict(), small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).state_dict(), 1e-12)
-        self.assertEqual([len(curve) for curve in training["curves"].values()], [2] * 4)
+        ends = []
+        for schedule in ("constant", "cosine"):
+            f = self.relu(beta_1=0.3, beta_2=2.0, eta_dec=0.8, lr_schedule=schedule)
+            [(model, training)] = train(MNIST_HVAE_Relu.HVAE, [f], data)
+            ends.append(model.state_dict())
+            self.assert_close(ends[-1], small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).state_dict(), 1e-12)
+            self.assertEqual([len(curve) for curve in training["curves"].values()], [2] * 4)
+        self.assertFalse(torch.allclose(ends[0]["z1_to_x.2.weight"], ends[1]["z1_to_x.2.weight"], atol=1e-6))
 
     def test_curves_are_means_over_examples(self):
         """A small last batch counts by its examples."""

@@ -4,8 +4,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 import common
 import MNIST_HVAE_Relu
+import MNIST_VAE_Linear_nonlearnable_sigma
 from tests.small import call
 
 
@@ -39,6 +42,16 @@ class Values(unittest.TestCase):
         self.assertFalse(settings_of("--beta_1", "2")[0].released_objective)
         both = settings_of("--released_objective", "false,true")
         self.assertEqual([f.released_objective for f in both], [False, True])
+
+    def test_one_number_a_unit(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stderr"):
+            settings = common.parse_flags(MNIST_VAE_Linear_nonlearnable_sigma.Flags, [
+                "--sigma", "8/4/2/1/.5,0.3,1:2:0.5", "--out_dir", folder])
+        self.assertEqual([f.sigma for f in settings], ["8.0/4.0/2.0/1.0/0.5", 0.3, 1.0, 1.5, 2.0])
+        self.assertEqual([common.numbers(f.sigma) for f in settings[:2]], [[8, 4, 2, 1, 0.5], [0.3]])
+        scalars = common.scalars_of(settings[:2], torch.zeros(1, dtype=torch.float64))
+        self.assertEqual(scalars["sigma"].tolist(), [[8, 4, 2, 1, 0.5], [0.3] * 5])
+        self.assertEqual(tuple(common.scalars_of(settings[1:], torch.zeros(1))["sigma"].shape), (4,))
 
     def test_a_path_may_hold_commas_and_colons(self):
         self.assertEqual(settings_of("--data_dir", "a,b:c")[0].data_dir, "a,b:c")

@@ -231,7 +231,7 @@ class Agreement(unittest.TestCase):
             theory = self.theory() | {"gap": gap}
             [loss] = common.disagreements(theory)
             self.assertIn("loss", loss)
-        theory = self.theory() | {"importance_sampling": {"mean_ratio": 1.01, "standard_error": 0.003}}
+        theory = self.theory() | {"importance_sampling": {"mean_ratio": 1.01, "standard_error": 0.003, "rounding": 1e-4}}
         [sampled] = common.disagreements(theory)
         self.assertIn("standard errors", sampled)
 
@@ -244,6 +244,7 @@ class Agreement(unittest.TestCase):
         sampling = common.check(model, f, data, examples)["importance_sampling"]
         self.assertAlmostEqual(sampling["mean_ratio"], ratio.mean(), delta=1e-12)
         self.assertAlmostEqual(sampling["standard_error"], ratio.std() / math.sqrt(40), delta=1e-12)
+        self.assertLess(sampling["rounding"], 1e-9)            # in float64
         self.assertAlmostEqual(metrics["exact_log_px"], examples["exact_log_px"].mean(), delta=1e-9)
 
     def test_order_of_units_does_not_matter(self):

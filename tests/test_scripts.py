@@ -13,17 +13,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import common
 import MNIST_HVAE_Relu
 from tests import small
 from tests.small import ROOT
 
 # script: (flags that make it small, its metrics, its pictures)
-LEVELS = ["AU", "AU_kl", "active_share"]
+OF_LEVEL = ["AU", "AU_kl", "active_share"]
+ONE_LEVEL = ["elbo", "reconstruction", "kl", *OF_LEVEL]
+TWO_LEVELS = ["elbo", "reconstruction", "kl_1", "kl_2"] + [f"{m}_{level}" for level in (1, 2) for m in OF_LEVEL]
+EXACT = ["log_px", "exact_log_px"]
+CONDITIONAL = {"reconstructions.png", "collapse.png", "training.png"}
+PICTURES = CONDITIONAL | {"samples.png"}
 SCRIPTS = {
-    "MNIST_HVAE_Relu.py": (
-        ["--d_hidden", "32"],
-        ["log_px", "elbo", "reconstruction", "kl_1", "kl_2"] + [f"{m}_{level}" for level in (1, 2) for m in LEVELS],
-        {"reconstructions.png", "samples.png", "collapse.png", "training.png"}),
+    "MNIST_HVAE_Relu.py": (["--d_hidden", "32"], ["log_px", *TWO_LEVELS], PICTURES),
+    "MNIST_VAE_Linear_learnable_sigma.py": ([], EXACT + ONE_LEVEL, PICTURES),
+    "MNIST_VAE_Linear_nonlearnable_sigma.py": (["--sigma", "2/1/0.5", "--d_1", "3"], EXACT + ONE_LEVEL, PICTURES),
+    "MNIST_CVAE_Linear.py": (["--dim_z", "8"], EXACT + ONE_LEVEL, CONDITIONAL),
+    "MNIST_CVAE_Linear_single_digit.py": (["--d_hidden", "8", "--digit", "3"], EXACT + ONE_LEVEL, CONDITIONAL),
+    "MNIST_HVAE_Linear_learnable_sigma_2.py": (["--d_1", "4"], EXACT + TWO_LEVELS, PICTURES),
+    "MNIST_HVAE_Linear_nonlearnable_sigma_2.py": (["--d_2", "4"], EXACT + TWO_LEVELS, PICTURES),
 }
 
 
@@ -40,6 +49,8 @@ class CommandLine(unittest.TestCase):
         cls.addClassCleanup(folder.cleanup)
         cls.folder = Path(folder.name)
         small.write_mnist(cls.folder / "data")
+        labels = [common.draw_digits(n, seed)[1] for n, seed in ((256, 5), (64, 6))]      # as write_mnist draws them
+        cls.counts = {False: [256, 64], True: [int((of == 3).sum()) for of in labels]}
 
     def start(self, script, *argv, **more):
         argv = [sys.executable, str(ROOT / script), "--data_dir", str(self.folder / "data"), *argv]
@@ -61,21 +72,27 @@ class CommandLine(unittest.TestCase):
                 self.assertEqual(list(result["metrics"]), metrics)
                 self.assertTrue(np.isfinite(list(result["metrics"].values())).all())
                 self.assertEqual(set(result["versions"]), {"python", "torch", "numpy"})
+                n_train, n_test = self.counts["digit" in script]
                 with np.load(run / "units.npz") as units:
-                    self.assertTrue(all(len(units[name]) == 64 for name in units))
+                    self.assertTrue(all(len(units[name]) == n_test for name in units))
                     self.assertTrue(all((units[name] >= 0).all() for name in units if name.startswith("unit_kl")))
                 state = torch.load(run / "model.pt", weights_only=True)
                 self.assertTrue(all(value.isfinite().all() for value in state.values()))
                 self.assertEqual({path.name for path in run.glob("*.png")}, pictures)
                 self.assertTrue(all(min(png_size(path)) > 300 for path in run.glob("*.png")))
                 self.assertEqual([path for path in run.iterdir() if path.name.startswith(".")], [])
-                # The table is the last thing printed, on stdout: a caption, the metrics' names, a row.
-                caption, names, row = out.strip().split("\n")
+                # The table is the last thing printed, on stdout: a caption, the metrics' names, a row; then the theory.
+                caption, names, row, *theory = out.strip().split("\n")
                 self.assertIn(" on mnist ", caption)
-                self.assertIn(": 256 training and 64 test examples, cpu, nats per test example, seed 0", caption)
+                self.assertIn(f": {n_train} training and {n_test} test examples, cpu, nats per test example, seed 0", caption)
                 self.assertEqual(names.split(), metrics)
                 self.assertEqual(len(row.split()), len(metrics))
-                self.assertAlmostEqual(float(row.split()[1]), result["metrics"]["elbo"], delta=0.006)
+                self.assertAlmostEqual(float(row.split()[metrics.index("elbo")]), result["metrics"]["elbo"], delta=0.006)
+                self.assertEqual("exact_log_px" in metrics, "theory" in result)
+                if "theory" in result:
+                    self.assertGreater(result["theory"]["gap"], -1e-6)
+                    self.assertIn(f"{result['theory']['optimal_loss']:.4f}", "\n".join(theory))
+                    self.assertRegex(theory[-1], "^(DIFFERS|trained as predicted)")
                 # In a pipe there is no cursor control.
                 self.assertNotIn("\r", err)
                 self.assertRegex(err, r"training: epoch 1/1, loss -?\d+\.\d\d, 100%")

@@ -278,7 +278,7 @@ class Verdicts(unittest.TestCase):
             self.assertIn(" active\n", out)
             self.assertIn(" collapsed\n", out)
             [path] = (self.folder / script.__name__).glob("*/result.json")
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(), parse_constant=self.fail)     # nan and Infinity are no JSON
             self.assertEqual((result["script"], result["dataset"]), (script.__name__, "synthetic"))
             self.assertLess(abs(result["theory"]["gap"]), 1e-9)
             self.assertIn(f"{result['theory']['optimal_loss']:.6f}", out)
