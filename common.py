@@ -1600,12 +1600,13 @@ def draw_units_over(path, flags, cells, dense, caption):
             if dense and flag_name in ("beta", "beta_2"):
                 collapse = [at for at in theories[values[0]]["predicted"][f"collapse{level}"]
                             if at is not None and min(values) < at < max(values)]
-                row[0].plot(collapse, [0] * len(collapse), "|", color="red", markersize=9, label="predicted collapse")
+                row[0].plot(collapse, [0] * len(collapse), "|", color="red", markersize=9,
+                            label="predicted collapse" if collapse else None)
             row[1].step(x, (lines > 0).sum(1), where="mid", color="0.5", label="predicted")
             row[1].plot(list(theories), (trained > ACTIVE).sum(1), ".", color="C3", markersize=5, label="trained")
             unit = "z" + level.removeprefix("_")
             row[0].set(xlabel=flag_name, ylabel=f"information of each unit of {unit} (nats)")
-            row[1].set(xlabel=flag_name, ylabel=f"active units of {unit}")
+            row[1].set(xlabel=flag_name, ylabel=f"active units of {unit}", ylim=(-0.5, lines.shape[1] + 0.5))
             row[0].legend(fontsize=7)
             row[1].legend(fontsize=7)
     save_figure(path, 2, len(levels), 4.8, 3.4, caption, draw)
