@@ -1631,7 +1631,9 @@ def draw_active_map(path, flags, cells, caption):
                 trained, of = active_units(theory, "trained")[level], active_units(theory)[level]
                 ax.text(column, row, trained, ha="center", va="center", fontsize=8,
                         color="black" if of > total / 2 else "white", weight="normal" if trained == of else "bold")
-            ax.set(xscale="log", yscale="log", xlabel=column_flag, ylabel=row_flag,
+            ax.set(xscale="log", yscale="log", xlabel=column_flag, ylabel=row_flag)
+            ax.minorticks_off()
+            ax.set(xticks=column_values, yticks=row_values, xticklabels=column_values, yticklabels=row_values,
                    title=f"active units of z{level.removeprefix('_')}: predicted, and trained (numbers)")
             ax.figure.colorbar(shown, ax=ax)
     save_figure(path, len(levels), 1, 5.0, 4.0, caption, draw)
