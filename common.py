@@ -775,9 +775,9 @@ def compare(predicted, trained, loss):
             "optimal_loss": optimal, "loss": loss, "gap": loss - optimal}
 
 
-def minimise(loss, starts, blocks=40, tolerance=1e-9):
+def minimise(loss, starts, blocks=40):
     """Minimise loss({name: tensor}) over float64 parameters: L-BFGS from each start, in at most so many blocks of 50 steps,
-    until a block gains less than this share of the loss; then Newton steps from the best.
+    until a block gains less than 1e-9 of the loss; then Newton steps from the best.
     A list of ({name: tensor}, the loss there), the least first."""
     found = []
     for start in starts:
@@ -795,7 +795,7 @@ def minimise(loss, starts, blocks=40, tolerance=1e-9):
         for _ in range(blocks):
             optimizer.step(closure)
             now = loss(parameters).item()
-            if not before - now > tolerance * abs(now):
+            if not before - now > 1e-9 * abs(now):
                 break
             before = now
         found.append(({name: value.detach() for name, value in parameters.items()}, now))

@@ -323,6 +323,9 @@ class Verdicts(unittest.TestCase):
             ("theta for its root", matrix_CVAE, (), "cvae_optimum",
              lambda o, theta, d, *rest: forms["vae_optimum"](theta, d, *rest)),
             ("sigma not sorted", matrix_VAE, ("--learnable_sigma", "false", "--sigma", "1.5/0.5/1", "--d_1", 3),
+             "vae_optimum_fixed_sigma", lambda o, theta, sigma, beta, enc, dec: o | {"lambda": (
+                 sigma * (theta[:3] - sigma * beta**0.5 * dec / enc).clamp(min=0) / (beta**0.5 * dec / enc)).sqrt()}),
+            ("a little off", matrix_VAE, ("--learnable_sigma", "false"),
              "vae_optimum_fixed_sigma", lambda o, *args: o | {"lambda": o["lambda"] + 1e-5}),
             ("b without beta_1", matrix_HVAE_learnable_sigma_2, ("--beta_1", 0.5), "hvae_optimum",
              lambda o, theta, d_1, d_2, s, b_1, b_2, *rest: forms["hvae_optimum"](theta, d_1, d_2, s, 1.0, b_2, *rest)),
