@@ -84,6 +84,12 @@ class HVAE(nn.Module):
             terms["mean_1"], terms["mean_2"] = q_z1.mean / f.eta_dec, q_z2.mean / f.eta_enc
         return terms
 
+    @staticmethod
+    def linear_optimum(f, data):
+        """Theorem 3: the units of the linear HVAE at its optimum on the same data."""
+        theta = common.spectrum(data.moment).sqrt()
+        return common.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+
     def reconstructions(self, x, f):
         z1 = self.q_z1(x, f).mean
         z2 = self.q_z2(z1, f).mean

@@ -11,6 +11,8 @@ A script's model is an `nn.Module` built from one setting f (an instance of the 
         mean*    (S, B, d)  E_q[z|x] of each level, in standard deviations of its prior
         unit_kl* (S, B, d)  the level's KL where the ELBO's term is no divergence (may be left out otherwise)
       where S = sample_shape; a term other than log_w that does not depend on the draw may lack it
+    linear_optimum(f, data)                the closed form of its linear twin on the same data (optional, static)
+    widest_layer                           numbers per example, where a layer is wider than the data (optional)
     reconstructions(*batch, f)             {caption: images (B, 784)}     (optional, for pictures)
     samples(n, f)                          images (n, 784) from the prior (optional, for pictures)
 
@@ -81,18 +83,23 @@ class MatrixFlags(RunFlags):
 
 
 @dataclass
-class TrainFlags(RunFlags):
-    """The flags of every experiment that trains on images."""
+class FitFlags(RunFlags):
+    """The flags of every experiment that trains."""
     batch_size: int = flag(128, "examples per gradient step", low=1)
     num_epochs: int = flag(100, "passes over the training set", low=1)
     lr: float = flag(1e-3, "Adam's learning rate", above=0)
     lr_schedule: str = flag("constant", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
     grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
+    overwrite: bool = flag(False, "train again what is finished")
+
+
+@dataclass
+class TrainFlags(FitFlags):
+    """The flags of every experiment that trains on images."""
     num_samples: int = flag(1000, "draws per example for the log-likelihood; 0 leaves it out", low=0)
     dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                         choices=("auto", "mnist", "fashion", "digits"))
     data_dir: str = flag("data", "where data sets lie, or are put")
-    overwrite: bool = flag(False, "train again what is finished")
 
 
 @dataclass
@@ -291,12 +298,14 @@ def seeded(seed, purpose, device):
 @dataclass
 class Data:
     """One data set, whole, on the device. train and test hold what a model's forward takes, as a tuple of tensors with
-    one row per example (for a VAE one tensor (n, 784) in [0, 1]); labels are (n,), 0 to 9."""
+    one row per example (for a VAE one tensor (n, 784) in [0, 1]); labels are (n,), 0 to 9, of images. also_train asks for
+    the metrics on train, too."""
     name: str
     train: tuple
     test: tuple
-    train_labels: torch.Tensor
-    test_labels: torch.Tensor
+    train_labels: torch.Tensor = None
+    test_labels: torch.Tensor = None
+    also_train: bool = False
 
     @functools.cached_property
     def moment(self):
@@ -769,10 +778,15 @@ def compare(predicted, trained, loss):
             ordered[name][ranks] = trained[name].sort(descending=True).values
     errors = {name: (ordered[name] - predicted[name]).abs().max().item() for name in ordered}
     optimal = predicted["loss"].item()
-    return {"predicted": {name: [None if value == math.inf else value for value in values.tolist()]
-                          for name, values in predicted.items() if name != "loss"},
+    return {"predicted": per_unit(predicted),
             "trained": {name: values.tolist() for name, values in ordered.items()}, "errors": errors,
             "optimal_loss": optimal, "loss": loss, "gap": loss - optimal}
+
+
+def per_unit(predicted):
+    """What a closed form says of each unit, as lists: {name: [...]}, with None for a collapse that never comes."""
+    return {name: [None if value == math.inf else value for value in values.tolist()]
+            for name, values in predicted.items() if name != "loss"}
 
 
 def minimise(loss, starts, blocks=40):
@@ -973,7 +987,8 @@ def read_trained(Model, f, data):
 def build(Model, f, data):
     """A model on the data's device, with the initial weights that its seed gives, the same on every device."""
     with seeded(f.seed, "init", torch.device("cpu")):
-        return Model(f).to(data.train[0].device, data.train[0].dtype)
+        # channels_last lets convolutions run faster on a CPU; other weights it leaves as they are.
+        return Model(f).to(data.train[0].device, data.train[0].dtype, memory_format=torch.channels_last)
 
 
 EXPLODED = 1e3                                            # times the first batch's loss
@@ -1072,27 +1087,28 @@ def clip(parameters, max_norm, G):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 ELBO_DRAWS = 64                                           # draws per example where no log-likelihood is asked for
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of a layer as wide as the data: a cache, or a busy GPU
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU
 
 
 @torch.no_grad()
-def evaluate(model, f, data):
-    """The metrics of a model on the test split, in nats per example, and what they are made of.
+def evaluate(model, f, data, split="test"):
+    """The metrics of a model on the test split (or on "train"), in nats per example, and what they are made of.
 
     Returns (metrics, examples). metrics: log_px, log p(x) by importance sampling with num_samples draws from q (Burda
     et al. 2016, eq. 8; absent for 0), elbo (at beta 1), reconstruction -E_q[log p(x|z)], and per level kl, AU (units
     with Var_x(E_q[z|x]) > 0.01 of the prior's variance), AU_kl (units with mean KL > 0.01), active_share (share of
     pairs of example and unit with KL > 0.01). examples: numpy arrays, log_px (n,) and unit_kl per level (n, d).
     """
-    like, draws = data.test[0], f.num_samples or ELBO_DRAWS
-    row = like.element_size() * max(t[0].numel() for t in data.test)
-    rows = max(1, CHUNK_BYTES[like.device.type] // row)       # images x draws that are evaluated at a time
+    split = getattr(data, split)
+    like, asked = split[0], getattr(f, "num_draws", f.num_samples)    # where num_samples are rows, draws have their own
+    draws, width = asked or ELBO_DRAWS, max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
+    rows = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))      # images x draws at a time
     images, scalars = max(1, rows // draws), on_device(f, like)
-    progress, terms = Progress("evaluating", len(like), "test examples"), {}
+    progress, terms = Progress("evaluating", len(like), "examples"), {}
     with seeded(f.seed, "evaluation", like.device):
         for start in range(0, len(like), images):
             here = slice(start, start + images)
-            batch = [t[here] for t in data.test]
+            batch = [t[here] for t in split]
             for drawn in range(0, draws, rows):
                 S = min(rows, draws - drawn)
                 for name, value in model(*batch, scalars, sample_shape=(S,)).items():
@@ -1111,11 +1127,11 @@ def evaluate(model, f, data):
     terms = {name: value.double().cpu() for name, value in terms.items()}
 
     metrics, examples = {}, {}
-    if f.num_samples:
+    if asked:
         log_px = terms["log_w"] - math.log(draws)
         metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy()
     if hasattr(model, "exact_log_px"):
-        exact = in_double(model, f, data.test, lambda double, batch, f: double.exact_log_px(*batch, f))
+        exact = in_double(model, f, split, lambda double, batch, f: double.exact_log_px(*batch, f))
         metrics["exact_log_px"], examples["exact_log_px"] = exact.mean().item(), exact.numpy()
     kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in levels(terms)}
     reconstruction = -terms["log_px_z"].mean().item()
@@ -1156,6 +1172,17 @@ def check(model, f, data, examples):
     return theory
 
 
+def linear_prediction(model, f, data):
+    """What the closed form of a model's linear twin, `linear_optimum(f, data)`, says of each unit, as lists: {name: [...]}.
+    None where a weight is 0: no optimum is finite there."""
+    weights = {field.name: getattr(f, field.name) for field in dataclasses.fields(f) if field.name.startswith("beta")}
+    if not all(weights.values()):
+        return None
+    if getattr(f, "released_objective", False):           # 2 reconstruction + beta KL: twice the exact one at beta / 2
+        f = dataclasses.replace(f, **{name: beta / 2 for name, beta in weights.items()})
+    return per_unit(model.linear_optimum(f, data))
+
+
 def collapse_curve(unit_kl, epsilon, delta=0.05):
     """The share of units that are (epsilon, delta)-collapsed, P_x[KL_i < epsilon] >= 1 - delta (Lucas et al. 2019).
 
@@ -1190,7 +1217,7 @@ def what(f, data):
     that makes its own); not where or on what."""
     own, shared = own_and_shared(f)
     flags = {name: getattr(f, name) for name in own | shared if name not in WHERE_FLAGS}
-    return flags | ({"dataset": data.name} if data else {})
+    return flags | ({"dataset": data.name} if "dataset" in flags else {})
 
 
 def run_name(f, data):
@@ -1249,6 +1276,10 @@ def report(models, settings, data, counterpart=None):
             if model is not None:
                 start = time.monotonic()
                 result["metrics"], examples = evaluate(model, f, d)
+                if d.also_train:
+                    result["metrics"] |= {f"{name}_train": value for name, value in evaluate(model, f, d, "train")[0].items()}
+                if hasattr(model, "linear_optimum"):
+                    result["linear"] = linear_prediction(model, f, d)
                 if hasattr(model, "predicted"):
                     result["theory"] = check(model, f, d, examples)
                 result["seconds"]["evaluate"] = time.monotonic() - start
@@ -1265,6 +1296,7 @@ def report(models, settings, data, counterpart=None):
     draw_grid(models, settings, data)
     print_table(results, settings, data)
     print_theory(results, settings, data)
+    print_linear(results, settings, data)
     return int(any(result["diverged"] for result in results))
 
 
@@ -1327,7 +1359,7 @@ def _cell(values, repeats):
 def print_units(theory, found):
     """A table a level: each unit's theta, what the closed form predicts and what was found ("trained"), its state."""
     predicted, of_model = theory["predicted"], theory["trained"]
-    for level in theory_levels(theory):
+    for level in theory_levels(theory["predicted"]):
         names = [name for name in ("lambda", "omega", "sigma", "kl") if f"{name}{level}" in of_model]
         theta = predicted["theta"] + [0.0] * len(predicted[f"kl{level}"])
         rows = [["unit", "theta", *(word for name in names for word in (f"{name}{level}", found)), "collapses at", "state"]]
@@ -1346,14 +1378,14 @@ def print_units(theory, found):
 ACTIVE = 0.01                                             # nats of information that make a unit active
 
 
-def theory_levels(theory):
-    """The levels of a result's "theory": [""], or ["_1", "_2"]."""
-    return sorted(name.removeprefix("information") for name in theory["predicted"] if name.startswith("information"))
+def theory_levels(predicted):
+    """The levels of a closed form's units: [""], or ["_1", "_2"]."""
+    return sorted(name.removeprefix("information") for name in predicted if name.startswith("information"))
 
 
 def active_units(theory, of="predicted"):
     """How many units of each level are active, of those predicted or of those trained: {"_1": 5, "_2": 3}."""
-    return {level: sum(value > ACTIVE for value in theory[of][f"information{level}"]) for level in theory_levels(theory)}
+    return {level: sum(value > ACTIVE for value in theory[of][f"information{level}"]) for level in theory_levels(theory["predicted"])}
 
 
 def print_theory(results, settings, data):
@@ -1382,6 +1414,57 @@ def print_theory(results, settings, data):
     print("\n".join(f"DIFFERS {line}" for line in differ) or "trained as predicted")
 
 
+def print_linear(results, settings, data):
+    """What the closed form of the linear twin predicts of each setting beside what was trained, and, where there are
+    settings enough, how far the two order them alike."""
+    results = [result for result in results if closed_form(result)]
+    flags = list(varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else [])
+    rows = []
+    for result in results if results and "linear" in results[0] else []:
+        row = {name: str(result["settings"][name]) for name in flags}
+        for metric, predicted, trained in beside_linear(result):
+            word = metric.replace("AU_kl", "AU")          # the same units are predicted active for both
+            row |= {f"linear {word}": _cell([predicted], 1), metric: _cell([trained], 1)}
+        rows.append(row)
+    if rows:
+        print("\nlinear: what the closed form of the linear model predicts from the same training data, beside what was trained")
+        print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    if len(results) > 2:
+        print(f"rank correlation of predicted and trained over {len(results)} settings: "
+              + ", ".join(f"{metric} {correlation:.2f}" for metric, correlation in linear_correlations(results).items()))
+
+
+def closed_form(result):
+    """What a closed form says of the units of a result's model, or of its linear twin, as lists; None if none does."""
+    if not result["metrics"]:
+        return None
+    return result["theory"]["predicted"] if "theory" in result else result.get("linear")
+
+
+def beside_linear(result):
+    """[(metric, what the closed form predicts, what was trained)], of each level kl, AU and AU_kl. Predicted active is
+    what has more than ACTIVE nats of information."""
+    predicted, metrics = closed_form(result), result["metrics"]
+    for level in theory_levels(predicted):
+        active = sum(information > ACTIVE for information in predicted[f"information{level}"])
+        yield f"kl{level}", sum(predicted[f"kl{level}"]), metrics[f"kl{level}"]
+        yield f"AU{level}", active, metrics[f"AU{level}"]
+        yield f"AU_kl{level}", active, metrics[f"AU_kl{level}"]
+
+
+def linear_correlations(results):
+    """{metric: Spearman's rank correlation of predicted and trained over results}, nan where one of them is constant."""
+    correlations = {}
+    for triples in zip(*map(beside_linear, results)):
+        ranks = []
+        for values in (np.array([triple[k] for triple in triples]) for k in (1, 2)):
+            below, same = values[:, None] > values, values[:, None] == values
+            ranks.append(below.sum(1) + same.sum(1) / 2)  # ties share their mean rank
+        constant = any(np.ptp(of) == 0 for of in ranks)
+        correlations[triples[0][0]] = math.nan if constant else np.corrcoef(*ranks)[0, 1]
+    return correlations
+
+
 def singular_value_error(theory):
     """The largest |trained - predicted| singular value, lambda or omega of any level, over the largest predicted one."""
     names = [name for name in theory["errors"] if name.startswith(("lambda", "omega"))]
@@ -1395,7 +1478,7 @@ def disagreements(theory):
         yield f"a singular value is off by {singular_value_error(theory):.1%} of the largest, wants at most 2 %"
     if not -1e-6 < theory["gap"] < 0.05:
         yield f"the loss is {theory['gap']:.3f} nats above the optimal one, wants 0 to 0.05"
-    for level in theory_levels(theory):
+    for level in theory_levels(theory["predicted"]):
         pairs = zip(theory["predicted"][f"information{level}"], theory["trained"][f"information{level}"])
         wrong = [i + 1 for i, (predicted, trained) in enumerate(pairs)       # units near their threshold aside
                  if (predicted > ACTIVE) != (trained > ACTIVE) and not 0 < predicted < 2 * ACTIVE]
@@ -1433,7 +1516,7 @@ def verify(Problem, settings):
         write_json(run_dir(f, None) / "result.json", describe(f, None) | {
             "seconds": {"minimise": time.monotonic() - began}, "max_error": error, "theory": theory})
         row = {name: str(getattr(f, name)) for name in (*flags, "seed")}
-        for level in theory_levels(theory):
+        for level in theory_levels(theory["predicted"]):
             active = [information > 0 for information in theory["predicted"][f"information{level}"]]
             row |= {f"active{level}": str(sum(active)), f"collapsed{level}": str(len(active) - sum(active))}
         rows.append(row | {"optimal loss": f"{theory['optimal_loss']:.6f}", "found": f"{theory['loss']:.6f}",
@@ -1562,6 +1645,9 @@ def draw_grid(models, settings, data):
             draw_units_over(folder / "theory.png", flags, cells, dense, caption)
         elif dense:
             draw_active_map(folder / "theory.png", flags, cells, caption)
+    results = {key: read_result(f, d, "result.json") for key, (_, f, d) in cells.items()}
+    if any(closed_form(result) for result in results.values()):
+        draw_beside_linear(folder / "linear.png", flags, {key: of for key, of in results.items() if closed_form(of)}, caption)
     if len(flags) == 1:
         runs = {f"{name} = {value}": np.load(run_dir(f, d) / "units.npz")
                 for name in flags for (value,), (_, f, d) in cells.items()}
@@ -1577,7 +1663,7 @@ def draw_units_over(path, flags, cells, dense, caption):
     are active, predicted as a staircase and trained as dots."""
     [(flag_name, values)] = flags.items()
     theories = {value: read_result(f, d, "result.json")["theory"] for (value,), (_, f, d) in cells.items()}
-    levels, (model, f, d) = theory_levels(next(iter(theories.values()))), next(iter(cells.values()))
+    levels, (model, f, d) = theory_levels(next(iter(theories.values()))["predicted"]), next(iter(cells.values()))
     if dense:                                             # between the trained values, too
         x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
         predicted = model.predicted(dataclasses.replace(f, **{flag_name: x}), d)
@@ -1612,11 +1698,32 @@ def draw_units_over(path, flags, cells, dense, caption):
     save_figure(path, 2, len(levels), 4.8, 3.4, caption, draw)
 
 
+def draw_beside_linear(path, flags, results, caption):
+    """What the closed form of the linear model predicts, across, and what was trained, up: a row a level, KL and active
+    units, a point a setting, with their rank correlation over settings."""
+    correlations = linear_correlations(list(results.values()))
+
+    def draw(axes):
+        for row, level in zip(axes, theory_levels(closed_form(next(iter(results.values()))))):
+            for ax, metrics in zip(row, ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
+                for metric, marker in zip(metrics, ("o", "x")):
+                    points = np.array([(predicted, trained) for result in results.values()
+                                       for name, predicted, trained in beside_linear(result) if name == metric])
+                    ax.plot(*points.T, marker, label=f"{metric}, rank correlation {correlations[metric]:.2f}")
+                    for key, point in zip(results, points):
+                        ax.annotate(", ".join(map(str, key)), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+                ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
+                ax.set(xlabel=f"predicted, linear model: {metrics[0]}", ylabel="trained, test examples",
+                       title=f"points: {', '.join(flags)}")
+                ax.legend(fontsize=7)
+    save_figure(path, 2, len(correlations) // 3, 4.8, 3.8, caption, draw)
+
+
 def draw_active_map(path, flags, cells, caption):
     """Over two scalar flags, a panel a level: how many units are predicted active as a map, trained ones as numbers on it."""
     (row_flag, row_values), (column_flag, column_values) = flags.items()
     theories = {key: read_result(f, d, "result.json")["theory"] for key, (_, f, d) in cells.items()}
-    levels, (model, f, d) = theory_levels(next(iter(theories.values()))), next(iter(cells.values()))
+    levels, (model, f, d) = theory_levels(next(iter(theories.values()))["predicted"]), next(iter(cells.values()))
     rows, columns = (np.geomspace(min(values) / 1.3, max(values) * 1.3, 200) for values in (row_values, column_values))
     grid = dict(zip((row_flag, column_flag), torch.tensor(np.meshgrid(rows, columns, indexing="ij")).flatten(1)))
     predicted = model.predicted(dataclasses.replace(f, **grid), d)

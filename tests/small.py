@@ -1,5 +1,6 @@
 """Small things that several tests use: a linear two-level HVAE, small data, a command line run in this process."""
 import contextlib
+import dataclasses
 import io
 import struct
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def digit_data(n_train=256, n_test=64, dtype=torch.float64):
     images, labels = common.draw_digits(n_train + n_test, seed=3)
     x, labels = torch.from_numpy(images).flatten(1).to(dtype) / 255, torch.from_numpy(labels).long()
     return common.Data("digits", (x[:n_train],), (x[n_train:],), labels[:n_train], labels[n_train:])
+
+
+def as_quarters(data):
+    """Images as a CVAE has them."""
+    return dataclasses.replace(data, train=common.quarters(data.train[0]), test=common.quarters(data.test[0]))
 
 
 def write_mnist(folder, n_train=256, n_test=64):

@@ -33,15 +33,11 @@ SCRIPTS = {
 }
 
 
-def as_quarters(data):
-    return dataclasses.replace(data, train=common.quarters(data.train[0]), test=common.quarters(data.test[0]))
-
-
 class Models(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.images = small.digit_data(60, 6)
-        cls.quarters = as_quarters(cls.images)
+        cls.quarters = small.as_quarters(cls.images)
 
     def cases(self, shift=0.05, scale=1.0, rows=60, **other):
         """(script, model away from its start, f, f as forward sees it, data), with other flags where a script has them."""

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,17 @@ SCRIPTS = {
     "MNIST_CVAE_Linear_single_digit.py": (["--d_hidden", "8", "--digit", "3"], EXACT + ONE_LEVEL, CONDITIONAL),
     "MNIST_HVAE_Linear_learnable_sigma_2.py": (["--d_1", "4"], EXACT + TWO_LEVELS, PICTURES),
     "MNIST_HVAE_Linear_nonlearnable_sigma_2.py": (["--d_2", "4"], EXACT + TWO_LEVELS, PICTURES),
+    "MNIST_VAE_Relu_learnable_sigma.py": ([], ["log_px", *ONE_LEVEL], PICTURES),
+    "MNIST_VAE_Relu_nonlearnable_sigma.py": (["--c", "2"], ["log_px", *ONE_LEVEL], PICTURES),
+    "MNIST_CVAE_Relu.py": (["--dropout", "0.2"], ["log_px", *ONE_LEVEL], CONDITIONAL),
+    "MNIST_CVAE_Relu_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL], CONDITIONAL),
+    "MNIST_CVAE_CNN_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL], CONDITIONAL),
+    "MNIST_HVAE_CNN.py": (["--released_objective"], ["log_px", *TWO_LEVELS], PICTURES),
+    "Synthetic_CVAE_Relu_correlation.py": (
+        ["--dim_x", "8", "--dim_y", "8", "--num_draws", "20"],
+        [name + split for split in ("", "_train") for name in ["log_px", *ONE_LEVEL]], {"collapse.png", "training.png"}),
 }
+SYNTHETIC = "Synthetic_CVAE_Relu_correlation.py"
 
 
 def png_size(path):
@@ -53,26 +64,43 @@ class CommandLine(unittest.TestCase):
         cls.counts = {False: [256, 64], True: [int((of == 3).sum()) for of in labels]}
 
     def start(self, script, *argv, **more):
-        argv = [sys.executable, str(ROOT / script), "--data_dir", str(self.folder / "data"), *argv]
+        argv = [sys.executable, str(ROOT / script), *argv]
+        if script != SYNTHETIC:
+            argv += ["--data_dir", str(self.folder / "data")]
         return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder, **more)
 
+    def test_every_script_is_tried(self):
+        self.assertEqual({path.name for path in ROOT.glob("*.py")} - set(SCRIPTS),
+                         {"common.py"} | {path.name for path in ROOT.glob("matrix_*.py")})
+
     def test_each_script_leaves_complete_results(self):
-        for script, (small_flags, metrics, pictures) in SCRIPTS.items():
+        def twice(script):
+            """Two runs of the same command: (status, stdout, stderr) of each."""
+            rows = "256" if script == SYNTHETIC else "20"
+            ended = []
+            for _ in range(2):
+                process = self.start(script, *SCRIPTS[script][0], "--num_epochs", "1", "--num_samples", rows, "--device", "cpu",
+                                     env=os.environ | {"OMP_NUM_THREADS": "1"})
+                ended.append((*process.communicate(timeout=120), process.returncode))
+            return ended
+
+        with ThreadPoolExecutor(2) as pool:                   # each is one thread, mostly at its imports
+            runs = dict(zip(SCRIPTS, pool.map(twice, SCRIPTS)))
+        for script, (_, metrics, pictures) in SCRIPTS.items():
             with self.subTest(script=script):
-                argv = [*small_flags, "--num_epochs", "1", "--num_samples", "20", "--device", "cpu"]
-                process = self.start(script, *argv)
-                out, err = process.communicate(timeout=120)
-                self.assertEqual(process.returncode, 0, err)
+                (out, err, status), of_second_run = runs[script]
+                self.assertEqual(status, 0, err)
+                data_set = "synthetic" if script == SYNTHETIC else "mnist"
                 [run] = (self.folder / "runs" / Path(script).stem).glob("*")
                 result = json.loads((run / "result.json").read_text())
                 self.assertLessEqual({"script", "settings", "dataset", "device", "versions", "seconds", "metrics"},
                                      set(result))
                 self.assertEqual((result["script"], result["dataset"], result["device"]),
-                                 (Path(script).stem, "mnist", "cpu"))
+                                 (Path(script).stem, data_set, "cpu"))
                 self.assertEqual(list(result["metrics"]), metrics)
                 self.assertTrue(np.isfinite(list(result["metrics"].values())).all())
                 self.assertEqual(set(result["versions"]), {"python", "torch", "numpy"})
-                n_train, n_test = self.counts["digit" in script]
+                n_train, n_test = (256, 256) if script == SYNTHETIC else self.counts["digit" in script]
                 with np.load(run / "units.npz") as units:
                     self.assertTrue(all(len(units[name]) == n_test for name in units))
                     self.assertTrue(all((units[name] >= 0).all() for name in units if name.startswith("unit_kl")))
@@ -83,7 +111,7 @@ class CommandLine(unittest.TestCase):
                 self.assertEqual([path for path in run.iterdir() if path.name.startswith(".")], [])
                 # The table is the last thing printed, on stdout: a caption, the metrics' names, a row; then the theory.
                 caption, names, row, *theory = out.strip().split("\n")
-                self.assertIn(" on mnist ", caption)
+                self.assertIn(f" on {data_set} ", caption)
                 self.assertIn(f": {n_train} training and {n_test} test examples, cpu, nats per test example, seed 0", caption)
                 self.assertEqual(names.split(), metrics)
                 self.assertEqual(len(row.split()), len(metrics))
@@ -93,13 +121,19 @@ class CommandLine(unittest.TestCase):
                     self.assertGreater(result["theory"]["gap"], -1e-6)
                     self.assertIn(f"{result['theory']['optimal_loss']:.4f}", "\n".join(theory))
                     self.assertRegex(theory[-1], "^(DIFFERS|trained as predicted)")
+                else:                                         # what the linear model would do, in its own columns
+                    header, values = (line.replace("linear ", "linear_").split() for line in theory[-2:])
+                    self.assertEqual(len(values), len(header))
+                    for level in ("_1", "_2") if "kl_1" in metrics else ("",):
+                        self.assertAlmostEqual(float(values[header.index(f"linear_kl{level}")]),
+                                               sum(result["linear"][f"kl{level}"]), delta=0.006)
+                        self.assertEqual(values[header.index(f"AU{level}")], str(result["metrics"][f"AU{level}"]))
                 # In a pipe there is no cursor control.
                 self.assertNotIn("\r", err)
                 self.assertRegex(err, r"training: epoch 1/1, loss -?\d+\.\d\d, 100%")
                 # Again: shown, not trained, and the same table.
-                process = self.start(script, *argv)
-                again, err = process.communicate(timeout=120)
-                self.assertEqual((process.returncode, again), (0, out))
+                again, err, status = of_second_run
+                self.assertEqual((status, again), (0, out))
                 self.assertIn("already trained", err)
                 self.assertNotIn("training: epoch", err)
 

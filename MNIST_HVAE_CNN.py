@@ -1,0 +1,122 @@
+"""Convolutional MHVAE on MNIST: how beta_1, beta_2 and eta_dec collapse the units of each latent level.
+
+    CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_CNN.py --eta_enc 0.5 --eta_dec 0.5 --beta_1 16.0 --beta_2 1.0
+    python MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16
+
+The two-level Markovian hierarchical VAE of Dang et al. (2024, arXiv 2306.05023) with convolutions between x and z1 and
+MLPs with one ReLU layer between z1 and z2. Level 1 has a fixed encoder variance, level 2 a learned one. What theorem 3
+predicts of its linear twin from the same images is printed beside what was trained.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import common
+
+
+@dataclass
+class Flags(common.TrainFlags):
+    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2))", low=0)
+    beta_2: float = common.scalar(1.0, "weight of KL(q(z2|z1) || p(z2))", low=0)
+    eta_enc: float = common.scalar(0.5, "std of the prior p(z2)", above=0)
+    eta_dec: float = common.scalar(0.5, "std of p(z1|z2) and of p(x|z1)", above=0)
+    sigma_1: float = common.scalar(0.5, "std of q(z1|x)", above=0)
+    d_1: int = common.flag(16, "units of z1", low=1)
+    d_2: int = common.flag(16, "units of z2", low=1)
+    d_hidden: int = common.flag(64, "units of each hidden layer between z1 and z2", low=1)
+    released_objective: bool = common.flag(False, "count the reconstruction twice, as the authors' released code does")
+
+
+class HVAE(nn.Module):
+    """x -> h -> z1 -> h -> z2 and back:
+
+        q(z1|x)  = N(tanh f1(x),  sigma_1^2 I)         p(z2)    = N(0, eta_enc^2 I)
+        q(z2|z1) = N(tanh f2(z1), diag s(z1)^2)        p(z1|z2) = N(tanh g2(z2), eta_dec^2 I)
+                                                       p(x|z1)  = N(tanh g1(z1), eta_dec^2 I)
+    """
+
+    widest_layer = 64 * 14 * 14
+
+    def __init__(self, f):
+        super().__init__()
+
+        def mlp(d_in, d_out):
+            return nn.Sequential(nn.Linear(d_in, f.d_hidden), nn.ReLU(), nn.Linear(f.d_hidden, d_out))
+
+        self.x_to_z1 = nn.Sequential(                                    # 28 -> 14 -> 7
+            nn.Conv2d(1, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 7 * 7, f.d_1))
+        self.z1_to_z2 = mlp(f.d_1, 2 * f.d_2)      # mean and std
+        self.z2_to_z1 = mlp(f.d_2, f.d_1)
+        self.z1_to_x = nn.Sequential(                                    # 7 -> 14 -> 28
+            nn.Linear(f.d_1, 32 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (32, 7, 7)),
+            nn.ConvTranspose2d(32, 64, 3, stride=2, padding=1, output_padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(64, 1, 3, stride=2, padding=1, output_padding=1))
+
+    def q_z1(self, x, f):
+        return Normal(self.x_to_z1(x.view(-1, 1, 28, 28)).tanh(), f.sigma_1)
+
+    def q_z2(self, z1, f):
+        mean, raw_std = self.z1_to_z2(z1).chunk(2, dim=-1)
+        return Normal(mean.tanh(), common.std_head(raw_std, f.eta_enc))
+
+    def p_z1(self, z2, f):
+        return Normal(self.z2_to_z1(z2).tanh(), f.eta_dec)
+
+    def p_z2(self, f):
+        return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
+
+    def x_mean(self, z1):
+        images = self.z1_to_x(z1.flatten(0, -2))                         # (S B, 1, 28, 28)
+        return images.tanh().view(*z1.shape[:-1], 784)
+
+    def forward(self, x, f, sample_shape=()):
+        """x (B, 784). Terms of the ELBO at draws of z1 and z2, in nats; shapes as common.py says."""
+        q_z1 = self.q_z1(x, f)
+        z1 = q_z1.rsample(sample_shape)                                  # (S, B, d_1)
+        q_z2 = self.q_z2(z1, f)
+        z2 = q_z2.rsample()                                              # (S, B, d_2)
+        p_z1, p_z2 = self.p_z1(z2, f), self.p_z2(f)
+        log_px_z = common.log_normal(x, self.x_mean(z1), f.eta_dec)
+        log_p_z1 = p_z1.log_prob(z1)
+        # E[log q(z1|x) - log p(z1|z2)] with z2 inferred from this z1: no divergence, it can be negative.
+        kl_1 = -q_z1.entropy() - log_p_z1
+        kl_2 = kl_divergence(q_z2, p_z2)
+        terms = {"log_px_z": log_px_z, "kl_1": kl_1, "kl_2": kl_2}
+        if not self.training:
+            terms["log_w"] = (log_px_z + (log_p_z1 - q_z1.log_prob(z1)).sum(-1)
+                              + (p_z2.log_prob(z2) - q_z2.log_prob(z2)).sum(-1))
+            # z2 comes from one draw of z1; over a fresh one, KL(q(z1|x) || p(z1|z2)) is a divergence.
+            terms["unit_kl_1"] = kl_divergence(q_z1, p_z1)
+            terms["mean_1"], terms["mean_2"] = q_z1.mean / f.eta_dec, q_z2.mean / f.eta_enc
+        return terms
+
+    @staticmethod
+    def linear_optimum(f, data):
+        """Theorem 3: the units of the linear HVAE at its optimum on the same data."""
+        theta = common.spectrum(data.moment).sqrt()
+        return common.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+
+    def reconstructions(self, x, f):
+        z1 = self.q_z1(x, f).mean
+        z2 = self.q_z2(z1, f).mean
+        return {"test images": x, "reconstructed through z1": self.x_mean(z1),
+                "reconstructed through z2": self.x_mean(self.p_z1(z2, f).mean)}
+
+    def samples(self, n, f):
+        z2 = self.p_z2(f).sample((n, f.d_2))
+        return self.x_mean(self.p_z1(z2, f).sample())
+
+
+def main(argv=None):
+    settings = common.parse_flags(Flags, argv)
+    data = common.load_mnist(settings)
+    # On a CPU the convolutions of stacked settings take longer than those of one setting after another.
+    models = common.fit(HVAE, settings, data, side_by_side=data[0].train[0].is_cuda)
+    return common.report(models, settings, data)
+
+
+if __name__ == "__main__":
+    common.run(main)

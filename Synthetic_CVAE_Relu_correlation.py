@@ -1,0 +1,111 @@
+"""ReLU CVAE on synthetic data: the more x tells about y, the more units of z collapse.
+
+    CUDA_VISIBLE_DEVICES=0 python Synthetic_CVAE_Relu_correlation.py --corr_type Gaussian_noise_1_8
+    python Synthetic_CVAE_Relu_correlation.py --corr_type Identical,Gaussian_noise_1_2,Gaussian_noise_1_4,Gaussian_noise_1_8,Random
+
+The CVAE of Dang et al. (2024, arXiv 2306.05023) on y ~ N(0, I) and x = rho y + sqrt(1 - rho^2) noise. Evaluated on fresh
+rows, and (_train) on those that it was trained on. What theorem 2 predicts of a linear CVAE from the same rows, through
+what x leaves of y, E, is printed beside what was trained.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import common
+
+RHO = {"Identical": 1.0, "Gaussian_noise_1_2": 1 / 2, "Gaussian_noise_1_4": 1 / 4, "Gaussian_noise_1_8": 1 / 8, "Random": 0.0}
+
+
+@dataclass
+class Flags(common.FitFlags):
+    corr_type: str = common.flag("Identical", "how x and y are correlated", choices=tuple(RHO))
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
+    eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
+    eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    dim_x: int = common.flag(128, "dimension of x, that of y", low=1)
+    dim_y: int = common.flag(128, "dimension of y", low=1)
+    dim_z: int = common.flag(128, "units of z", low=1)
+    d_hidden: int = common.flag(128, "units of each hidden layer", low=1)
+    num_samples: int = common.flag(1000, "rows to train on, and fresh rows", low=2)
+    num_draws: int = common.flag(1000, "draws per row for the log-likelihood; 0 leaves it out", low=0)
+    batch_size: int = common.flag(16, "rows per gradient step", low=1)
+    num_epochs: int = common.flag(1000, "passes over the training rows", low=1)
+    grad_clip: float = common.flag(0.01, "largest gradient norm of a setting", above=0)
+    released_objective: bool = common.flag(False, "count the reconstruction twice, as the authors' released code does")
+
+
+def correlated(settings):
+    """The data of each setting: rows x (n, dim_x) and y (n, dim_y), those to train on and fresh ones as test."""
+    def rows(f, random):
+        y, noise = torch.randn(2, f.num_samples, f.dim_y, generator=random)
+        rho = RHO[f.corr_type]
+        return rho * y + (1 - rho**2)**0.5 * noise, y
+
+    def data_of(f):
+        random, device = common.generator(f.seed, "data"), common.device_of(f)
+        train, test = (tuple(t.to(device) for t in rows(f, random)) for _ in range(2))
+        return common.Data("synthetic", train, test, also_train=True)
+
+    kinds = {(f.corr_type, f.num_samples, f.dim_y, f.seed): f for f in settings}
+    data = {kind: data_of(f) for kind, f in kinds.items()}
+    return [data[f.corr_type, f.num_samples, f.dim_y, f.seed] for f in settings]
+
+
+class CVAE(nn.Module):
+    """Each f and g is an MLP:
+
+        q(z|x,y) = N(f_x(x) + f_y(y), diag s(x, y)^2)   p(z|x)   = N(0, eta_enc^2 I)
+                                                        p(y|x,z) = N(g_x(x) + g_z(z), eta_dec^2 I)
+    """
+
+    def __init__(self, f):
+        super().__init__()
+
+        def mlp(d_in, d_out):
+            return nn.Sequential(nn.Linear(d_in, f.d_hidden), nn.ReLU(), nn.Linear(f.d_hidden, d_out))
+
+        self.f_x, self.f_y = mlp(f.dim_x, 2 * f.dim_z), mlp(f.dim_y, 2 * f.dim_z)      # mean and std
+        self.g_x, self.g_z = mlp(f.dim_x, f.dim_y), mlp(f.dim_z, f.dim_y)
+
+    def q_z(self, x, y, f):
+        mean, raw_std = (self.f_x(x) + self.f_y(y)).chunk(2, dim=-1)
+        return Normal(mean, common.std_head(raw_std, f.eta_enc))
+
+    def p_z(self, f):
+        return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
+
+    def y_mean(self, x, z):
+        return self.g_x(x) + self.g_z(z)
+
+    def forward(self, x, y, f, sample_shape=()):
+        """x (B, dim_x), y (B, dim_y). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
+        q_z, p_z = self.q_z(x, y, f), self.p_z(f)
+        z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
+        log_py_z = common.log_normal(y, self.y_mean(x, z), f.eta_dec)
+        terms = {"log_px_z": log_py_z, "kl": kl_divergence(q_z, p_z)}
+        if not self.training:
+            terms["log_w"] = log_py_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)
+            terms["mean"] = q_z.mean / f.eta_enc
+        return terms
+
+    @staticmethod
+    def linear_optimum(f, data):
+        """Theorem 2: the units of the linear CVAE at its optimum on the same rows."""
+        E = common.residual(data.moment, f.dim_x)
+        return common.cvae_optimum(common.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+
+
+def main(argv=None):
+    settings = common.parse_flags(Flags, argv)
+    for f in settings:
+        if f.dim_x != f.dim_y:
+            common.stop(f, f"--dim_x: got {f.dim_x}, wants --dim_y = {f.dim_y}: x is y with noise")
+    data = correlated(settings)
+    models = common.fit(CVAE, settings, data)
+    return common.report(models, settings, data)
+
+
+if __name__ == "__main__":
+    common.run(main)
