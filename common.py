@@ -1457,7 +1457,7 @@ def linear_correlations(results):
     correlations = {}
     for triples in zip(*map(beside_linear, results)):
         ranks = []
-        for values in (np.array([triple[k] for triple in triples]) for k in (1, 2)):
+        for values in (np.round([triple[k] for triple in triples], 2) for k in (1, 2)):        # as they are printed
             below, same = values[:, None] > values, values[:, None] == values
             ranks.append(below.sum(1) + same.sum(1) / 2)  # ties share their mean rank
         constant = any(np.ptp(of) == 0 for of in ranks)
@@ -1705,17 +1705,17 @@ def draw_beside_linear(path, flags, results, caption):
 
     def draw(axes):
         for row, level in zip(axes, theory_levels(closed_form(next(iter(results.values()))))):
-            for ax, metrics in zip(row, ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
+            for ax, title, metrics in zip(row, ("KL (nats)", "active units"), ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
                 for metric, marker in zip(metrics, ("o", "x")):
                     points = np.array([(predicted, trained) for result in results.values()
                                        for name, predicted, trained in beside_linear(result) if name == metric])
                     ax.plot(*points.T, marker, label=f"{metric}, rank correlation {correlations[metric]:.2f}")
                     for key, point in zip(results, points):
                         ax.annotate(", ".join(map(str, key)), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
-                ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
-                ax.set(xlabel=f"predicted, linear model: {metrics[0]}", ylabel="trained, test examples",
-                       title=f"points: {', '.join(flags)}")
-                ax.legend(fontsize=7)
+                ax.margins(0.1)
+                ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)      # as predicted
+                ax.set(xlabel="predicted of the linear model", ylabel="trained", title=f"z{level.removeprefix('_')}: {title}")
+                ax.legend(fontsize=7, title=f"a point a {', '.join(flags)}", title_fontsize=7)
     save_figure(path, 2, len(correlations) // 3, 4.8, 3.8, caption, draw)
 
 

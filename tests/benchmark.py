@@ -1,14 +1,19 @@
-"""`python -m tests.benchmark` prints how fast fit and evaluate are, as ratios measured side by side in one process.
+"""`python -m tests.benchmark` prints how fast fit and evaluate are, as ratios measured side by side in one process, and
+`python -m tests.benchmark scripts [--data_dir ...]` each script's time per epoch and peak memory, with any of their flags.
 
 Each ratio is of medians over several turns, taken in turn, so that a slow moment of the machine falls on both sides.
 """
 import contextlib
 import dataclasses
 import io
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -81,7 +86,27 @@ def bare_products(model, images, draws, room):
                 torch.mm(inputs[name][:max(1, n // draws) if name in once else n], w)
 
 
+def of_scripts(argv, epochs=3):
+    """Each training script at its defaults, from its command line: seconds per epoch, and peak memory of the process, its
+    evaluation without a log-likelihood included."""
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of {epochs} epochs, the first included")
+    for path in sorted([*small.ROOT.glob("MNIST_*.py"), *small.ROOT.glob("Synthetic_*.py")]):
+        with tempfile.TemporaryDirectory() as folder:
+            no_draws, data = ("--num_draws", []) if path.stem.startswith("Synthetic") else ("--num_samples", argv)
+            process = subprocess.Popen([sys.executable, str(path), "--num_epochs", str(epochs), no_draws, "0",
+                                        "--out_dir", folder, *data], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            error = process.stderr.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(error.decode())
+            [training] = Path(folder).rglob("training.json")
+            seconds = json.loads(training.read_text())["seconds"] / epochs
+            print(f"{path.name:45} {seconds:8.2f} s per epoch, {usage.ru_maxrss / 2**20:5.2f} GiB", flush=True)
+
+
 def main():
+    if sys.argv[1:2] == ["scripts"]:
+        return of_scripts(sys.argv[2:])
     device = common.device_of(MNIST_HVAE_Relu.Flags())
     print(f"{common.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
           f"medians of {TURNS} turns [min, max]; an epoch here is {EXAMPLES:,} examples")

@@ -70,6 +70,12 @@ def by_hand(layers, h):
     return h
 
 
+def three_quarters(images):
+    """y of images (n, 1, 28, 28): upper left, upper right, lower right."""
+    parts = images[:, 0, :14, :14], images[:, 0, :14, 14:], images[:, 0, 14:, 14:]
+    return np.concatenate([part.reshape(len(images), 196) for part in parts], axis=1)
+
+
 def log_normal(x, mean, std):
     """Summed over the last axis."""
     return (-((x - mean) / std)**2 / 2 - np.log(std) - math.log(2 * math.pi) / 2 + 0 * x).sum(-1)
@@ -95,53 +101,54 @@ class Cases(unittest.TestCase):
             with torch.no_grad():
                 for p in model.parameters():
                     p += 0.3 * p.std(correction=0) * torch.randn(p.shape, generator=random, dtype=p.dtype)
-            with self.subTest(script=script.__name__):
-                yield script, model, f, common.on_device(f, data.test[0]), data
+            yield script, model, f, common.on_device(f, data.test[0]), data
 
 
 class Models(Cases):
     @torch.no_grad()
     def test_shapes_and_ranges(self):
         for script, model, f, g, data in self.cases():
-            levels = {"_1": f.d_1, "_2": f.d_2} if script is MNIST_HVAE_CNN else {"": getattr(f, "dim_z", None) or f.d_1}
-            terms = model.train()(*data.test, g)
-            self.assertEqual({name: tuple(value.shape) for name, value in terms.items()},
-                             {"log_px_z": (6,)} | {f"kl{level}": (6, d) for level, d in levels.items()})
-            terms = model.eval()(*data.test, g, sample_shape=(5,))
-            for name in ("log_px_z", "log_w"):
-                self.assertEqual(tuple(terms[name].shape), (5, 6))
-            for level, d in levels.items():
-                self.assertEqual(tuple(terms[f"kl{level}"].shape[-2:]), (6, d))
-                self.assertEqual(tuple(terms[f"mean{level}"].shape[-2:]), (6, d))
-                self.assertGreaterEqual(terms.get(f"unit_kl{level}", terms[f"kl{level}"]).min().item(), 0)
-            self.assertTrue(all(value.isfinite().all() for value in terms.values()))
-            # No density of a Gaussian with std eta_dec is above that of its mean.
-            top = -data.test[-1].shape[1] * math.log(f.eta_dec * math.sqrt(2 * math.pi))
-            self.assertLess(terms["log_px_z"].max().item(), top)
-            if script is MNIST_HVAE_CNN:                          # tanh: means within the prior's unit
-                self.assertLess(terms["mean_1"].abs().max().item(), 1 / f.eta_dec)
-                self.assertLess(terms["mean_2"].abs().max().item(), 1 / f.eta_enc)
-            if "VAE_Relu" in script.__name__ and "CVAE" not in script.__name__:
-                self.assertGreaterEqual(terms["mean"].min().item(), 0)        # a ReLU
-            if not hasattr(model, "reconstructions"):
-                continue
-            panels = model.reconstructions(*data.test, g)
-            self.assertEqual({tuple(panel.shape) for panel in panels.values()}, {(6, 784)})
-            torch.testing.assert_close(panels["test images"], self.images.test[0], rtol=0, atol=0)
-            if hasattr(model, "samples"):
-                self.assertEqual(tuple(model.samples(7, g).shape), (7, 784))
+            with self.subTest(script=script.__name__):
+                levels = {"_1": f.d_1, "_2": f.d_2} if script is MNIST_HVAE_CNN else {"": getattr(f, "dim_z", None) or f.d_1}
+                terms = model.train()(*data.test, g)
+                self.assertEqual({name: tuple(value.shape) for name, value in terms.items()},
+                                 {"log_px_z": (6,)} | {f"kl{level}": (6, d) for level, d in levels.items()})
+                terms = model.eval()(*data.test, g, sample_shape=(5,))
+                for name in ("log_px_z", "log_w"):
+                    self.assertEqual(tuple(terms[name].shape), (5, 6))
+                for level, d in levels.items():
+                    self.assertEqual(tuple(terms[f"kl{level}"].shape[-2:]), (6, d))
+                    self.assertEqual(tuple(terms[f"mean{level}"].shape[-2:]), (6, d))
+                    self.assertGreaterEqual(terms.get(f"unit_kl{level}", terms[f"kl{level}"]).min().item(), 0)
+                self.assertTrue(all(value.isfinite().all() for value in terms.values()))
+                # No density of a Gaussian with std eta_dec is above that of its mean.
+                top = -data.test[-1].shape[1] * math.log(f.eta_dec * math.sqrt(2 * math.pi))
+                self.assertLess(terms["log_px_z"].max().item(), top)
+                if script is MNIST_HVAE_CNN:                          # tanh: means within the prior's unit
+                    self.assertLess(terms["mean_1"].abs().max().item(), 1 / f.eta_dec)
+                    self.assertLess(terms["mean_2"].abs().max().item(), 1 / f.eta_enc)
+                if "VAE_Relu" in script.__name__ and "CVAE" not in script.__name__:
+                    self.assertGreaterEqual(terms["mean"].min().item(), 0)        # a ReLU
+                if not hasattr(model, "reconstructions"):
+                    continue
+                panels = model.reconstructions(*data.test, g)
+                self.assertEqual({tuple(panel.shape) for panel in panels.values()}, {(6, 784)})
+                torch.testing.assert_close(panels["test images"], self.images.test[0], rtol=0, atol=0)
+                if hasattr(model, "samples"):
+                    self.assertEqual(tuple(model.samples(7, g).shape), (7, 784))
 
     @torch.no_grad()
     def test_mean_log_weight_is_the_elbo(self):
         """E_q[log w] = E_q[log p(x|z)] - KL, with the KLs in closed form."""
         for script, model, f, g, data in self.cases():
-            torch.manual_seed(1)
-            terms = model(*data.test, g, sample_shape=(1000,))
-            differences = terms["log_w"] - terms["log_px_z"] + sum(
-                terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
-            error = differences.std(0) / len(differences)**0.5
-            self.assertLess((differences.mean(0).abs() / error).max().item(), 4)
-            self.assertLess(error.max().item(), 0.1)
+            with self.subTest(script=script.__name__):
+                torch.manual_seed(1)
+                terms = model(*data.test, g, sample_shape=(1000,))
+                differences = terms["log_w"] - terms["log_px_z"] + sum(
+                    terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
+                error = differences.std(0) / len(differences)**0.5
+                self.assertLess((differences.mean(0).abs() / error).max().item(), 4)
+                self.assertLess(error.max().item(), 0.1)
 
     def test_starts_near_the_prior(self):
         """The std of q starts near that of the prior where the network makes it, at --sigma where it does not."""
@@ -162,27 +169,28 @@ class Models(Cases):
         eta_dec = 1.5
         for script, model, f, g, data in self.cases([script for script in SCRIPTS if script is not MNIST_HVAE_CNN],
                                                     dim_z=1, d_1=1, eta_dec=eta_dec, num_samples=4000, num_draws=4000):
-            data = dataclasses.replace(data, test=tuple(t[:3] for t in data.test))
-            eta_enc = eta_dec / f.c if hasattr(f, "c") else f.eta_enc
-            z = np.linspace(-9 * eta_enc, 9 * eta_enc, 1001)
-            *x, y = (t.numpy() for t in data.test)
-            of_z = by_hand(model.g if hasattr(model, "g") else model.g_z, z[:, None])
-            of_x = by_hand(model.g_x, x[0].reshape(-1, 1, 14, 14) if script in CNNS else x[0]) if x else 0
-            if script in CNNS:                            # upper left, upper right, lower right
-                of_x, of_z = (np.concatenate([images[:, 0, :14, :14].reshape(-1, 196), images[:, 0, :14, 14:].reshape(-1, 196),
-                                              images[:, 0, 14:, 14:].reshape(-1, 196)], axis=1) for images in (of_x, of_z))
-            joint = np.stack([log_normal(row, of_z + (of_x[i] if x else 0), eta_dec) + log_normal(z[:, None], 0, eta_enc)
-                              for i, row in enumerate(y)])
-            top = joint.max(1, keepdims=True)
-            exact = np.log(np.exp(joint - top).sum(1) * (z[1] - z[0])) + top[:, 0]
-            with contextlib.redirect_stderr(io.StringIO()):
-                _, examples = common.evaluate(model, f, data)
-            torch.manual_seed(1)
-            log_w = model(*data.test, g, sample_shape=(4000,))["log_w"].numpy()
-            weights = np.exp(log_w - log_w.max(0))
-            error = weights.std(0) / weights.mean(0) / len(weights)**0.5      # of the estimate's logarithm
-            self.assertLess(error.max(), 0.05)
-            self.assertLess((np.abs(examples["log_px"] - exact) / error).max(), 4)
+            with self.subTest(script=script.__name__):
+                data = dataclasses.replace(data, test=tuple(t[:3] for t in data.test))
+                eta_enc = eta_dec / f.c if hasattr(f, "c") else f.eta_enc
+                z = np.linspace(-9 * eta_enc, 9 * eta_enc, 1001)
+                *x, y = (t.numpy() for t in data.test)
+                of_z = by_hand(model.g if hasattr(model, "g") else model.g_z, z[:, None])
+                of_x = by_hand(model.g_x, x[0].reshape(-1, 1, 14, 14) if script in CNNS else x[0]) if x else 0
+                if script in CNNS:
+                    of_x, of_z = three_quarters(of_x), three_quarters(of_z)
+                log_prior = log_normal(z[:, None], 0, eta_enc)
+                joint = np.stack([log_normal(row, of_z + (of_x[i] if x else 0), eta_dec) + log_prior
+                                  for i, row in enumerate(y)])
+                top = joint.max(1, keepdims=True)
+                exact = np.log(np.exp(joint - top).sum(1) * (z[1] - z[0])) + top[:, 0]
+                with contextlib.redirect_stderr(io.StringIO()):
+                    _, examples = common.evaluate(model, f, data)
+                torch.manual_seed(1)
+                log_w = model(*data.test, g, sample_shape=(4000,))["log_w"].numpy()
+                weights = np.exp(log_w - log_w.max(0))
+                error = weights.std(0) / weights.mean(0) / len(weights)**0.5      # of the estimate's logarithm
+                self.assertLess(error.max(), 0.05)
+                self.assertLess((np.abs(examples["log_px"] - exact) / error).max(), 4)
 
     @torch.no_grad()
     def test_dropout_is_of_x_in_training_only(self):
@@ -236,12 +244,13 @@ class Convolutions(Cases):
     def test_chunks_are_as_small_as_the_widest_layer_asks(self):
         """widest_layer is the largest output of a layer per example."""
         for script, model, f, g, data in self.cases(CNNS):
-            widths = []
-            for module in model.modules():
-                module.register_forward_hook(lambda _, inputs, out: widths.append(
-                    out[0].numel() if torch.is_tensor(out) else 0))
-            model(*data.test, g)
-            self.assertEqual(model.widest_layer, max(widths))
+            with self.subTest(script=script.__name__):
+                widths = []
+                for module in model.modules():
+                    module.register_forward_hook(lambda _, inputs, out: widths.append(
+                        out[0].numel() if torch.is_tensor(out) else 0))
+                model(*data.test, g)
+                self.assertEqual(model.widest_layer, max(widths))
 
 
 class Twins(unittest.TestCase):
