@@ -1624,7 +1624,8 @@ def draw_collapse(path, runs, caption):
 
 def draw_grid(models, settings, data):
     """The pictures of a grid: over one flag its collapse curves overlaid; over two a contact sheet of reconstructions
-    for each way to reconstruct and a heat map for each metric, rows the first flag, columns the second.
+    for each way to reconstruct and a heat map for each metric, rows the first flag, columns the second; and what was
+    trained on or against what a closed form predicts.
 
     Of settings that differ only in the seed the first is drawn; diverged settings are left out.
     """
@@ -1639,15 +1640,17 @@ def draw_grid(models, settings, data):
         {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
     caption = caption_of(settings, data)
     scalars = [field.name for field in dataclasses.fields(settings[0]) if field.metadata["scalar"]]
-    if all(hasattr(model, "predicted") for model, _, _ in cells.values()):
-        dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)
+    dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)
+    exact = all(hasattr(model, "predicted") for model, _, _ in cells.values())
+    if exact:
         if len(flags) == 1:
             draw_units_over(folder / "theory.png", flags, cells, dense, caption)
         elif dense:
             draw_active_map(folder / "theory.png", flags, cells, caption)
     results = {key: read_result(f, d, "result.json") for key, (_, f, d) in cells.items()}
-    if any(closed_form(result) for result in results.values()):
-        draw_beside_linear(folder / "linear.png", flags, {key: of for key, of in results.items() if closed_form(of)}, caption)
+    predicted = {key: result for key, result in results.items() if closed_form(result)}
+    if predicted and not (exact and dense):               # where theory.png has no line between the settings
+        draw_beside_linear(folder / "linear.png", flags, predicted, caption)
     if len(flags) == 1:
         runs = {f"{name} = {value}": np.load(run_dir(f, d) / "units.npz")
                 for name in flags for (value,), (_, f, d) in cells.items()}

@@ -287,7 +287,7 @@ class CommandLines(unittest.TestCase):
 
     def test_over_digits(self):
         self.run_script(MNIST_CVAE_Linear_single_digit, "--digit", "0:2", "--dim_z", 3)
-        self.assertEqual(self.names(MNIST_CVAE_Linear_single_digit), {"collapse.png", "theory.png"})
+        self.assertEqual(self.names(MNIST_CVAE_Linear_single_digit), {"collapse.png", "theory.png", "linear.png"})
 
     def test_units_beside_each_other(self):
         out = self.run_script(MNIST_HVAE_Linear_nonlearnable_sigma_2, "--d_1", 3, "--d_2", 2)

@@ -187,7 +187,8 @@ class Grids(unittest.TestCase):
             MNIST_HVAE_Relu.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs",
             "--d_hidden", 16, "--num_epochs", 1, "--num_samples", 0, "--device", "cpu", *argv)
         self.assertEqual(status, 0, err)
-        return [line.split() for line in out.strip().split("\n")[1:]], err
+        table = out.strip().split("\n\n")[0]
+        return [line.split() for line in table.split("\n")[1:]], err
 
     def results(self):
         paths = (self.folder / "runs" / "MNIST_HVAE_Relu").glob("*/result.json")
@@ -204,14 +205,14 @@ class Grids(unittest.TestCase):
         self.assertEqual([row[0] for row in rows], ["0.1", "0.5", "2.0"])
         for row in rows:
             self.assertAlmostEqual(float(row[1]), self.results()[float(row[0]), 1.0, 0]["elbo"], delta=0.006)
-        self.assertEqual(self.pictures(), {"collapse.png"})
+        self.assertEqual(self.pictures(), {"collapse.png", "linear.png"})
 
     def test_two_flags(self):
         (names, *rows), _ = self.run_grid("--beta_1", "0.1,2", "--beta_2", "1,3,5")
         self.assertEqual(names[:2], ["beta_1", "beta_2"])
         self.assertEqual([tuple(row[:2]) for row in rows],
                          [(a, b) for a in ("0.1", "2.0") for b in ("1.0", "3.0", "5.0")])
-        self.assertEqual(self.pictures(), {"metrics.png"} | {f"reconstructions_{k}.png" for k in range(3)})
+        self.assertEqual(self.pictures(), {"metrics.png", "linear.png"} | {f"reconstructions_{k}.png" for k in range(3)})
         [sheet] = (self.folder / "runs").rglob("reconstructions_2.png")
         width, height = png_size(sheet)
         self.assertGreater(width, height)                     # three columns, two rows
