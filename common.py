@@ -1331,9 +1331,10 @@ def print_table(results, settings, data):
         finished = [m for m in repeats if m]
         cells = [_cell([m[name] for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
         table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
-    d = data[0]
-    print(f"\n{caption_of(settings, data)}: {len(d.train[0]):,} training and {len(d.test[0]):,} test examples, "
-          f"{device_name(d.train[0].device)}, nats per test example, "
+    train, test = (" to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)})) for counts in zip(
+        *((len(d.train[0]), len(d.test[0])) for d in data)))
+    print(f"\n{caption_of(settings, data)}: {train} training and {test} test examples, "
+          f"{device_name(data[0].train[0].device)}, nats per test example, "
           f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
     print_rows(table)
     print("".join(f"{note}\n" for note in notes), end="")
@@ -1709,12 +1710,14 @@ def draw_beside_linear(path, flags, results, caption):
     def draw(axes):
         for row, level in zip(axes, theory_levels(closed_form(next(iter(results.values()))))):
             for ax, title, metrics in zip(row, ("KL (nats)", "active units"), ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
-                for metric, marker in zip(metrics, ("o", "x")):
+                for metric, marker, side in zip(metrics, "ox", ("left", "right")):
                     points = np.array([(predicted, trained) for result in results.values()
                                        for name, predicted, trained in beside_linear(result) if name == metric])
                     ax.plot(*points.T, marker, label=f"{metric}, rank correlation {correlations[metric]:.2f}")
-                    for key, point in zip(results, points):
-                        ax.annotate(", ".join(map(str, key)), point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+                    for point in np.unique(points, axis=0):
+                        here = [", ".join(map(str, key)) for key, of in zip(results, points) if (of == point).all()]
+                        ax.annotate("; ".join(here), point, xytext=(5, 5) if side == "left" else (-5, 5), ha=side,
+                                    textcoords="offset points", fontsize=7)
                 ax.margins(0.1)
                 ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)      # as predicted
                 ax.set(xlabel="predicted of the linear model", ylabel="trained", title=f"z{level.removeprefix('_')}: {title}")

@@ -286,7 +286,10 @@ class CommandLines(unittest.TestCase):
         self.assertIn("theory.png", self.names(MNIST_HVAE_Linear_learnable_sigma_2))
 
     def test_over_digits(self):
-        self.run_script(MNIST_CVAE_Linear_single_digit, "--digit", "0:2", "--dim_z", 3)
+        out = self.run_script(MNIST_CVAE_Linear_single_digit, "--digit", "0:2", "--dim_z", 3)
+        train, test = ([int((labels == digit).sum()) for digit in range(3)]
+                       for labels in (common.draw_digits(256, 5)[1], common.draw_digits(64, 6)[1]))       # as write_mnist
+        self.assertIn(f": {min(train)} to {max(train)} training and {min(test)} to {max(test)} test examples", out)
         self.assertEqual(self.names(MNIST_CVAE_Linear_single_digit), {"collapse.png", "theory.png", "linear.png"})
 
     def test_units_beside_each_other(self):
