@@ -60,7 +60,7 @@ class CVAE(nn.Module):
         x = nn.functional.dropout(x, f.dropout, self.training)
         q_z, p_z = self.q_z(x, y, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
-        log_py_z = common.log_normal(y, self.y_mean(x, z), f.eta_dec)
+        log_py_z = common.log_normal_affine(y - self.g_x(x), self.g_z[-1], self.g_z[:-1](z), f.eta_dec)
         terms = {"log_px_z": log_py_z, "kl": kl_divergence(q_z, p_z)}
         if not self.training:
             terms["log_w"] = log_py_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)

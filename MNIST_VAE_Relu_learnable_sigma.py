@@ -46,7 +46,7 @@ class VAE(nn.Module):
         """x (B, 784). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
         q_z, p_z = self.q_z(x, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                            # (S, B, d_1)
-        log_px_z = common.log_normal(x, self.g(z), f.eta_dec)
+        log_px_z = common.log_normal_affine(x, self.g[-1], self.g[:-1](z), f.eta_dec)
         terms = {"log_px_z": log_px_z, "kl": kl_divergence(q_z, p_z)}
         if not self.training:
             terms["log_w"] = log_px_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)

@@ -76,14 +76,11 @@ class CVAE(nn.Module):
     def p_z(self, f):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
-    def y_mean(self, x, z):
-        return self.g_x(x) + self.g_z(z)
-
     def forward(self, x, y, f, sample_shape=()):
         """x (B, dim_x), y (B, dim_y). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
         q_z, p_z = self.q_z(x, y, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
-        log_py_z = common.log_normal(y, self.y_mean(x, z), f.eta_dec)
+        log_py_z = common.log_normal_affine(y - self.g_x(x), self.g_z[-1], self.g_z[:-1](z), f.eta_dec)
         terms = {"log_px_z": log_py_z, "kl": kl_divergence(q_z, p_z)}
         if not self.training:
             terms["log_w"] = log_py_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)

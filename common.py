@@ -21,11 +21,15 @@ Within `fit` and `report`, the scalars of the objective in f (beta, eta, sigma, 
 import contextlib
 import copy
 import dataclasses
+import datetime
 import decimal
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -34,6 +38,7 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -53,6 +58,9 @@ torch.distributions.Distribution.set_default_validate_args(False)
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
+MAX_WHOLE = 10**9                                         # of a whole number without a limit of its own
+
+
 def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False):
     """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
 
@@ -60,6 +68,8 @@ def flag(default, help, low=None, above=None, high=None, choices=None, scalar=Fa
     differ in nothing else are trained side by side as one batched model. A vector may also be several numbers joined
     by "/", one a unit, and is then that text.
     """
+    if type(default) is int and high is None:
+        high = MAX_WHOLE
     return dataclasses.field(default=default, metadata=dict(
         help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector))
 
@@ -90,6 +100,8 @@ class FitFlags(RunFlags):
     lr: float = flag(1e-3, "Adam's learning rate", above=0)
     lr_schedule: str = flag("constant", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
     grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
+    matmul: str = flag("float32", "precision of matrix products and convolutions on CUDA", choices=("float32", "tf32"))
+    checkpoint_seconds: float = flag(60.0, "seconds of training between checkpoints", low=0)
     overwrite: bool = flag(False, "train again what is finished")
 
 
@@ -111,7 +123,7 @@ class LinearFlags(TrainFlags):
     grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
 
 
-WHERE_FLAGS = ("device", "data_dir", "out_dir", "overwrite")   # how and where, not what: they do not name a run
+WHERE_FLAGS = ("device", "data_dir", "out_dir", "checkpoint_seconds", "overwrite")   # how and where, not what: they do not name a run
 MAX_SETTINGS = 10_000                                     # of one command line
 
 
@@ -243,18 +255,21 @@ def parse_flags(Flags, argv=None):
         tempfile.TemporaryFile(dir=out_dir).close()
     except OSError as wrong:
         parser.error(f"--out_dir: got {out_dir!r} ({wrong.strerror}), wants a folder that can be written")
-    print(f"device: {device_name(device_of(settings[0]))}", file=sys.stderr)
+    device_of(settings[0])
     return settings
 
 
 # ------------------------------------------------------------------------------------------- device and random numbers
 
 def device_of(f):
-    """The torch.device that --device stands for. Ends the program if there is no such device."""
-    if f.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The torch.device that --device stands for, of torchrun's processes one each. Ends the program if there is none."""
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if f.device == "auto" and not cuda:
+        return torch.device("cpu")
     try:
-        device = torch.device(f.device)
+        device = torch.device("cuda" if f.device == "auto" else f.device)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", local % max(1, cuda))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.zeros(1, device=device)
@@ -267,6 +282,24 @@ def device_of(f):
 def device_name(device):
     """What a device is called: "cpu", or "cuda (NVIDIA H200)"."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def use_precision(f):
+    """Let CUDA round matrix products and convolutions to TF32, or not, as --matmul says."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = f.matmul == "tf32"
+
+
+def processes():
+    """(number of this process, how many there are): (0, 1) unless torchrun started several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet():
+    """Wait until all processes that torchrun started are here."""
+    if processes()[1] > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=365))
+        torch.distributed.barrier()
 
 
 PURPOSES = ("init", "batches", "noise", "evaluation", "samples", "data")
@@ -320,6 +353,8 @@ def load_mnist(settings):
     nor to be fetched, or if a file is corrupt.
     """
     loaded = {}
+    if processes()[0] > 0:
+        meet()                                            # the first process may have to fetch or draw what all read
     for f in settings:
         if f.dataset not in loaded:
             name = f.dataset
@@ -336,6 +371,8 @@ def load_mnist(settings):
             images = [torch.from_numpy(a).to(device).float().div_(255).flatten(1) for a in arrays[0::2]]
             labels = [torch.from_numpy(a).to(device).long() for a in arrays[1::2]]
             loaded[f.dataset] = Data(name, (images[0],), (images[1],), labels[0], labels[1])
+    if processes()[0] == 0:
+        meet()
     return [loaded[f.dataset] for f in settings]
 
 
@@ -862,6 +899,15 @@ def log_normal_linear(x, U, z, std):
     return -squared_error / (2 * std**2) - x.shape[-1] / 2 * (2 * math.pi * std**2).log()
 
 
+def log_normal_affine(x, layer, h, std):
+    """log N(x; layer(h), std^2 I) in nats, layer an nn.Linear: x (B, d), h (..., B, k), std a 0-d tensor; (..., B). The
+    square is expanded where that takes less arithmetic: where there are many draws, and d is larger than k."""
+    d, k = layer.weight.shape
+    if h.shape[:-1].numel() * (d - k) < 4 * d * k:
+        return log_normal(x, layer(h), std)
+    return log_normal_linear(x - layer.bias, layer.weight, h, std)
+
+
 def log_normal_low_rank(x, factor, std):
     """log N(x; 0, factor factor^T + std^2 I) in nats: x (B, d), factor (d, k), std a 0-d tensor; (B,)."""
     return torch.distributions.LowRankMultivariateNormal(
@@ -895,10 +941,13 @@ def beta_elbo_loss(terms, f):
 class Progress:
     """On a terminal one line that renews itself, elsewhere a line now and then, both on stderr."""
 
-    def __init__(self, what, total, unit):
-        self.what, self.total, self.unit = what, total, unit
+    def __init__(self, what, total, unit, before=0):
+        """before of total were done earlier."""
+        rank, world = processes()
+        self.what = what if world == 1 else f"process {rank}: {what}"
+        self.total, self.unit, self.before = total, unit, before
         self.start, self.shown = time.monotonic(), -math.inf
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and world == 1
 
     def update(self, done, note="", end=False):
         """done of total units are done; note is whatever else there is to say."""
@@ -906,8 +955,9 @@ class Progress:
         if not end and now - self.shown < (0.2 if self.terminal else 30):
             return
         self.shown, seconds = now, max(now - self.start, 1e-9)
-        left = "" if end or not done else f", {_clock(seconds / done * (self.total - done))} left"
-        line = (f"{self.what}: {note}{done / self.total:.0%}, {done / seconds:,.0f} {self.unit}/s, "
+        rate = (done - self.before) / seconds
+        left = "" if end or not rate else f", {_clock((self.total - done) / rate)} left"
+        line = (f"{self.what}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, "
                 f"{_clock(seconds)}{left}")
         if self.terminal:                                 # a line that wraps could not be taken back
             line = f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}"
@@ -946,20 +996,37 @@ def fit(Model, settings, data, side_by_side=True):
 
     Settings that differ only in scalars of the objective train side by side as one batched model, each from the same
     initial weights, on the same batches and with the same noise as if it were alone. What is finished is read from its
-    run's folder instead, unless --overwrite; each run's model.pt and training.json are written when its group ends.
+    run's folder instead, unless --overwrite; each run's model.pt and training.json are written when its group ends, and
+    until then a checkpoint. Of several processes each trains its share; None stands for the others' models.
     """
+    print(f"device: {device_name(device_of(settings[0]))}", file=sys.stderr)
     models, groups = [None] * len(settings), {}
-    for i, (f, d) in enumerate(zip(settings, data)):
-        finished = None if f.overwrite else read_trained(Model, f, d)
-        if finished is None:
-            fixed = [getattr(f, field.name) for field in dataclasses.fields(f) if not field.metadata["scalar"]]
-            groups.setdefault((*fixed, id(d)) if side_by_side else i, []).append(i)
-        else:
-            models[i] = finished[0]
-            print(f"already trained: {run_dir(f, d)} (--overwrite trains it again)", file=sys.stderr)
+    for i in share(settings):
+        f, d = settings[i], data[i]
+        fixed = [getattr(f, field.name) for field in dataclasses.fields(f) if not field.metadata["scalar"]]
+        groups.setdefault((*fixed, id(d)) if side_by_side else i, []).append(i)
+    lock([run_dir(settings[i], data[i]) for group in groups.values() for i in group])
     for group in groups.values():
-        trained = train(Model, [settings[i] for i in group], data[group[0]])
-        for i, (model, training) in zip(group, trained):
+        unfinished = []
+        for i in group:
+            finished = None if settings[i].overwrite else read_trained(Model, settings[i], data[i])
+            if finished is None:
+                unfinished.append(i)
+            else:
+                models[i] = finished[0]
+                print(f"already trained: {run_dir(settings[i], data[i])} (--overwrite trains it again)", file=sys.stderr)
+        if not unfinished:                                # but a process may have died before this
+            Checkpoint([settings[i] for i in group], data[group[0]]).remove()
+            continue
+        # A process that died while it wrote its results left the checkpoint of the whole group.
+        for members in dict.fromkeys((tuple(group), tuple(unfinished))):
+            checkpoint = Checkpoint([settings[i] for i in members], data[members[0]])
+            if checkpoint.state:
+                break
+        trained = train(Model, [settings[i] for i in members], data[members[0]], checkpoint)
+        for i, (model, training) in zip(members, trained):
+            if i not in unfinished:
+                continue
             folder, models[i] = run_dir(settings[i], data[i]), model
             # The files of a run that this one takes the place of go first, those that vouch for the others before all.
             for stale in sorted(folder.glob("*"), key=lambda path: path.suffix != ".json"):
@@ -967,7 +1034,14 @@ def fit(Model, settings, data, side_by_side=True):
             if model is not None:
                 write(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
             write_json(folder / "training.json", describe(settings[i], data[i]) | training)
+        checkpoint.remove()
     return models
+
+
+def share(settings):
+    """The places of the settings that this process is to train: dealt out, first to first, over all processes."""
+    rank, world = processes()
+    return range(rank, len(settings), world)
 
 
 def read_trained(Model, f, data):
@@ -994,76 +1068,265 @@ def build(Model, f, data):
 EXPLODED = 1e3                                            # times the first batch's loss
 
 
-def train(Model, group, data):
+def train(Model, group, data, checkpoint=None):
     """Train a group of G settings that differ only in scalars of the objective, side by side, with Adam.
 
     Returns one (model, training) per setting. training holds the curves (means over each epoch, in nats per example),
     the seconds of the whole group, and under "diverged" None or, where a batch's loss was not finite or EXPLODED, the
-    epoch and the last loss before it, with None for the model.
+    epoch and the last loss before it, with None for the model. With a `Checkpoint` it goes on from where that stands, and
+    ends with the very numbers of an undisturbed run. Raises Interrupted, the checkpoint written, on SIGINT and SIGTERM.
     """
     first, like, G = group[0], data.train[0], len(group)
-    models, scalars = [build(Model, f, data) for f in group], scalars_of(group, like)
-    if G > 1:
-        parameters, buffers = torch.func.stack_module_state(models)
-    else:
-        parameters, buffers = dict(models[0].named_parameters()), dict(models[0].named_buffers())
-        scalars = {name: values[0] for name, values in scalars.items()}
+    models = [build(Model, f, data) for f in group]
 
-    def means(parameters, buffers, scalars, *batch):
+    def means(terms, f):
         """A batch's means of one setting's loss and terms: a dict of 0-d tensors, the loss first."""
-        f = dataclasses.replace(first, **scalars)
-        terms = torch.func.functional_call(models[0], (parameters, buffers), (*batch, f))
         return {"loss": beta_elbo_loss(terms, f).mean(), "reconstruction": -terms["log_px_z"].mean()} | {
             f"kl{level}": terms[f"kl{level}"].sum(-1).mean() for level in levels(terms)}
 
     if G > 1:
-        means = torch.vmap(means, in_dims=(0, 0, 0) + (None,) * len(data.train), randomness="same")
-    optimizer = torch.optim.Adam(parameters.values(), lr=first.lr, fused=True)
-    batches, n = generator(first.seed, "batches", like.device), len(like)
-    steps = first.num_epochs * math.ceil(n / first.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, {
-        "constant": lambda step: 1.0, "cosine": lambda step: (1 + math.cos(math.pi * step / steps)) / 2,
-    }[first.lr_schedule])
-    curves, diverged, limit = [], [None] * G, None
-    last = torch.full((G,), math.nan, dtype=like.dtype, device=like.device)
-    alive = torch.ones(G, dtype=torch.bool, device=like.device)
-    progress = Progress(f"training {G} settings" if G > 1 else "training", n * first.num_epochs, "examples")
-    with seeded(first.seed, "noise", like.device):
-        for epoch in range(1, first.num_epochs + 1):
-            sums, done, note = 0, (epoch - 1) * n, _progress_note(epoch, first, curves)
-            for rows in torch.randperm(n, generator=batches, device=like.device).split(first.batch_size):
-                terms = means(parameters, buffers, scalars, *(t.index_select(0, rows) for t in data.train))
-                optimizer.zero_grad()
-                terms["loss"].sum().backward()
-                clip(parameters.values(), first.grad_clip, G)
-                optimizer.step()
-                schedule.step()
-                # What is kept stays on the device: the host reads it once an epoch.
-                values = torch.stack(list(terms.values())).detach().view(-1, G)
-                limit = EXPLODED * (1 + values[0].abs()) if limit is None else limit
-                alive = alive & (values[0] < limit)       # false for nan, too
-                last = torch.where(alive, values[0], last)
-                sums = sums + values * len(rows)
-                done += len(rows)
-                progress.update(done, note)
-            *epoch_means, still_alive, before = torch.cat([sums / n, alive[None], last[None]]).tolist()
+        def of_one(parameters, buffers, scalars, *batch):
+            f = dataclasses.replace(first, **scalars)
+            return means(torch.func.functional_call(models[0], (parameters, buffers), (*batch, f)), f)
+
+        (parameters, buffers), scalars = torch.func.stack_module_state(models), scalars_of(group, like)
+        of_each = torch.vmap(of_one, in_dims=(0, 0, 0) + (None,) * len(data.train), randomness="same")
+        forward = functools.partial(of_each, parameters, buffers, scalars)
+    else:
+        parameters, buffers = dict(models[0].named_parameters()), dict(models[0].named_buffers())
+        f = on_device(first, like)
+
+        def forward(*batch):
+            return means(models[0](*batch, f), f)
+    use_precision(first)
+    n, batches = len(like), generator(first.seed, "batches", like.device)
+    optimizer, schedule = adam(parameters.values(), first, n)
+    epoch, done, curves, diverged, before = 1, 0, [], [None] * G, 0.0
+    # Kept on the device, the host reads it once an epoch: sums over examples of each term, the last loss of each setting
+    # that was in order, whether all were, and the loss from which on it is not.
+    tally, names = {}, []
+
+    def step(rows):
+        terms = forward(*(t.index_select(0, rows) for t in data.train))
+        optimizer.zero_grad()
+        terms["loss"].sum().backward()
+        clip(parameters.values(), first.grad_clip, G)
+        optimizer.step()
+        values = torch.stack(list(terms.values())).detach().view(-1, G)
+        if not tally:
+            names.extend(terms)
+            tally.update(sums=torch.zeros_like(values), last=torch.full_like(values[0], math.nan),
+                         alive=torch.ones_like(values[0], dtype=torch.bool), limit=EXPLODED * (1 + values[0].abs()))
+        tally["sums"].add_(values, alpha=len(rows))
+        tally["alive"].logical_and_(values[0] < tally["limit"])              # false for nan, too
+        tally["last"].copy_(torch.where(tally["alive"], values[0], tally["last"]))
+
+    def state():
+        """All that training depends on from here on."""
+        return {"epoch": epoch, "done": done, "curves": curves, "diverged": diverged, "order": order, "tally": tally,
+                "seconds": before + time.monotonic() - start, "noise": random_states(like.device),
+                "parameters": {name: value.detach() for name, value in (parameters | buffers).items()},
+                "optimizer": optimizer.state_dict(), "schedule": schedule and schedule.state_dict(), "names": names}
+
+    with seeded(first.seed, "noise", like.device), held_signals() as came:
+        if checkpoint and checkpoint.state:
+            saved = checkpoint.state
+            epoch, done, curves, diverged, before = (saved[k] for k in ("epoch", "done", "curves", "diverged", "seconds"))
+            for name, value in (parameters | buffers).items():
+                value.data.copy_(saved["parameters"][name])
+            optimizer.load_state_dict(saved["optimizer"])
+            if schedule:
+                schedule.load_state_dict(saved["schedule"])
+            names.extend(saved["names"])
+            tally.update({name: value.to(like.device) for name, value in saved["tally"].items()})
+            batches.set_state(saved["order"].cpu())
+            random_states(like.device, saved["noise"])
+            print(f"going on in epoch {epoch} of {first.num_epochs}, from {checkpoint.path}", file=sys.stderr)
+        order, start, replayed = batches.get_state(), time.monotonic(), Replayed(step, first.batch_size, like.device)
+        progress = Progress(f"training {G} settings" if G > 1 else "training", n * first.num_epochs, "examples",
+                            (epoch - 1) * n + min(n, done * first.batch_size))
+        for epoch in range(epoch, first.num_epochs + 1):
+            order, note = batches.get_state(), _progress_note(epoch, first, curves)
+            rows = torch.randperm(n, generator=batches, device=like.device).split(first.batch_size)
+            for done in range(done + 1, len(rows) + 1):
+                replayed(rows[done - 1])
+                if schedule:
+                    schedule.step()
+                progress.update((epoch - 1) * n + min(n, done * first.batch_size), note)
+                if checkpoint and (came or checkpoint.due(first.checkpoint_seconds)):
+                    checkpoint.write(state())
+                if came:
+                    raise Interrupted(came[0])
+            *epoch_means, still_alive, last = torch.cat([tally["sums"] / n, tally["alive"][None], tally["last"][None]]).tolist()
             curves.append(epoch_means)
             for g in range(G):
                 if not still_alive[g] and not diverged[g]:
-                    diverged[g] = {"epoch": epoch, "last_finite_loss": before[g]}
+                    diverged[g] = {"epoch": epoch, "last_finite_loss": last[g]}
             if all(diverged):
                 break
-    progress.update(done, _progress_note(epoch, first, curves), end=True)
+            tally["sums"].zero_()
+            done = 0
+        epoch, done = first.num_epochs + 1, 0
+        if checkpoint and G > 1:                          # stands until the last of the group is written
+            checkpoint.write(state())
+    progress.update(len(curves) * n, _progress_note(len(curves), first, curves), end=True)
 
     results = []
     for g, model in enumerate(models):
         if G > 1:
             model.load_state_dict({name: stacked[g] for name, stacked in (parameters | buffers).items()})
-        epochs = diverged[g]["epoch"] - 1 if diverged[g] else epoch
+        kept = curves[:diverged[g]["epoch"] - 1] if diverged[g] else curves
         results.append((None if diverged[g] else model.eval(), {
-            "curves": {name: [epoch_means[k][g] for epoch_means in curves[:epochs]] for k, name in enumerate(terms)},
-            "diverged": diverged[g], "seconds": time.monotonic() - progress.start, "side_by_side": G}))
+            "curves": {name: [epoch_means[k][g] for epoch_means in kept] for k, name in enumerate(names)},
+            "diverged": diverged[g], "seconds": before + time.monotonic() - start, "side_by_side": G}))
     return results
+
+
+def adam(parameters, f, n):
+    """Adam as --lr says, and what lets its learning rate fall over the steps of all epochs (None for a constant one)."""
+    parameters = list(parameters)
+    cuda = parameters[0].is_cuda                          # where a step is to be captured, the rate is to lie on the device
+    lr = torch.tensor(f.lr, device=parameters[0].device) if cuda else f.lr
+    optimizer, steps = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=cuda), f.num_epochs * math.ceil(n / f.batch_size)
+    if f.lr_schedule == "constant":
+        return optimizer, None
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+class Replayed:
+    """step(rows), on CUDA captured once as a graph for batches of `size` row numbers, and replayed: the host then launches
+    one thing a batch instead of hundreds. Other batches, and devices without graphs, take the step as it is."""
+    EAGER = 3                                             # steps before the capture, so that all memory is there
+
+    def __init__(self, step, size, device):
+        self.step, self.graph, self.taken = step, None, 0
+        self.rows = torch.empty(size, dtype=torch.long, device=device)
+        self.capturable = device.type == "cuda"
+
+    def __call__(self, rows):
+        if not self.capturable or len(rows) != len(self.rows):
+            return self.step(rows)
+        self.rows.copy_(rows)
+        if self.taken < self.EAGER:
+            self.taken += 1
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self.step(self.rows)
+            torch.cuda.current_stream().wait_stream(beside)
+            return
+        if not self.graph:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.step(self.rows)
+                self.graph = graph
+            except RuntimeError as wrong:
+                print(f"the training step cannot be captured as a CUDA graph, it is launched anew each time: {wrong}",
+                      file=sys.stderr)
+                self.capturable = False
+                return self.step(rows)
+        self.graph.replay()
+
+
+def random_states(device, restored=None):
+    """The states of the default generators, the CPU's and CUDA's; restored puts earlier ones back."""
+    if restored:
+        torch.set_rng_state(restored[0].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(restored[1].cpu(), device)
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+CHECKPOINT_FORMAT = 1
+
+
+class Checkpoint:
+    """Where the training of a group of settings stands, in a file that is whole or absent. `state` is what was written, None
+    if there is no file, or one that is not whole, not of these settings, or not of this format, torch, device or script: the
+    file is then refused by name."""
+
+    def __init__(self, group, data):
+        device = data.train[0].device
+        script = Path(inspect.getfile(type(group[0]))).read_bytes()
+        self.of = {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__), "device": device_name(device).replace(
+            str(device), device.type), "script": hashlib.sha256(script).hexdigest(), "settings": [what(f, data) for f in group]}
+        digest = hashlib.sha256(json.dumps(self.of["settings"]).encode()).hexdigest()[:16]
+        self.path = run_dir(group[0], data).parent / "checkpoints" / f"{digest}.pt"
+        self.state, self.written = self._read(device), time.monotonic()
+
+    def _read(self, device):
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location=device)
+            differ = [name for name in self.of if saved["of"][name] != self.of[name]]
+            if not differ:
+                return saved["state"]
+            wrong = "it is of another " + " and ".join(differ)
+        except FileNotFoundError:
+            return None
+        except Exception as error:                        # a broken file has many names
+            wrong = f"it is not whole ({type(error).__name__})"
+        print(f"checkpoint {self.path} is refused, training starts over: {wrong}", file=sys.stderr)
+
+    def due(self, seconds):
+        return time.monotonic() - self.written >= seconds
+
+    def write(self, state):
+        write(self.path, lambda file: torch.save({"of": self.of, "state": state}, file))
+        self.written = time.monotonic()
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+        remove_unfinished(self.path)
+        with contextlib.suppress(OSError):                # others may have theirs there
+            self.path.parent.rmdir()
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; args[0] is its number."""
+
+
+@contextlib.contextmanager
+def held_signals():
+    """Let SIGINT and SIGTERM wait: yields the list of those that came, which the body is to look at between steps."""
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        yield came
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+_lock_files = {}                                          # of this process: closing one gives up all its locks
+
+
+def lock(folders):
+    """Keep other processes from the runs of these folders until `unlock`, after they are done with theirs.
+
+    Each run is a byte, by its name's digest, of out_dir/.lock: one open file, however many runs; locked in one order, so
+    that no two processes wait for each other.
+    """
+    for folder in sorted(folders):
+        path = folder.parents[1] / ".lock"
+        if path not in _lock_files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _lock_files[path] = open(path, "ab")
+        byte = int.from_bytes(hashlib.sha256(str(folder).encode()).digest()[:7], "big")
+        try:
+            fcntl.lockf(_lock_files[path], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError:
+            print(f"waiting for another process that is at {folder}", file=sys.stderr)
+            fcntl.lockf(_lock_files[path], fcntl.LOCK_EX, 1, byte)
+
+
+def unlock():
+    while _lock_files:
+        _lock_files.popitem()[1].close()
 
 
 def _progress_note(epoch, f, curves):
@@ -1099,6 +1362,7 @@ def evaluate(model, f, data, split="test"):
     with Var_x(E_q[z|x]) > 0.01 of the prior's variance), AU_kl (units with mean KL > 0.01), active_share (share of
     pairs of example and unit with KL > 0.01). examples: numpy arrays, log_px (n,) and unit_kl per level (n, d).
     """
+    use_precision(f)
     split = getattr(data, split)
     like, asked = split[0], getattr(f, "num_draws", f.num_samples)    # where num_samples are rows, draws have their own
     draws, width = asked or ELBO_DRAWS, max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
@@ -1196,15 +1460,25 @@ def collapse_curve(unit_kl, epsilon, delta=0.05):
 # ---------------------------------------------------------------------------------------------------------------- files
 
 def write(path, save):
-    """Let save(file) write a binary file that appears at path whole or not at all; its folder is made."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Let save(file) write a binary file that appears at path whole or not at all; its folder is made. Raises OSError."""
+    path, content = Path(path), io.BytesIO()
+    save(content)                                         # torch.save itself would hide that a disk is full
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
-            save(file)
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(path):
+    """Remove what a process that was killed while it wrote this file left beside it."""
+    for beside in path.parent.glob(f".{path.name}.*"):
         beside.unlink(missing_ok=True)
 
 
@@ -1255,7 +1529,8 @@ def read_result(f, data, name):
         result = json.loads((run_dir(f, data) / name).read_text())
     except (OSError, ValueError):
         return None
-    return result if result.get("settings") == what(f, data) else None
+    settings = result.get("settings")                     # those of an earlier version may lack a flag that is new
+    return result if settings and what(type(f)(), data) | settings == what(f, data) else None
 
 
 # --------------------------------------------------------------------------------------------------- report: the table
@@ -1266,8 +1541,8 @@ def report(models, settings, data, counterpart=None):
     counterpart is the script to compare with: where it has a run of the same flags, the collapse curves of both are drawn
     on one picture. Returns the exit status: 1 if a setting diverged, else 0.
     """
-    results = []
-    for model, f, d in zip(models, settings, data):
+    for i in share(settings):
+        model, f, d = models[i], settings[i], data[i]
         folder, result = run_dir(f, d), read_result(f, d, "result.json")
         if result is None:
             training = read_result(f, d, "training.json")
@@ -1286,13 +1561,17 @@ def report(models, settings, data, counterpart=None):
                 write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
                 draw_run(folder, model, f, d, training["curves"], examples)
             write_json(folder / "result.json", result)
-        results.append(result)
         print(f"files: {folder}", file=sys.stderr)
         of_both = {script: Path(f.out_dir, script, folder.name, "units.npz") for script in (folder.parent.name, counterpart)
                    if script}
         if counterpart and all(path.exists() for path in of_both.values()):
             draw_collapse(folder / "collapse_beside.png", {script: np.load(path) for script, path in of_both.items()},
                           caption_of([f], [d]).partition(" on ")[2] + f" seed={f.seed}")
+    unlock()
+    meet()                                                # the first process shows what all have done
+    if processes()[0] > 0:
+        return 0
+    results = [read_result(f, d, "result.json") for f, d in zip(settings, data)]
     draw_grid(models, settings, data)
     print_table(results, settings, data)
     print_theory(results, settings, data)
@@ -1501,6 +1780,9 @@ def verify(Problem, settings):
     Problem(f) has start(draw), random parameters {name: float64 tensor} where draw(*shape) draws; loss(parameters),
     0-d; predicted(), one of the closed forms; units(parameters), the same quantities of these.
     """
+    if processes()[0] > 0:
+        return 0                                          # one process is enough
+    print(f"device: {device_name(device_of(settings[0]))}", file=sys.stderr)
     rows, worst, flags = [], 0.0, varying(settings, [None] * len(settings))
     for f in settings:
         began, problem, there = time.monotonic(), Problem(f), device_of(f)
@@ -1668,19 +1950,22 @@ def draw_units_over(path, flags, cells, dense, caption):
     [(flag_name, values)] = flags.items()
     theories = {value: read_result(f, d, "result.json")["theory"] for (value,), (_, f, d) in cells.items()}
     levels, (model, f, d) = theory_levels(next(iter(theories.values()))["predicted"]), next(iter(cells.values()))
+
+    def information(of, level):                           # 0 for units that a setting does not have
+        rows = [torch.tensor(theory[of][f"information{level}"]) for theory in theories.values()]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     if dense:                                             # between the trained values, too
         x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
         predicted = model.predicted(dataclasses.replace(f, **{flag_name: x}), d)
     else:
-        x = list(theories)
-        predicted = {f"information{level}": torch.tensor([theories[value]["predicted"][f"information{level}"]
-                                                          for value in x]) for level in levels}
+        x, predicted = list(theories), {f"information{level}": information("predicted", level) for level in levels}
 
     def draw(axes):
         from matplotlib import colormaps
         for row, level in zip(axes, levels):
             lines = predicted[f"information{level}"]
-            trained = np.array([theory["trained"][f"information{level}"] for theory in theories.values()])
+            trained = information("trained", level)
             for i in range(lines.shape[1]):
                 color = colormaps["viridis"](0.9 * i / max(1, lines.shape[1] - 1))
                 row[0].plot(x, lines[:, i], color=color, linewidth=1, label="predicted" if i == 0 else None,
@@ -1794,10 +2079,25 @@ def draw_heat_maps(path, flags, cells, caption):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def run(main):
-    """Run a script's main and exit with its status; Ctrl-C ends with one line."""
+    """Run a script's main and exit with its status; Ctrl-C, SIGTERM and a full disk end with one line."""
+    def terminated(number, frame):
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, terminated)
     try:
         status = main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\ninterrupted; what was finished stays, and the same command goes on from there", file=sys.stderr)
-        status = 130
+        status = 128 + next(iter(interrupt.args), signal.SIGINT)
+    except (MemoryError, RuntimeError) as wrong:
+        if not isinstance(wrong, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(wrong):
+            raise
+        print("\nnot enough memory for these sizes, or for so many settings side by side", file=sys.stderr)
+        status = 1
+    except OSError as wrong:
+        if wrong.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"\n{wrong.strerror}: {wrong.filename or 'a result'} could not be written; what is whole stays, and the same "
+              "command goes on from there when there is room", file=sys.stderr)
+        status = 1
     sys.exit(status)

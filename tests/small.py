@@ -117,8 +117,12 @@ def plain_train(Model, f, data):
     with common.seeded(f.seed, "noise", x.device):
         for _ in range(f.num_epochs):
             for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
-                terms = model(x[rows], g)
-                loss = (-terms["log_px_z"] + g.beta_1 * terms["kl_1"].sum(-1) + g.beta_2 * terms["kl_2"].sum(-1)).mean()
+                terms = model(*(t[rows] for t in data.train), g)
+                loss = -terms["log_px_z"]
+                for beta, kl in (("beta", "kl"), ("beta_1", "kl_1"), ("beta_2", "kl_2")):
+                    if kl in terms:
+                        loss = loss + getattr(g, beta) * terms[kl].sum(-1)
+                loss = loss.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)

@@ -188,6 +188,7 @@ class Finished(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
+        self.addCleanup(common.unlock)
         self.data = [small.gaussian_data()] * 2
         self.settings = [flags(beta_1=beta, out_dir=folder.name) for beta in (0.5, 1.0)]
 
@@ -245,10 +246,10 @@ class Finished(unittest.TestCase):
         settings = [self.settings[0], dataclasses.replace(self.settings[0], seed=1)]
         real = common.train
 
-        def interrupted(Model, group, data):
+        def interrupted(Model, group, data, checkpoint):
             if group[0].seed == 1:
                 raise KeyboardInterrupt
-            return real(Model, group, data)
+            return real(Model, group, data, checkpoint)
 
         with mock.patch("sys.stderr"), mock.patch("common.train", interrupted), self.assertRaises(KeyboardInterrupt):
             common.fit(small.LinearHVAE, settings, self.data)
@@ -288,6 +289,21 @@ class Cuda(unittest.TestCase):
             [alone] = states(train(MNIST_HVAE_Relu.HVAE, [f], data))
             for name, value in alone.items():
                 torch.testing.assert_close(in_grid[name], value, rtol=0, atol=1e-9)
+
+    def test_captured_like_step_by_step(self):
+        """A captured step, replayed, gives what the same steps give launched one by one: noise, clipping, schedule and all."""
+        data = small.digit_data(300)                          # nine full batches of 32 an epoch and one of 12
+        data = dataclasses.replace(data, train=(data.train[0].cuda(),), test=(data.test[0].cuda(),))
+        for schedule in ("constant", "cosine"):
+            group = [flags(MNIST_HVAE_Relu.Flags, d_hidden=20, beta_1=beta, lr_schedule=schedule) for beta in (0.1, 1.0)]
+            captured = train(MNIST_HVAE_Relu.HVAE, group, data)
+            with mock.patch("common.Replayed.EAGER", 10**9):
+                launched = train(MNIST_HVAE_Relu.HVAE, group, data)
+            for (a, of_a), (b, of_b) in zip(captured, launched):
+                for name, value in b.state_dict().items():
+                    torch.testing.assert_close(a.state_dict()[name], value, rtol=0, atol=1e-9)
+                for x, y in zip(of_a["curves"]["loss"], of_b["curves"]["loss"], strict=True):
+                    self.assertAlmostEqual(x, y, delta=1e-9 * abs(y))
 
 
 if __name__ == "__main__":
