@@ -1491,7 +1491,7 @@ def what(f, data):
     that makes its own); not where or on what."""
     own, shared = own_and_shared(f)
     flags = {name: getattr(f, name) for name in own | shared if name not in WHERE_FLAGS}
-    return flags | ({"dataset": data.name} if "dataset" in flags else {})
+    return flags | ({"dataset": data.name} if data and "dataset" in flags else {})
 
 
 def run_name(f, data):
@@ -1501,7 +1501,7 @@ def run_name(f, data):
 
 def changed(f, data):
     """The flags of `what` that are not at their default, where MNIST counts as the default data set."""
-    defaults = what(type(f)(), data) | {"dataset": "mnist"}
+    defaults = what(type(f)(), data) | ({"dataset": "mnist"} if data else {})
     return {name: value for name, value in what(f, data).items() if value != defaults[name]}
 
 
