@@ -1888,21 +1888,33 @@ def _show(ax, images, columns, title, **font):
 def draw_collapse(path, runs, caption):
     """Collapse curves, a panel a level, a line a run: runs is {label: {"unit_kl" of each level: (n, d)}}."""
     kls = [name for name in next(iter(runs.values())) if name.startswith("unit_kl")]
-    every = math.ceil(len(runs) / 12)                     # run has its label: a legend must not be taller than its axes
 
     def draw(axes):
-        from matplotlib import colormaps
         for ax, kl in zip(axes[0], kls):
-            for k, (label, run) in enumerate(runs.items()):
-                ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post",
-                        label=label if k % every == 0 else None,
-                        color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
-                        linestyle=("-", "--", "-.", ":")[k % 4])
-            ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103),
-                   title="units of z" + kl.removeprefix("unit_kl").removeprefix("_"))
-            if len(runs) > 1:
-                ax.legend(fontsize=7)
+            plot_collapse(ax, runs, kl)
+            ax.set(title="units of z" + kl.removeprefix("unit_kl").removeprefix("_"))
     save_figure(path, len(kls), 1, 4.6, 3.6, caption, draw)
+
+
+def plot_collapse(ax, runs, kl):
+    """The collapse curves of one level, a line a run, on axes: runs is {label: {kl: (n, d)}}."""
+    from matplotlib import colormaps
+    every = math.ceil(len(runs) / 12)                     # run has its label: a legend must not be taller than its axes
+    for k, (label, run) in enumerate(runs.items()):
+        ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post", label=label if k % every == 0 else None,
+                color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
+                linestyle=("-", "--", "-.", ":")[k % 4])
+    ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
+    if len(runs) > 1:
+        ax.legend(fontsize=7)
+
+
+def grid_dir(settings, data):
+    """Where the pictures of a grid go: out_dir/<script>/grids/<its flags>."""
+    flags = varying(settings, data)
+    shared = {name: value for name, value in changed(settings[0], data[0]).items() if name not in flags}
+    return run_dir(settings[0], data[0]).parent / "grids" / spell(
+        {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
 
 
 def draw_grid(models, settings, data):
@@ -1918,9 +1930,7 @@ def draw_grid(models, settings, data):
             cells.setdefault(tuple(what(f, d)[name] for name in flags), (model, f, d))
     if len(flags) not in (1, 2) or not cells:
         return
-    shared = {name: value for name, value in changed(settings[0], data[0]).items() if name not in flags}
-    folder = run_dir(settings[0], data[0]).parent / "grids" / spell(
-        {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
+    folder = grid_dir(settings, data)
     caption = caption_of(settings, data)
     scalars = [field.name for field in dataclasses.fields(settings[0]) if field.metadata["scalar"]]
     dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)

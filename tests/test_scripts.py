@@ -71,7 +71,7 @@ class CommandLine(unittest.TestCase):
 
     def test_every_script_is_tried(self):
         self.assertEqual({path.name for path in ROOT.glob("*.py")} - set(SCRIPTS),
-                         {"common.py", "predict_collapse.py"} | {path.name for path in ROOT.glob("matrix_*.py")})
+                         {"common.py", "predict_collapse.py", "reproduce.py"} | {path.name for path in ROOT.glob("matrix_*.py")})
 
     def test_each_script_leaves_complete_results(self):
         def twice(script):

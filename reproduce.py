@@ -1,0 +1,293 @@
+"""The tables and figures of the published experiments, each made by its name from the scripts beside this one.
+
+    python reproduce.py                                   # lists them
+    python reproduce.py table_cvae figure_cvae_beta
+    python reproduce.py --all --seed 1,2,3
+
+Each lands in results/: <name>.md and <name>.csv, and <name>.png where there is something to see. Dang et al. (2024, arXiv
+2306.05023); both objectives where theirs counts the reconstruction twice. What is finished is not trained again.
+"""
+import csv
+import datetime
+import importlib
+import io
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import common
+
+
+@dataclass
+class Flags:
+    all: bool = common.flag(False, "make all of them")
+    num_epochs: int = common.flag(0, "passes over the training set; 0 for each script's own", low=0)
+    seed: int = common.flag(0, "seed, or a list of them for mean ± std", low=0)
+    device: str = common.flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    data_dir: str = common.flag("data", "where data sets lie, or are put")
+    out_dir: str = common.flag("runs", "where the scripts' runs go")
+    results_dir: str = common.flag("results", "where tables and figures go")
+
+
+@dataclass
+class Experiment:
+    """What it asks, the command lines it stands for, and how it is drawn: one of the functions below, or None."""
+    asks: str
+    commands: list
+    draw: object = None
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+def collapse_curves(path, runs, f):
+    """A row of panels a command, a panel a level."""
+    levels = [name for name in runs[0].units(0) if name.startswith("unit_kl")]
+
+    def draw(axes):
+        for row, run in zip(axes, runs):
+            labels = [", ".join(f"{name} = {value}" for name, value in of.items()) or run.script for of in run.rows()]
+            for ax, kl in zip(row, levels):
+                common.plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
+                ax.set(title=run.words() + (f", z{kl[-1]}" if len(levels) > 1 else ""))
+    common.save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
+
+
+def beside(path, runs, f):
+    """One panel, a curve a command."""
+    common.draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
+
+
+def of_the_grid(name):
+    """The picture of this name that the script itself draws of its grid."""
+    def copy(path, runs, f):
+        common.write(path, lambda file: shutil.copyfileobj(open(runs[0].grid() / name, "rb"), file))
+    return copy
+
+
+def per_digit(path, runs, f):
+    """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
+    def draw(axes):
+        for row, run in zip(axes, runs):
+            correlation = common.linear_correlations(run.results)
+            for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
+                digits = [result["settings"]["digit"] for result in run.results]
+                pairs = [next(pair[1:] for pair in common.beside_linear(result) if pair[0] == metric) for result in run.results]
+                ax.plot(digits, [predicted for predicted, _ in pairs], "_", color="0.3", markersize=14, label="predicted of the linear model")
+                ax.plot(digits, [trained for _, trained in pairs], "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
+                ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
+                ax.legend(fontsize=7)
+    common.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
+
+
+# ----------------------------------------------------------------------------------------------------------- experiments
+
+def both(command):
+    """With the exact objective, and with the one of the authors' released code."""
+    return [command, f"{command} --released_objective"]
+
+
+CVAE_BETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 0.1,0.5,1.0,2.0"
+CVAE_ETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --beta 1.0 --eta_dec 0.25,0.5,1.0,2.0"
+VAES = [f"MNIST_VAE_{kind}_{sigma}_sigma.py --eta_dec 1.0 --c 1.0 --beta 1.0 --sigma {value}"
+        for kind, value in (("Linear", 1.0), ("Relu", 0.5)) for sigma in ("learnable", "nonlearnable")]
+CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:5.0:0.1"
+HVAE_LINEAR = "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.1:7.0:0.1"
+CORRELATIONS = "Identical,Gaussian_noise_1_2,Gaussian_noise_1_4,Gaussian_noise_1_8,Random"
+
+EXPERIMENTS = {
+    "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
+    "figure_cvae_eta": Experiment("Does a noisier decoder collapse more units of a CVAE?", both(CVAE_ETA), collapse_curves),
+    "table_cvae": Experiment("What do beta and eta_dec do to a CVAE's log-likelihood, KL and active units?",
+                             both(CVAE_BETA) + both(CVAE_ETA)),
+    "figure_single_digit": Experiment(
+        "Does the linear theory say, from a digit's images alone, how much z tells of it?",
+        ["MNIST_CVAE_Linear_single_digit.py --digit 0:9", "MNIST_CVAE_Relu_single_digit.py --digit 0:9",
+         "MNIST_CVAE_CNN_single_digit.py --digit 0:9"], per_digit),
+    "figure_hvae_beta_1": Experiment("What does beta_1 collapse, at which level?",
+                                     both("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"), collapse_curves),
+    "figure_hvae_beta_2": Experiment("What does beta_2 collapse, at which level?",
+                                     both("MNIST_HVAE_Relu.py --beta_2 0.1,0.5,1.0,2.0"), collapse_curves),
+    "figure_hvae_eta": Experiment("What does eta_dec collapse, at which level?",
+                                  both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"), collapse_curves),
+    "table_hvae": Experiment("What do beta_1, beta_2 and eta_dec do to an HVAE's log-likelihood, KLs and active units?",
+                             both("MNIST_HVAE_Relu.py --beta_1 0.25,0.5,1.0,2.0,3.0")
+                             + both("MNIST_HVAE_Relu.py --beta_2 0.25,0.5,1.0,2.0,3.0")
+                             + both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,0.7,1.0,2.0")),
+    "figure_hvae_samples": Experiment(
+        "Where over beta_1 and beta_2 does z2 still tell one digit from another?",
+        ["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"], of_the_grid("reconstructions_2.png")),
+    "figure_hvae_cnn_samples": Experiment(
+        "The same with convolutions.",
+        ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"], of_the_grid("reconstructions_2.png")),
+    "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, beside),
+    "table_vae_sigma": Experiment("What does a learnable encoder variance gain and lose?", VAES),
+    "figure_cvae_linear": Experiment("Do fifty linear CVAEs collapse where theorem 2 says?", [CVAE_LINEAR], of_the_grid("theory.png")),
+    "figure_hvae_linear": Experiment("Do seventy linear HVAEs collapse where theorem 3 says?", [HVAE_LINEAR], of_the_grid("theory.png")),
+    "table_theorems": Experiment(
+        "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
+        ["matrix_VAE.py --learnable_sigma true,false", "matrix_CVAE.py", "matrix_HVAE_learnable_sigma_2.py",
+         "matrix_HVAE_nonlearnable_sigma_2.py", *VAES[:2], "MNIST_CVAE_Linear.py",
+         "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0", "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]),
+    "table_correlation": Experiment("The more x tells about y, the more units collapse?",
+                                    both(f"Synthetic_CVAE_Relu_correlation.py --corr_type {CORRELATIONS}")),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+class Run:
+    """One command line of an experiment, with the flags that pass through: what it is to leave, and what it has left."""
+
+    def __init__(self, command, f, seeds):
+        script, *self.argv = shlex.split(command)
+        self.command, self.script, self.module = command, script.removesuffix(".py"), importlib.import_module(script.removesuffix(".py"))
+        own, shared = common.own_and_shared(self.module.Flags)
+        passed = {"seed": ",".join(map(str, seeds)), "device": f.device, "data_dir": f.data_dir, "out_dir": f.out_dir}
+        passed |= {"num_epochs": f.num_epochs} if f.num_epochs else {}
+        for name, value in passed.items():
+            if name in own | shared and not (name == "device" and self.script.startswith("matrix")):
+                self.argv += [f"--{name}", str(value)]
+        self.settings = common.parse_flags(self.module.Flags, self.argv)
+        self.read()
+
+    def read(self):
+        """The results that are there; data sets are told apart by the names of the runs."""
+        names = ["mnist", "digits"] if hasattr(self.settings[0], "dataset") else ["synthetic"]
+        found = []
+        for name in names:
+            self.data = None if self.script.startswith("matrix") else common.Data(name, None, None)
+            found = [common.read_result(f, self.data, "result.json") for f in self.settings]
+            if all(found):
+                break
+        self.results = [result for result in found if result]
+
+    def make(self):
+        """Run the script's main; its exit status: 0, or 1 if a setting diverged or a theorem failed."""
+        status = self.module.main(self.argv)
+        self.read()
+        return status
+
+    def rows(self):
+        """The flags in which the settings differ, of each but for its seed."""
+        flags = common.varying(self.settings, [self.data] * len(self.settings))
+        return [{name: getattr(self.settings[i], name) for name in flags} for i in self.of_first_seed()]
+
+    def of_first_seed(self):
+        return [i for i, f in enumerate(self.settings) if f.seed == self.settings[0].seed]
+
+    def units(self, i):
+        return np.load(common.run_dir(self.settings[i], self.data) / "units.npz")
+
+    def grid(self):
+        return common.grid_dir(self.settings, [self.data] * len(self.settings))
+
+    def words(self):
+        return "objective counted as released" if getattr(self.settings[0], "released_objective", False) else "exact objective"
+
+    def seconds(self):
+        return sum(sum(result["seconds"].values()) / result.get("side_by_side", 1) for result in self.results)
+
+
+def measured(result):
+    """{column: value} of one result: its metrics, or how it compares with a theorem."""
+    metrics = dict(result["metrics"] or {}) if "metrics" in result else {}
+    if "max_error" in result:
+        metrics |= {"max error": result["max_error"], "gap": result["theory"]["gap"],
+                    "verdict": "VERIFIED" if result["max_error"] <= common.TOLERANCE else "FAILED"}
+    elif "theory" in result:
+        active = common.active_units(result["theory"]), common.active_units(result["theory"], "trained")
+        metrics |= {"active predicted (trained)": ", ".join(f"{a} ({b})" for a, b in zip(*(of.values() for of in active))),
+                    "singular values off": common.singular_value_error(result["theory"]), "gap": result["theory"]["gap"],
+                    "verdict": "; ".join(common.disagreements(result["theory"])) or "as predicted"}
+    elif result.get("linear") and result["metrics"]:
+        for metric, predicted, _ in common.beside_linear(result):
+            if not metric.startswith("AU_kl"):
+                metrics[f"linear {metric}"] = predicted
+    return metrics
+
+
+def cell(column, values):
+    """Of seeds' values mean ± standard deviation; a text as it is, if they agree."""
+    if isinstance(values[0], str):
+        return " / ".join(dict.fromkeys(values))
+    number = {"max error": "{:.1e}", "gap": "{:.1e}", "singular values off": "{:.2%}"}.get(column, "{:.2f}")
+    if len(values) == 1:
+        return number.format(values[0]) if isinstance(values[0], float) else str(values[0])
+    return f"{number.format(np.mean(values))} ± {number.format(np.std(values, ddof=1))}"
+
+
+def tables(name, experiment, runs):
+    """(markdown, csv) of an experiment's results."""
+    lines, rows = [], []
+    for run in runs:
+        grouped = {}
+        for f, result in zip(run.settings, run.results):
+            key = tuple(f"{flag} = {getattr(f, flag)}" for flag in common.varying(run.settings, [run.data] * len(run.settings)))
+            grouped.setdefault(key, []).append(measured(result))
+            rows.append({"command": run.command, "dataset": result["dataset"], "device": result["device"],
+                         "torch": result["versions"]["torch"], **result["settings"], **measured(result)})
+        finished = {key: [of for of in repeats if of] for key, repeats in grouped.items()}       # but for diverged ones
+        columns = list(next((repeats[0] for repeats in finished.values() if repeats), {"metrics": 0}))
+        lines += [f"\n`{run.command}`\n", "| " + " | ".join(["setting", *columns]) + " |", "|---" * (1 + len(columns)) + "|"]
+        lines += ["| " + " | ".join([", ".join(key) or "defaults", *(
+            cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]) + " |"
+            for key, repeats in finished.items()]
+    first, epochs = runs[0].results[0], sorted({getattr(f, "num_epochs", 0) for run in runs for f in run.settings} - {0})
+    seeds = sorted({f.seed for run in runs for f in run.settings})
+    about = (f"{', '.join(dict.fromkeys(r['dataset'] for run in runs for r in run.results))}; {first['device']}; "
+             f"python {first['versions']['python']}, torch {first['versions']['torch']}; epochs {', '.join(map(str, epochs)) or '-'}; "
+             f"seed {', '.join(map(str, seeds))}; {datetime.date.today()}; nats per test example")
+    picture = [f"\n![{experiment.asks}]({name}.png)"] if experiment.draw else []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return "\n".join([f"# {name}\n\n{experiment.asks}\n\n{about}", *picture, *lines]) + "\n", text.getvalue()
+
+
+def show(f, seeds):
+    """The list of experiments, their commands, and what is finished of each."""
+    for name, experiment in EXPERIMENTS.items():
+        runs = [Run(command, f, seeds) for command in experiment.commands]
+        done, wanted = sum(len(run.results) for run in runs), sum(len(run.settings) for run in runs)
+        print(f"{name}: {experiment.asks}\n    {done} of {wanted} settings finished"
+              + (f", which took {sum(run.seconds() for run in runs) / 60:.0f} min" if done else ""))
+        for command in experiment.commands:
+            print(f"    python {command}")
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = []
+    while argv and not argv[0].startswith("-"):
+        names.append(argv.pop(0))
+    settings = common.parse_flags(Flags, argv)
+    f, seeds = settings[0], list(dict.fromkeys(f.seed for f in settings))
+    if len(seeds) < len(settings):
+        common.stop(f, "only --seed may be a list")
+    for name in names:
+        if name not in EXPERIMENTS:
+            common.stop(f, f"{name!r}: no such table or figure, wants some of {', '.join(EXPERIMENTS)}")
+    names = list(EXPERIMENTS) if f.all else names
+    if not names:
+        show(f, seeds)
+        return 0
+    status = 0
+    for name in names:
+        runs = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
+        status = max([status, *(run.make() for run in runs)])
+        markdown, table = tables(name, EXPERIMENTS[name], runs)
+        if EXPERIMENTS[name].draw:
+            EXPERIMENTS[name].draw(Path(f.results_dir, f"{name}.png"), runs, f)
+        common.write(Path(f.results_dir, f"{name}.csv"), lambda file: file.write(table.encode()))
+        common.write(Path(f.results_dir, f"{name}.md"), lambda file: file.write(markdown.encode()))
+        print(f"made: {Path(f.results_dir, name)}.md", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    common.run(main)

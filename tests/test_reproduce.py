@@ -1,0 +1,127 @@
+"""reproduce.py: its tables are what the scripts left, its pictures are there, and what is finished is not made twice."""
+import contextlib
+import csv
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import common
+import reproduce
+from tests import small
+from tests.small import ROOT
+
+
+class Made(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        small.write_mnist(self.folder / "data")
+
+    def call(self, *argv):
+        return small.call(reproduce.main, *argv, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs",
+                          "--results_dir", self.folder / "results", "--device", "cpu", "--num_epochs", 1)
+
+    def left(self):
+        return {path.name for path in (self.folder / "results").iterdir()}
+
+    def test_a_table_and_a_figure_of_the_same_runs(self):
+        """Every row of the table is its result.json, exact and released objective; the figure trains nothing anew."""
+        status, _, err = self.call("table_cvae", "figure_cvae_beta", "--seed", "1,2")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.left(), {"table_cvae.md", "table_cvae.csv", "figure_cvae_beta.md", "figure_cvae_beta.csv",
+                                       "figure_cvae_beta.png"})
+        self.assertEqual(err.count("training 4 settings: epoch 1/1"), 8)      # of exact and released, two sweeps, two seeds
+        results = [json.loads(path.read_text()) for path in (self.folder / "runs" / "MNIST_CVAE_Relu").glob("*/result.json")]
+        by_settings = {json.dumps(r["settings"], sort_keys=True): r["metrics"] for r in results}
+        with open(self.folder / "results" / "table_cvae.csv") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual(len(rows), 32)
+        names = list(results[0]["settings"])
+        for row in rows:
+            settings = {name: type(results[0]["settings"][name])(row[name] == "True" if row[name] in ("True", "False") else row[name])
+                        for name in names}
+            metrics = by_settings[json.dumps(settings, sort_keys=True)]
+            for name, value in metrics.items():
+                self.assertEqual(float(row[name]), value)                     # full precision
+        text = (self.folder / "results" / "table_cvae.md").read_text()
+        self.assertIn("mnist; cpu; python ", text)
+        self.assertIn("epochs 1; seed 1, 2; ", text)
+        elbos = [float(row["elbo"]) for row in rows if row["command"].endswith("2.0") and row["beta"] == "0.5"]
+        self.assertEqual(len(elbos), 2)
+        self.assertIn(f"| {np.mean(elbos):.2f} ± {np.std(elbos, ddof=1):.2f} |", text)
+        picture = (self.folder / "results" / "figure_cvae_beta.png").read_bytes()
+        self.assertTrue(picture.startswith(b"\x89PNG"))
+        # Again: all is there.
+        status, _, err = self.call("table_cvae", "--seed", "1,2")
+        self.assertEqual((status, err.count("training")), (0, 0))
+
+    def test_one_of_each_way_to_draw(self):
+        with mock.patch.dict(reproduce.EXPERIMENTS["figure_single_digit"].__dict__, commands=[
+                f"MNIST_CVAE_{kind}_single_digit.py --digit 0:2 --num_samples 0" for kind in ("Linear", "Relu")]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["figure_cvae_linear"].__dict__, commands=[
+                    "MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["figure_hvae_samples"].__dict__, commands=[
+                    "MNIST_HVAE_Relu.py --beta_1 0.1,1 --beta_2 1,2 --num_samples 0 --d_hidden 8"]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["table_theorems"].__dict__, commands=[
+                    "matrix_VAE.py --d_0 3 --d_1 2", "MNIST_VAE_Linear_learnable_sigma.py"]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["table_correlation"].__dict__, commands=[
+                    "Synthetic_CVAE_Relu_correlation.py --dim_x 4 --dim_y 4 --corr_type Identical,Random --num_draws 0"]):
+            names = ["figure_single_digit", "figure_cvae_linear", "figure_hvae_samples", "table_theorems", "table_correlation",
+                     "figure_vae_sigma"]
+            status, _, err = self.call(*names)
+        self.assertEqual(status, 0, err)
+        self.assertEqual({name for name in self.left() if name.endswith(".png")},
+                         {f"{name}.png" for name in names if name.startswith("figure")})
+        self.assertEqual(len(self.left()), 2 * 6 + 4)
+        theorems = (self.folder / "results" / "table_theorems.md").read_text()
+        self.assertRegex(theorems, r"\| defaults \| \d\.\d\de-\d\d \| .*VERIFIED \|")
+        self.assertIn("wants 0 to 0.05", theorems)            # one epoch on 256 images does not arrive
+        self.assertIn("| corr_type = Identical | ", (self.folder / "results" / "table_correlation.md").read_text())
+
+    def test_a_diverged_setting_says_so(self):
+        with mock.patch.dict(reproduce.EXPERIMENTS["table_vae_sigma"].__dict__, commands=[
+                "MNIST_HVAE_Relu.py --lr 1e6,0.001 --d_hidden 8 --num_samples 0 --batch_size 8"]):
+            status, _, err = self.call("table_vae_sigma")
+        self.assertEqual(status, 1)
+        text = (self.folder / "results" / "table_vae_sigma.md").read_text()
+        self.assertIn("| lr = 1000000.0 | diverged | diverged |", text)
+        self.assertRegex(text, r"\| lr = 0.001 \| -\d+\.\d\d \|")
+
+    def test_the_list(self):
+        status, out, _ = self.call()
+        self.assertEqual(status, 0)
+        for name, experiment in reproduce.EXPERIMENTS.items():
+            self.assertIn(f"{name}: {experiment.asks}\n    0 of ", out)
+            for command in experiment.commands:
+                self.assertIn(f"    python {command}\n", out)
+        self.assertFalse((self.folder / "results").exists())
+
+    def test_what_there_is_not(self):
+        for argv, words in ((["table_nothing"], "'table_nothing': no such table or figure, wants some of figure_cvae_beta, "),
+                            (["table_cvae", "--device", "cpu", "--out_dirr", "x"], "--out_dirr: no such flag")):
+            with contextlib.redirect_stderr(io.StringIO()) as err, self.assertRaises(SystemExit) as end:
+                reproduce.main([*argv, "--results_dir", str(self.folder / "results")])
+            self.assertEqual(end.exception.code, 2)
+            self.assertIn(words, err.getvalue())
+
+
+class Commands(unittest.TestCase):
+    def test_every_command_is_a_scripts(self):
+        """Each parses, and passed-through flags arrive."""
+        f = reproduce.Flags(num_epochs=3, out_dir=tempfile.gettempdir())
+        for experiment in reproduce.EXPERIMENTS.values():
+            for command in experiment.commands:
+                self.assertTrue((ROOT / command.split()[0]).exists())
+                run = reproduce.Run(command, f, [4, 5])
+                self.assertEqual({of.seed for of in run.settings}, {4, 5})
+                self.assertEqual({getattr(of, "num_epochs", 3) for of in run.settings}, {3})
+
+
+if __name__ == "__main__":
+    unittest.main()
