@@ -1319,7 +1319,11 @@ def lock(folders):
         byte = int.from_bytes(hashlib.sha256(str(folder).encode()).digest()[:7], "big")
         try:
             fcntl.lockf(_lock_files[path], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError:
+        except OSError as wrong:
+            if wrong.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"warning: no locks in {path.parent} ({wrong.strerror}): start no second process with the same runs",
+                      file=sys.stderr)
+                return
             print(f"waiting for another process that is at {folder}", file=sys.stderr)
             fcntl.lockf(_lock_files[path], fcntl.LOCK_EX, 1, byte)
 
