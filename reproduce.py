@@ -236,6 +236,10 @@ def tables(name, experiment, runs):
         lines += ["| " + " | ".join([", ".join(key) or "defaults", *(
             cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]) + " |"
             for key, repeats in finished.items()]
+        linear = [result for result in run.results if "metrics" in result and common.closed_form(result)]
+        if len(linear) > 2:
+            lines.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
+                f"{metric} {correlation:.2f}" for metric, correlation in common.linear_correlations(linear).items()) + ".")
     first, epochs = runs[0].results[0], sorted({getattr(f, "num_epochs", 0) for run in runs for f in run.settings} - {0})
     seeds = sorted({f.seed for run in runs for f in run.settings})
     about = (f"{', '.join(dict.fromkeys(r['dataset'] for run in runs for r in run.results))}; {first['device']}; "
