@@ -7,6 +7,7 @@ The CVAE of Dang et al. (2024, arXiv 2306.05023) on y ~ N(0, I) and x = rho y + 
 rows, and (_train) on those that it was trained on. What theorem 2 predicts of a linear CVAE from the same rows, through
 what x leaves of y, E, is printed beside what was trained.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +39,18 @@ class Flags(common.FitFlags):
 
 def correlated(settings):
     """The data of each setting: rows x (n, dim_x) and y (n, dim_y), those to train on and fresh ones as test."""
-    def rows(f, random):
-        y, noise = torch.randn(2, f.num_samples, f.dim_y, generator=random)
-        rho = RHO[f.corr_type]
-        return rho * y + (1 - rho**2)**0.5 * noise, y
+    device = common.device_of(settings[0])
 
-    def data_of(f):
-        random, device = common.generator(f.seed, "data"), common.device_of(f)
-        train, test = (tuple(t.to(device) for t in rows(f, random)) for _ in range(2))
-        return common.Data("synthetic", train, test, also_train=True)
+    @functools.cache                                      # settings of one kind share their rows
+    def data_of(corr_type, n, dim, seed):
+        rho, random = RHO[corr_type], common.generator(seed, "data")
 
-    kinds = {(f.corr_type, f.num_samples, f.dim_y, f.seed): f for f in settings}
-    data = {kind: data_of(f) for kind, f in kinds.items()}
-    return [data[f.corr_type, f.num_samples, f.dim_y, f.seed] for f in settings]
+        def rows():
+            y, noise = torch.randn(2, n, dim, generator=random).to(device)
+            return rho * y + (1 - rho**2)**0.5 * noise, y
+        return common.Data("synthetic", rows(), rows(), also_train=True)
+
+    return [data_of(f.corr_type, f.num_samples, f.dim_y, f.seed) for f in settings]
 
 
 class CVAE(nn.Module):

@@ -805,8 +805,8 @@ def _singular_values(matrix, d):
 
 def compare(predicted, trained, loss):
     """What a closed form predicts beside what a model is, as lists: {"predicted", "trained", "errors", "optimal_loss",
-    "loss", "gap"}; None for a collapse that never comes. The trained values of each kind stand in the order of the predicted, largest at largest: which unit
-    of a model describes which mode is its own affair."""
+    "loss", "gap"}; None for a collapse that never comes. The trained values of each kind stand in the order of the
+    predicted, largest at largest: which unit of a model describes which mode is its own affair."""
     ordered = {}
     for name in trained:
         if name in predicted:

@@ -76,8 +76,9 @@ def per_digit(path, runs, f):
             for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
                 digits = [result["settings"]["digit"] for result in run.results]
                 pairs = [next(pair[1:] for pair in common.beside_linear(result) if pair[0] == metric) for result in run.results]
-                ax.plot(digits, [predicted for predicted, _ in pairs], "_", color="0.3", markersize=14, label="predicted of the linear model")
-                ax.plot(digits, [trained for _, trained in pairs], "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
+                predicted, trained = zip(*pairs)
+                ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
+                ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
                 ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
                 ax.legend(fontsize=7)
     common.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
@@ -125,8 +126,10 @@ EXPERIMENTS = {
         ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"], of_the_grid("reconstructions_2.png")),
     "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, beside),
     "table_vae_sigma": Experiment("What does a learnable encoder variance gain and lose?", VAES),
-    "figure_cvae_linear": Experiment("Do fifty linear CVAEs collapse where theorem 2 says?", [CVAE_LINEAR], of_the_grid("theory.png")),
-    "figure_hvae_linear": Experiment("Do seventy linear HVAEs collapse where theorem 3 says?", [HVAE_LINEAR], of_the_grid("theory.png")),
+    "figure_cvae_linear": Experiment("Do fifty linear CVAEs collapse where theorem 2 says?",
+                                     [CVAE_LINEAR], of_the_grid("theory.png")),
+    "figure_hvae_linear": Experiment("Do seventy linear HVAEs collapse where theorem 3 says?",
+                                     [HVAE_LINEAR], of_the_grid("theory.png")),
     "table_theorems": Experiment(
         "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
         ["matrix_VAE.py --learnable_sigma true,false", "matrix_CVAE.py", "matrix_HVAE_learnable_sigma_2.py",
@@ -144,7 +147,8 @@ class Run:
 
     def __init__(self, command, f, seeds):
         script, *self.argv = shlex.split(command)
-        self.command, self.script, self.module = command, script.removesuffix(".py"), importlib.import_module(script.removesuffix(".py"))
+        self.command, self.script = command, script.removesuffix(".py")
+        self.module = importlib.import_module(self.script)
         own, shared = common.own_and_shared(self.module.Flags)
         passed = {"seed": ",".join(map(str, seeds)), "device": f.device, "data_dir": f.data_dir, "out_dir": f.out_dir}
         passed |= {"num_epochs": f.num_epochs} if f.num_epochs else {}
