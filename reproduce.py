@@ -12,7 +12,6 @@ import datetime
 import importlib
 import io
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ class Experiment:
 
 # --------------------------------------------------------------------------------------------------------------- figures
 
-def collapse_curves(path, runs, f):
+def collapse_curves(path, runs):
     """A row of panels a command, a panel a level."""
     levels = [name for name in runs[0].units(0) if name.startswith("unit_kl")]
 
@@ -56,19 +55,19 @@ def collapse_curves(path, runs, f):
     common.save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
 
 
-def beside(path, runs, f):
+def beside(path, runs):
     """One panel, a curve a command."""
     common.draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
 
 
 def of_the_grid(name):
     """The picture of this name that the script itself draws of its grid."""
-    def copy(path, runs, f):
-        common.write(path, lambda file: shutil.copyfileobj(open(runs[0].grid() / name, "rb"), file))
+    def copy(path, runs):
+        common.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
     return copy
 
 
-def per_digit(path, runs, f):
+def per_digit(path, runs):
     """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
     def draw(axes):
         for row, run in zip(axes, runs):
@@ -290,7 +289,7 @@ def main(argv=None):
         status = max([status, *(run.make() for run in runs)])
         markdown, table = tables(name, EXPERIMENTS[name], runs)
         if EXPERIMENTS[name].draw:
-            EXPERIMENTS[name].draw(Path(f.results_dir, f"{name}.png"), runs, f)
+            EXPERIMENTS[name].draw(Path(f.results_dir, f"{name}.png"), runs)
         common.write(Path(f.results_dir, f"{name}.csv"), lambda file: file.write(table.encode()))
         common.write(Path(f.results_dir, f"{name}.md"), lambda file: file.write(markdown.encode()))
         print(f"made: {Path(f.results_dir, name)}.md", file=sys.stderr)

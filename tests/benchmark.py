@@ -167,9 +167,9 @@ def fixed_costs(device):
         small.write_mnist(folder, 60_000, 10_000)
         f = MNIST_HVAE_Relu.Flags(data_dir=folder, num_epochs=1, dataset="mnist")
         print(f"MNIST from disk to the device: {seconds(lambda: common.load_mnist([f]), device):.1f} s")
-    *_, Model, f, data = (*model_of(small.ROOT / "MNIST_HVAE_Relu.py"),)
+    _, Model, f, data = model_of(small.ROOT / "MNIST_HVAE_Relu.py")
     one_batch = dataclasses.replace(data, train=tuple(t[:f.batch_size] for t in data.train))
-    steps = [seconds(lambda: common.train(MNIST_HVAE_Relu.HVAE, [f], one_batch), device) for _ in range(3)]
+    steps = [seconds(lambda: common.train(Model, [f], one_batch), device) for _ in range(3)]
     print(f"building a model, and its first step: {1e3 * steps[0]:.0f} ms, again {1e3 * steps[-1]:.0f} ms")
 
 

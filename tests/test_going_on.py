@@ -197,9 +197,10 @@ class Dealt(unittest.TestCase):
         self.assertIn("process 1: training 3 settings", err)
         self.assertEqual(len(list((self.folder / "dealt").rglob("result.json"))), 6)
 
-        # Process 1 alone has the long settings (every second one: beta_2 = 2) when process 0's are finished.
+        # Every second setting, those with beta_2 = 2, is process 1's; process 0's are finished beforehand.
         short = self.start("killed", 0, "--num_epochs", 40, "--beta_2", "0.5")
-        self.assertEqual((short.wait(120), short.communicate()[1] and 0), (0, 0))
+        _, err = short.communicate(timeout=120)
+        self.assertEqual(short.returncode, 0, err)
         killed, seen = self.start("killed", 2, "--num_epochs", 40, "--checkpoint_seconds", 0.05), ""
         while "process 1: training 3 settings: epoch" not in seen:
             line = killed.stderr.readline()
