@@ -14,7 +14,9 @@ A script's model is an `nn.Module` built from one setting f (an instance of the 
     linear_optimum(f, data)                the closed form of its linear twin on the same data (optional, static)
     widest_layer                           numbers per example, where a layer is wider than the data (optional)
     reconstructions(*batch, f)             {caption: images (B, 784)}     (optional, for pictures)
-    samples(n, f)                          images (n, 784) from the prior (optional, for pictures)
+    samples(n, f)                          images (n, 784) from the prior, or {caption: images}   (optional, for pictures)
+Images may also be (B, C, H, W). A deep model is one setting's: it draws all noise by `normal_like` and `uniform_like`, may
+have elbo_draws (draws per example where no log-likelihood is asked for) and further terms (S, B), reported as metrics.
 
 Within `fit` and `report`, the scalars of the objective in f (beta, eta, sigma, ...) are 0-d tensors on the device.
 """
@@ -123,7 +125,27 @@ class LinearFlags(TrainFlags):
     grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
 
 
-WHERE_FLAGS = ("device", "data_dir", "out_dir", "checkpoint_seconds", "overwrite")   # how and where, not what: they do not name a run
+@dataclass
+class DeepFlags(TrainFlags):
+    """The flags of the experiments with deep models, each trained by all of torchrun's processes together."""
+    beta: float = scalar(1.0, "weight of all KLs", low=0)
+    batch_size: int = flag(250, "examples per gradient step and process", low=1)
+    num_epochs: int = flag(300, "passes over the training set", low=1)
+    lr: float = flag(0.01, "Adamax's learning rate", above=0)
+    lr_end: float = flag(1e-5, "the learning rate that a cosine ends at", low=0)
+    lr_schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
+    warmup_epochs: float = flag(2.0, "epochs in which the learning rate rises from 0", low=0)
+    weight_decay: float = flag(1e-6, "Adamax's weight decay", low=0)
+    grad_clip: float = flag(5.0, "largest gradient norm", above=0)
+    ema: float = flag(0.999, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
+    autocast: str = flag("none", "precision of the networks in training", choices=("none", "bf16"))
+    num_test: int = flag(0, "test examples, the first ones; 0 for all", low=0)
+    dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
+                        choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"))
+
+
+# How and where, not what: they do not name a run.
+WHERE_FLAGS = ("device", "data_dir", "out_dir", "checkpoint_seconds", "overwrite", "evaluate")
 MAX_SETTINGS = 10_000                                     # of one command line
 
 
@@ -298,7 +320,8 @@ def meet():
     """Wait until all processes that torchrun started are here."""
     if processes()[1] > 1:
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=365))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=365))
         torch.distributed.barrier()
 
 
@@ -326,6 +349,30 @@ def seeded(seed, purpose, device):
         yield
 
 
+_noise_of = (0, 1)                                        # whose rows of the noise are drawn: see `Training`
+
+
+def normal_like(x):
+    """Standard normal noise like x (B, ...). Where several processes train one model, each takes its rows of the noise that
+    one process would draw for all, so that they do what one does with a batch as large as theirs together."""
+    return _rows_of_noise(torch.randn, x)
+
+
+def uniform_like(x):
+    """Uniform noise in [0, 1), as `normal_like`."""
+    return _rows_of_noise(torch.rand, x)
+
+
+def _rows_of_noise(draw, x):
+    rank, world = _noise_of
+    return draw(world * len(x), *x.shape[1:], dtype=x.dtype, device=x.device)[rank * len(x):][:len(x)]
+
+
+def binarise(x):
+    """A draw of binary pixels whose means are x, in [0, 1]."""
+    return (uniform_like(x) < x).to(x.dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 
 @dataclass
@@ -349,7 +396,7 @@ class Data:
 def load_mnist(settings):
     """The data of each setting: a list of `Data`, shared where the settings share --dataset.
 
-    Images are float32 in [0, 1], flattened to 784. Ends the program if --dataset mnist or fashion is neither on disk
+    Images are float32 in [0, 1], flattened to 784 (cifar10's to 3072). Ends the program if --dataset is neither on disk
     nor to be fetched, or if a file is corrupt.
     """
     loaded = {}
@@ -365,8 +412,10 @@ def load_mnist(settings):
                           "training on the embedded digits, which are not MNIST", file=sys.stderr)
             elif name != "digits" and not _on_disk_or_fetched(name, f.data_dir):
                 stop(f, f"--dataset: {name} is not in --data_dir {f.data_dir!r} and cannot be fetched; "
-                        "put its four files there, or take --dataset digits")
-            arrays = digits(f.data_dir) if name == "digits" else _read_mnist(f, name)
+                        "put its files there, or take --dataset digits")
+            read = {"digits": lambda: digits(f.data_dir), "omniglot": lambda: _read_omniglot(f),
+                    "cifar10": lambda: _read_cifar10(f)}
+            arrays = read.get(name, lambda: _read_mnist(f, name))()
             device = device_of(f)
             images = [torch.from_numpy(a).to(device).float().div_(255).flatten(1) for a in arrays[0::2]]
             labels = [torch.from_numpy(a).to(device).long() for a in arrays[1::2]]
@@ -374,6 +423,28 @@ def load_mnist(settings):
     if processes()[0] == 0:
         meet()
     return [loaded[f.dataset] for f in settings]
+
+
+def load_images(settings):
+    """The data of each setting as images (n, 1, 28, 28), or (n, 3, 32, 32) of cifar10, float32 in [0, 1]; the test images cut
+    to --num_test and, but for cifar10, binarised once, by the seed. Shared where settings share these flags."""
+    @functools.cache
+    def load(name, seed, num_test):
+        d, shape = whole[name], (-1, *image_shape(name))
+        rows = slice(num_test or None)
+        test = d.test[0][rows].view(shape)
+        if name != "cifar10":
+            random = torch.rand(test.shape, generator=generator(seed, "data"))
+            test = (random.to(test.device) < test).float()
+        return Data(d.name, (d.train[0].view(shape),), (test,), d.train_labels, d.test_labels[rows])
+
+    whole = {f.dataset: d for f, d in zip(settings, load_mnist(settings))}
+    return [load(f.dataset, f.seed, f.num_test) for f in settings]
+
+
+def image_shape(dataset):
+    """(C, H, W) of a data set's images."""
+    return (3, 32, 32) if dataset == "cifar10" else (1, 28, 28)
 
 
 def load_mnist_quarters(settings):
@@ -410,27 +481,40 @@ def whole_images(x, y):
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _mnist_class(name):
+def _torchvision_class(name):
     import torchvision                                    # slow to import, and not every script needs it
-    return {"mnist": torchvision.datasets.MNIST, "fashion": torchvision.datasets.FashionMNIST}[name]
+    of = torchvision.datasets
+    return {"mnist": of.MNIST, "fashion": of.FashionMNIST, "omniglot": of.Omniglot, "cifar10": of.CIFAR10}[name]
 
 
 def _on_disk_or_fetched(name, data_dir):
     """Whether the data set is in data_dir, after an attempt to unpack or to fetch it if it is not."""
     from torchvision.datasets.utils import check_integrity
-    dataset = _mnist_class(name)
-    raw = Path(data_dir, dataset.__name__, "raw")
-    if all((raw / file).exists() for file in MNIST_FILES):
+    dataset = _torchvision_class(name)
+    if name == "omniglot":
+        folder, packed = Path(data_dir, dataset.folder), False
+        there = all((folder / part).is_dir() for part in dataset.zips_md5)
+        urls = [f"{dataset.download_url_prefix}/images_background.zip"]
+    elif name == "cifar10":
+        there = Path(data_dir, dataset.base_folder).is_dir()
+        packed = check_integrity(str(Path(data_dir, dataset.filename)), dataset.tgz_md5)
+        urls = [dataset.url]
+    else:
+        raw = Path(data_dir, dataset.__name__, "raw")
+        there = all((raw / file).exists() for file in MNIST_FILES)
+        packed = all(check_integrity(str(raw / file), md5) for file, md5 in dataset.resources)
+        urls = [f"{mirror}{MNIST_FILES[0]}.gz" for mirror in dataset.mirrors]
+    if there:
         return True
-    packed = all(check_integrity(str(raw / file), md5) for file, md5 in dataset.resources)
-    if not packed and not _any_answers([f"{mirror}{MNIST_FILES[0]}.gz" for mirror in dataset.mirrors]):
+    if not packed and not _any_answers(urls):
         return False
     print(f"{'unpacking' if packed else 'fetching'} {name} in {data_dir}", file=sys.stderr)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            dataset(data_dir, download=True)
+            for split in (True, False):                   # background and evaluation of omniglot, train and test otherwise
+                dataset(data_dir, split, download=True)
     except Exception as wrong:                            # a broken connection has many names
         print(f"that failed: {wrong}", file=sys.stderr)
         return False
@@ -456,7 +540,7 @@ def _any_answers(urls, seconds=5):
 def _read_mnist(f, name):
     """Train images (n, 28, 28), train labels (n,), test images, test labels, uint8; a bad file is named."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
-    raw = Path(f.data_dir, _mnist_class(name).__name__, "raw")
+    raw = Path(f.data_dir, _torchvision_class(name).__name__, "raw")
     arrays = []
     for file in MNIST_FILES:
         try:
@@ -471,6 +555,35 @@ def _read_mnist(f, name):
         if not whole:
             stop(f, f"--data_dir: {raw / file} is truncated or corrupt; remove it to fetch it again")
         arrays.append(array)
+    return arrays
+
+
+def _read_omniglot(f):
+    """Omniglot in the form of `_read_mnist`: strokes white on black, 105x105 brought to 28x28; the background alphabets for
+    training, the evaluation alphabets for the test, so that no character is in both; labels are the characters."""
+    from torchvision.transforms.functional import InterpolationMode, resize
+    arrays = []
+    for background in (True, False):
+        try:
+            drawn = _torchvision_class("omniglot")(f.data_dir, background, lambda image: 255 - np.array(
+                resize(image, [28, 28], InterpolationMode.BILINEAR)))
+            images, labels = zip(*drawn)
+        except Exception as wrong:                        # torchvision and its image reader raise what they like
+            stop(f, f"--data_dir: {Path(f.data_dir, 'omniglot-py')} is truncated or corrupt ({wrong}); remove it to fetch it again")
+        arrays += [np.stack(images), np.array(labels)]
+    return arrays
+
+
+def _read_cifar10(f):
+    """CIFAR-10 in the form of `_read_mnist`, images (n, 3, 32, 32)."""
+    arrays = []
+    for train in (True, False):
+        try:
+            part = _torchvision_class("cifar10")(f.data_dir, train)
+        except Exception as wrong:
+            stop(f, f"--data_dir: {Path(f.data_dir, 'cifar-10-batches-py')} is truncated or corrupt ({wrong}); "
+                    "remove it to fetch it again")
+        arrays += [part.data.transpose(0, 3, 1, 2).copy(), np.array(part.targets)]
     return arrays
 
 
@@ -932,7 +1045,8 @@ def beta_elbo_loss(terms, f):
     """
     loss = -terms["log_px_z"] * (2 if getattr(f, "released_objective", False) else 1)
     for level in levels(terms):
-        loss = loss + getattr(f, f"beta{level}") * terms[f"kl{level}"].sum(-1)
+        beta = getattr(f, f"beta{level}" if hasattr(f, f"beta{level}") else "beta")
+        loss = loss + beta * terms[f"kl{level}"].sum(-1)
     return loss
 
 
@@ -1027,15 +1141,21 @@ def fit(Model, settings, data, side_by_side=True):
         for i, (model, training) in zip(members, trained):
             if i not in unfinished:
                 continue
-            folder, models[i] = run_dir(settings[i], data[i]), model
-            # The files of a run that this one takes the place of go first, those that vouch for the others before all.
-            for stale in sorted(folder.glob("*"), key=lambda path: path.suffix != ".json"):
-                stale.unlink()
-            if model is not None:
-                write(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
-            write_json(folder / "training.json", describe(settings[i], data[i]) | training)
+            models[i] = model
+            leave(model, training, settings[i], data[i])
         checkpoint.remove()
     return models
+
+
+def leave(model, training, f, data):
+    """Write a trained model (None for one that diverged) and what its training was. The files of a run that this one takes
+    the place of go first, those that vouch for the others before all."""
+    folder = run_dir(f, data)
+    for stale in sorted(folder.glob("*"), key=lambda path: path.suffix != ".json"):
+        stale.unlink()
+    if model is not None:
+        write(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
+    write_json(folder / "training.json", describe(f, data) | training)
 
 
 def share(settings):
@@ -1146,7 +1266,7 @@ def train(Model, group, data, checkpoint=None):
         progress = Progress(f"training {G} settings" if G > 1 else "training", n * first.num_epochs, "examples",
                             (epoch - 1) * n + min(n, done * first.batch_size))
         for epoch in range(epoch, first.num_epochs + 1):
-            order, note = batches.get_state(), _progress_note(epoch, first, curves)
+            order, note = batches.get_state(), _progress_note(epoch, first.num_epochs, curves)
             rows = torch.randperm(n, generator=batches, device=like.device).split(first.batch_size)
             for done in range(done + 1, len(rows) + 1):
                 replayed(rows[done - 1])
@@ -1169,7 +1289,7 @@ def train(Model, group, data, checkpoint=None):
         epoch, done = first.num_epochs + 1, 0
         if checkpoint and G > 1:                          # stands until the last of the group is written
             checkpoint.write(state())
-    progress.update(len(curves) * n, _progress_note(len(curves), first, curves), end=True)
+    progress.update(len(curves) * n, _progress_note(len(curves), first.num_epochs, curves), end=True)
 
     results = []
     for g, model in enumerate(models):
@@ -1239,6 +1359,173 @@ def random_states(device, restored=None):
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
+# ------------------------------------------------------------------------------- fit of deep models, by many processes
+
+def fit_together(Model, settings, data, train):
+    """Train one `Model` per setting on its data, one after another, each by all of torchrun's processes together; models in
+    the order of the settings, None where training diverged. What is finished is read from its run's folder instead.
+
+    train(model, f, data, training) is the script's own loop over the batches of a `Training`; it returns the model to
+    evaluate. Files and checkpoints are as of `fit`; the first process writes them.
+    """
+    print(f"device: {device_name(device_of(settings[0]))}", file=sys.stderr)
+    models, first = [], processes()[0] == 0
+    if first:
+        lock([run_dir(f, d) for f, d in zip(settings, data)])
+    meet()
+    for f, d in zip(settings, data):
+        finished, training = None if f.overwrite else read_trained(Model, f, d), Training(f, d)
+        meet()                                            # all have looked before the first process changes anything
+        if finished:
+            print(f"already trained: {run_dir(f, d)} (--overwrite trains it again)", file=sys.stderr)
+            models.append(finished[0])
+        else:
+            like = d.train[0]
+            use_precision(f)
+            with seeded(f.seed, "noise", like.device), held_signals() as training.came, training.noise_of_all():
+                model = train(build(Model, f, d), on_device(f, like), d, training)
+            models.append(None if training.diverged else model.eval())
+            if first:
+                leave(models[-1], training.summary(), f, d)
+        if first:
+            training.checkpoint.remove()
+        meet()
+    return models
+
+
+class Training:
+    """The training of one setting: its batches, its curves, and going on from where a killed run stood."""
+
+    def __init__(self, f, data):
+        (self.rank, self.world), self.f, self.images = processes(), f, data.train[0]
+        self.rows = self.world * f.batch_size             # of all processes, a step
+        if self.rows > len(self.images):
+            stop(f, f"--batch_size: got {f.batch_size} for {self.world} process(es), wants at most the "
+                    f"{len(self.images):,} training examples in all")
+        self.steps = len(self.images) // self.rows * f.num_epochs
+        self.checkpoint, self.order = Checkpoint([f], data, processes=self.world), generator(f.seed, "batches", self.images.device)
+        self.phases, self.diverged, self.came = self.checkpoint.state or {}, None, []
+
+    def batches(self, phase="", epochs=None, **parts):
+        """The batches of all epochs (of --num_epochs if not told otherwise), this process's rows of each; an incomplete last
+        one is left out. parts, whatever has a state_dict, go on from the checkpoint, and so do the random numbers. A
+        further phase of the training has a name. Raises Interrupted, the checkpoint written, on SIGINT and SIGTERM."""
+        f, device, epochs = self.f, self.images.device, epochs or self.f.num_epochs
+        now = self.phases.setdefault(phase, {"epoch": 1, "done": 0, "curves": [], "seconds": 0.0, "names": []})
+        self.now, self.tally = now, {name: value.to(device) for name, value in now.get("tally", {}).items()}
+        if "parts" in now:
+            for name, part in parts.items():
+                part.load_state_dict(now["parts"][name])
+            self.order.set_state(now["order"].cpu())
+            random_states(device, now["noise"])
+            if now["epoch"] <= epochs:
+                print(f"going on in epoch {now['epoch']} of {epochs}, from {self.checkpoint.path}", file=sys.stderr)
+        began, start, n = now["seconds"], time.monotonic(), len(self.images) // self.rows * self.rows
+
+        def keep(order):
+            now.update(parts={name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}, tally=self.tally,
+                       order=order, noise=random_states(device), seconds=began + time.monotonic() - start)
+
+        progress = Progress(f"training {phase}".strip(), n * epochs, "examples", (now["epoch"] - 1) * n + now["done"] * self.rows)
+        while now["epoch"] <= epochs and not self.diverged:
+            order, note = self.order.get_state(), _progress_note(now["epoch"], epochs, [[[c[0]]] for c in now["curves"]])
+            shuffled = torch.randperm(len(self.images), generator=self.order, device=device)[:n].view(-1, self.world, f.batch_size)
+            while now["done"] < len(shuffled):
+                yield self.images.index_select(0, shuffled[now["done"], self.rank])
+                now["done"] += 1
+                progress.update((now["epoch"] - 1) * n + now["done"] * self.rows, note)
+                if self.came or (self.rank == 0 and self.checkpoint.due(f.checkpoint_seconds)):
+                    keep(order)
+                    if self.rank == 0:
+                        self.checkpoint.write(self.phases)
+                if self.came:
+                    raise Interrupted(self.came[0])
+            self._end_epoch()
+        keep(self.order.get_state())
+        progress.update(n * epochs, end=True)
+
+    def record(self, loss, terms=None):
+        """Note the means of a batch, on the device: its loss (0-d), and of a model's terms the reconstruction and each KL."""
+        values = {"loss": loss}
+        if terms:
+            values |= {"reconstruction": -terms["log_px_z"].mean()} | {
+                f"kl{level}": terms[f"kl{level}"].sum(-1).mean() for level in levels(terms)}
+        means = torch.stack(list(values.values())).detach().float()
+        if not self.tally:
+            self.now["names"] = list(values)
+            self.tally.update(sums=torch.zeros_like(means), dead=torch.zeros_like(means[:1]), last=means[:1],
+                              limit=EXPLODED * (1 + means[:1].abs()))
+        alive = means[:1] < self.tally["limit"]           # false for nan, too
+        self.tally["sums"] += means
+        self.tally["dead"] += ~alive
+        self.tally["last"] = torch.where(alive & (self.tally["dead"] == 0), means[:1], self.tally["last"])
+
+    def _end_epoch(self):
+        """Means over the epoch and over all processes; none where a loss was not finite or EXPLODED."""
+        whole = torch.cat([self.tally["sums"] / self.now["done"], self.tally["dead"], self.tally["last"]])
+        if self.world > 1:
+            torch.distributed.all_reduce(whole)
+            whole /= self.world
+        *means, dead, last = whole.tolist()
+        if dead:
+            self.diverged = {"epoch": self.now["epoch"], "last_finite_loss": last}
+        else:
+            self.now["curves"].append(means)
+        self.tally["sums"].zero_()
+        self.now.update(epoch=self.now["epoch"] + 1, done=0)
+
+    @contextlib.contextmanager
+    def noise_of_all(self):
+        """Within, `normal_like` and `uniform_like` give this process its rows."""
+        global _noise_of
+        _noise_of = self.rank, self.world
+        try:
+            yield
+        finally:
+            _noise_of = 0, 1
+
+    def summary(self):
+        """What training.json says: curves by name, None or where it diverged, seconds."""
+        return {"curves": {f"{phase} {name}".strip(): [means[k] for means in of["curves"]]
+                           for phase, of in self.phases.items() for k, name in enumerate(of["names"])},
+                "diverged": self.diverged, "seconds": sum(of["seconds"] for of in self.phases.values()), "side_by_side": 1,
+                "processes": self.world}
+
+
+def warmup_cosine(optimizer, f, steps):
+    """The learning rate over so many steps: it rises from 0 over --warmup_epochs, and falls to --lr_end as a cosine."""
+    warmup = f.warmup_epochs * steps / f.num_epochs
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if f.lr_schedule == "constant":
+            return 1.0
+        end, along = f.lr_end / f.lr, (step - warmup) / max(1.0, steps - warmup)
+        return end + (1 - end) * (1 + math.cos(math.pi * min(1.0, along))) / 2
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def weight_average(model, f):
+    """The exponential average of a model's weights, to be updated after each step; its `module` is what is evaluated."""
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(f.ema))
+    return average.requires_grad_(False)
+
+
+def parallel(model):
+    """The model, of torchrun's processes each with the mean of all their gradients."""
+    # static_graph: which parameters a step uses is the same in all steps.
+    return torch.nn.parallel.DistributedDataParallel(model, static_graph=True) if processes()[1] > 1 else model
+
+
+def autocast(f):
+    """The precision of the networks in training, as --autocast says."""
+    cuda = torch.cuda.is_available() and f.device != "cpu"
+    return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=f.autocast == "bf16")
+
+
+# ------------------------------------------------------------------------------------- checkpoints, signals and locks
+
 CHECKPOINT_FORMAT = 1
 
 
@@ -1247,10 +1534,10 @@ class Checkpoint:
     if there is no file, or one that is not whole, not of these settings, or not of this format, torch, device or script: the
     file is then refused by name."""
 
-    def __init__(self, group, data):
+    def __init__(self, group, data, **also):
         device = data.train[0].device
         script = Path(inspect.getfile(type(group[0]))).read_bytes()
-        self.of = {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__), "device": device_name(device).replace(
+        self.of = also | {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__), "device": device_name(device).replace(
             str(device), device.type), "script": hashlib.sha256(script).hexdigest(), "settings": [what(f, data) for f in group]}
         digest = hashlib.sha256(json.dumps(self.of["settings"]).encode()).hexdigest()[:16]
         self.path = run_dir(group[0], data).parent / "checkpoints" / f"{digest}.pt"
@@ -1259,7 +1546,7 @@ class Checkpoint:
     def _read(self, device):
         try:
             saved = torch.load(self.path, weights_only=True, map_location=device)
-            differ = [name for name in self.of if saved["of"][name] != self.of[name]]
+            differ = [name for name in self.of if saved["of"].get(name) != self.of[name]]
             if not differ:
                 return saved["state"]
             wrong = "it is of another " + " and ".join(differ)
@@ -1333,10 +1620,10 @@ def unlock():
         _lock_files.popitem()[1].close()
 
 
-def _progress_note(epoch, f, curves):
+def _progress_note(epoch, epochs, curves):
     """Which epoch it is, and the losses of the one before: "epoch 12/100, loss 235.32 to 250.01, "."""
     losses = [f"{loss:.2f}" for loss in (min(curves[-1][0]), max(curves[-1][0]))] if curves else []
-    return f"epoch {epoch}/{f.num_epochs}, " + (f"loss {' to '.join(dict.fromkeys(losses))}, " if curves else "")
+    return f"epoch {epoch}/{epochs}, " + (f"loss {' to '.join(dict.fromkeys(losses))}, " if curves else "")
 
 
 def clip(parameters, max_norm, G):
@@ -1353,6 +1640,7 @@ def clip(parameters, max_norm, G):
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
+MANY_LEVELS = 2                                           # more have a table of their own
 ELBO_DRAWS = 64                                           # draws per example where no log-likelihood is asked for
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU
 
@@ -1369,7 +1657,7 @@ def evaluate(model, f, data, split="test"):
     use_precision(f)
     split = getattr(data, split)
     like, asked = split[0], getattr(f, "num_draws", f.num_samples)    # where num_samples are rows, draws have their own
-    draws, width = asked or ELBO_DRAWS, max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
+    draws, width = asked or getattr(model, "elbo_draws", ELBO_DRAWS), max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
     rows = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))      # images x draws at a time
     images, scalars = max(1, rows // draws), on_device(f, like)
     progress, terms = Progress("evaluating", len(like), "examples"), {}
@@ -1383,7 +1671,7 @@ def evaluate(model, f, data, split="test"):
                     if name == "log_w":
                         value = value.logsumexp(0)
                     else:                                 # this part of the mean over draws, which a term may lack
-                        drawn_from = value.ndim > (1 if name == "log_px_z" else 2)
+                        drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
                         value = (value.mean(0) if drawn_from else value) * (S / draws)
                     if name not in terms:                 # of all rows at once: many small tensors scatter the memory
                         start_at = -math.inf if name == "log_w" else 0
@@ -1404,6 +1692,11 @@ def evaluate(model, f, data, split="test"):
     kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in levels(terms)}
     reconstruction = -terms["log_px_z"].mean().item()
     metrics |= {"elbo": -reconstruction - sum(kls.values()), "reconstruction": reconstruction} | kls
+    metrics |= {name: value.mean().item() for name, value in terms.items()
+                if name not in ("log_w", "log_px_z") and not name.startswith(("kl", "unit_kl", "mean"))}
+    if len(kls) > MANY_LEVELS:                            # all units together, as a level without a name
+        metrics["kl"] = sum(kls.values())
+        terms |= {name: torch.cat([terms[f"{name}{level}"] for level in levels(terms)], 1) for name in ("mean", "kl")}
     for level in levels(terms):
         unit_kl = terms.get(f"unit_kl{level}", terms[f"kl{level}"])
         metrics[f"AU{level}"] = (terms[f"mean{level}"].var(0) > 0.01).sum().item()
@@ -1600,7 +1893,10 @@ def caption_of(settings, data):
 def print_table(results, settings, data):
     """One row a setting; rows that differ in nothing but the seed are one, mean ± standard deviation."""
     flags, seeds = list(varying(settings, data)), len({f.seed for f in settings})
-    metrics = next((list(result["metrics"]) for result in results if result["metrics"]), [])
+    measured = next((result["metrics"] for result in results if result["metrics"]), {})
+    by_level = [name for name in levels(measured)[::-1] if name]     # the top first
+    by_level = by_level if len(by_level) > MANY_LEVELS else []
+    metrics = [name for name in measured if not any(name.endswith(level) for level in by_level)]
     rows, notes = {}, []
     for result in results:
         key = tuple(str(result["settings"][name]) for name in flags)
@@ -1621,6 +1917,15 @@ def print_table(results, settings, data):
           f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
     print_rows(table)
     print("".join(f"{note}\n" for note in notes), end="")
+    if by_level:
+        kinds = ("kl", "AU", "AU_kl", "active_share")
+        table = [flags + ["level", *kinds]]
+        for key, repeats in rows.items():
+            finished = [m for m in repeats if m]
+            for level in by_level if finished else []:
+                table.append([*key, level[1:], *(_cell([m[name + level] for m in finished], len(repeats)) for name in kinds)])
+        print()
+        print_rows(table)
 
 
 def print_rows(rows):
@@ -1854,37 +2159,46 @@ def draw_run(folder, model, f, data, curves, examples):
     caption = f"{caption_of([f], [data])} seed={f.seed}"
     draw_collapse(folder / "collapse.png", {"": examples}, caption)
 
-    def draw_curves(axes):
-        for ax, (name, curve) in zip(axes[0], curves.items()):
-            ax.plot(range(1, len(curve) + 1), curve)
-            ax.set(title=name, xlabel="epoch", ylabel="nats per training example")
-    save_figure(folder / "training.png", len(curves), 1, 3.4, 3, caption, draw_curves)
+    def draw_curve(ax, name, curve):
+        ax.plot(range(1, len(curve) + 1), curve)
+        ax.set(title=name, xlabel="epoch", ylabel="nats per training example")
+    draw_panels(folder / "training.png", curves, 3.4, 3, caption, draw_curve)
 
-    def draw_images(axes):
-        for ax, (title, images) in zip(axes[0], panels.items()):
-            _show(ax, images, 10, title)
+    def draw_images(ax, title, images):
+        _show(ax, images, 10, title)
     if hasattr(model, "reconstructions"):
-        panels = reconstructions(model, f, data, 100)
-        save_figure(folder / "reconstructions.png", len(panels), 1, 4.2, 4.7, caption, draw_images)
+        draw_panels(folder / "reconstructions.png", reconstructions(model, f, data, 100), 4.2, 4.7, caption, draw_images)
     if hasattr(model, "samples"):
         with torch.no_grad(), seeded(f.seed, "samples", data.test[0].device):
-            panels = {"samples from the prior": model.samples(100, on_device(f, data.test[0]))}
-        save_figure(folder / "samples.png", 1, 1, 4.2, 4.7, caption, draw_images)
+            images = model.samples(100, on_device(f, data.test[0]))
+        images = images if isinstance(images, dict) else {"samples from the prior": images}
+        draw_panels(folder / "samples.png", images, 4.2, 4.7, caption, draw_images)
+
+
+def draw_panels(path, panels, width, height, caption, draw):
+    """A picture of panels {title: what is in it}, each drawn by draw(ax, title, what), at most five in a row."""
+    columns = min(5, len(panels))
+
+    def draw_all(axes):
+        for ax, (title, what) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, None)):
+            draw(ax, title, what) if title is not None else ax.axis("off")
+    save_figure(path, columns, math.ceil(len(panels) / columns), width, height, caption, draw_all)
 
 
 @torch.no_grad()
 def reconstructions(model, f, data, count):
     """{caption: images (n, 784)} of count or so test examples, as many of each class, class by class."""
-    classes = data.test_labels.unique()
+    classes = data.test_labels.unique()[:count]
     rows = torch.cat([(data.test_labels == c).nonzero()[:max(1, count // len(classes)), 0] for c in classes])
     return model.reconstructions(*(t[rows] for t in data.test), on_device(f, data.test[0]))
 
 
 def _show(ax, images, columns, title, **font):
-    """Images (n, 784) as one, in so many columns."""
+    """Images (n, 784) or (n, C, H, W) as one, in so many columns."""
     from torchvision.utils import make_grid
-    tiles = make_grid(images.detach().view(-1, 1, 28, 28).clamp(0, 1).cpu(), columns, padding=1, pad_value=0.4)
-    ax.imshow(tiles[0], cmap="gray", vmin=0, vmax=1)
+    images = images.detach().view(-1, 1, 28, 28) if images.ndim == 2 else images.detach()
+    tiles = make_grid(images.float().clamp(0, 1).cpu(), columns, padding=1, pad_value=0.4)
+    ax.imshow(tiles.permute(1, 2, 0).numpy(), vmin=0, vmax=1)
     ax.set_title(title, **font)
     ax.axis("off")
 
@@ -1893,11 +2207,10 @@ def draw_collapse(path, runs, caption):
     """Collapse curves, a panel a level, a line a run: runs is {label: {"unit_kl" of each level: (n, d)}}."""
     kls = [name for name in next(iter(runs.values())) if name.startswith("unit_kl")]
 
-    def draw(axes):
-        for ax, kl in zip(axes[0], kls):
-            plot_collapse(ax, runs, kl)
-            ax.set(title="units of z" + kl.removeprefix("unit_kl").removeprefix("_"))
-    save_figure(path, len(kls), 1, 4.6, 3.6, caption, draw)
+    def draw(ax, title, kl):
+        plot_collapse(ax, runs, kl)
+        ax.set(title=title)
+    draw_panels(path, {"units of z" + kl.removeprefix("unit_kl").removeprefix("_"): kl for kl in kls}, 4.6, 3.6, caption, draw)
 
 
 def plot_collapse(ax, runs, kl):
@@ -2088,6 +2401,113 @@ def draw_heat_maps(path, flags, cells, caption):
             ax.set(title=name, xlabel=column_flag, ylabel=row_flag, xticks=range(len(column_values)),
                    yticks=range(len(row_values)), xticklabels=column_values, yticklabels=row_values)
     save_figure(path, columns, math.ceil(len(names) / columns), 3.4, 3.2, caption, draw)
+
+
+# ------------------------------------------------------------------------------------ deep models, further measurements
+
+FURTHER = ("compression", "attack")
+FURTHER_EXAMPLES = 200                                    # the first test examples
+RADII = (0.0, 0.02, 0.05, 0.1, 0.2)                       # of the attack, in pixel values
+ATTACK_STEPS = 30
+
+
+def evaluate_flag():
+    """The flag of a script whose model has `reconstruct` and `top_posterior`."""
+    return flag("", "further measurements: compression, attack or both, joined by a comma")
+
+
+def evaluate_further(models, settings, data):
+    """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder."""
+    asked = [word for word in settings[0].evaluate.split(",") if word]
+    for model, f, d in zip(models, settings, data):
+        for word in asked if processes()[0] == 0 and model is not None else []:
+            with seeded(f.seed, "evaluation", d.test[0].device):
+                {"compression": compression, "attack": attack}[word](model, on_device(f, d.test[0]), f, d)
+
+
+def check_further(settings):
+    """Ends the program where --evaluate asks for what there is not."""
+    for word in settings[0].evaluate.split(","):
+        if word and word not in FURTHER:
+            stop(settings[0], f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
+
+
+@torch.no_grad()
+def compression(model, scalars, f, data):
+    """Rate and distortion when only the top k levels are sent and the levels below are the means of their priors: bits of KL
+    an image, and the mean squared error of a pixel, for k = 0 to all levels. One draw of the latents, FURTHER_EXAMPLES images."""
+    x = data.test[0][:FURTHER_EXAMPLES]
+    terms = model(x, scalars, sample_shape=(1,))
+    kls = [terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item() / math.log(2) for level in levels(terms)[::-1]]     # top first
+    images = [model.reconstruct(x, scalars, keep) for keep in range(len(kls) + 1)]
+    result = {"bits": np.cumsum([0.0, *kls]).tolist(), "squared_error": [(x - of).square().mean().item() for of in images]}
+    write_json(run_dir(f, data) / "compression.json", describe(f, data) | result)
+    caption = f"{caption_of([f], [data])} seed={f.seed}, {len(x)} test images"
+
+    def draw(axes):
+        axes[0][0].plot(result["bits"], result["squared_error"], "o-")
+        for k, point in enumerate(zip(result["bits"], result["squared_error"])):
+            axes[0][0].annotate(str(k), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes[0][0].set(xlabel="KL of the top k levels (bits per image)", ylabel="mean squared error per pixel", ylim=(0, None))
+        _show(axes[0][1], torch.cat([x[:12], *(of[:12] for of in images)]), 12,
+              f"test images, then with the top 0 to {len(kls)} levels", fontsize=8)
+    save_figure(run_dir(f, data) / "compression.png", 2, 1, 5.0, 4.4, caption, draw)
+    print(f"\n{caption}: top levels kept, bits of KL, squared error per pixel")
+    print_rows([["levels", "bits", "squared error"], *([str(k), f"{bits:.2f}", f"{error:.4f}"] for k, (bits, error) in enumerate(
+        zip(result["bits"], result["squared_error"])))])
+
+
+def attack(model, scalars, f, data):
+    """Projected gradient search within an L-infinity ball around x, in [0, 1], for the largest symmetric KL between the
+    posteriors of the top half of the levels at x and at the moved x (after Kuzina, Welling and Tomczak 2022). Of
+    each radius: that KL in nats, and the distance (L2, per image) between the reconstructions of both, beside the same for
+    a random corner of the ball."""
+    x = data.test[0][:FURTHER_EXAMPLES]
+    count = max(1, model.learned_levels // 2)
+    model.requires_grad_(False)
+    before = model.top_posterior(x, scalars, count)
+    whole = model.reconstruct(x, scalars, model.levels)
+
+    def symmetric_kl(moved):
+        return sum((torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).flatten(1).sum(1)
+                   for p, q in zip(before, model.top_posterior(moved, scalars, count)))
+
+    rows, shown = [], {"test images": x, "their reconstructions": whole}
+    for radius in RADII:
+        corner = (x + radius * (2 * torch.rand_like(x) - 1).sign()).clamp(0, 1)
+        moved = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+        best, most = moved, symmetric_kl(moved).detach()
+        for _ in range(ATTACK_STEPS if radius else 0):
+            moved = moved.detach().requires_grad_()
+            gradient, = torch.autograd.grad(symmetric_kl(moved).sum(), moved)
+            moved = (moved + 2.5 * radius / ATTACK_STEPS * gradient.sign()).detach()
+            moved = torch.minimum(torch.maximum(moved, x - radius), x + radius).clamp(0, 1)
+            now = symmetric_kl(moved).detach()
+            best = torch.where((now > most).view(-1, 1, 1, 1), moved, best)
+            most = torch.maximum(now, most)
+        with torch.no_grad():
+            after, by_chance = (model.reconstruct(of, scalars, model.levels) for of in (best, corner))
+            rows.append({"radius": radius, "symmetric_kl": most.mean().item(),
+                         "symmetric_kl_random": symmetric_kl(corner).mean().item(),
+                         "distance": (after - whole).flatten(1).norm(dim=1).mean().item(),
+                         "distance_random": (by_chance - whole).flatten(1).norm(dim=1).mean().item()})
+    shown |= {f"moved by at most {radius}": best, "reconstructions of those": after}
+    model.requires_grad_(True)
+    write_json(run_dir(f, data) / "attack.json", describe(f, data) | {"levels": count, "rows": rows})
+    caption = f"{caption_of([f], [data])} seed={f.seed}, {len(x)} test images, the top {count} learned levels"
+
+    def draw(axes):
+        for ax, name, label in zip(axes[0], ("symmetric_kl", "distance"), (
+                "symmetric KL of the top latents (nats)", "L2 distance of the reconstructions")):
+            for which, word, style in ((name, "attack", "o-"), (f"{name}_random", "random", "s--")):
+                ax.plot(RADII, [row[which] for row in rows], style, label=word)
+            ax.set(xlabel="radius of the L∞ ball (pixel values)", ylabel=label, ylim=(0, None))
+            ax.legend(fontsize=7)
+        for ax, (title, images) in zip(axes[1:].flat, shown.items()):
+            _show(ax, images[:50], 10, title, fontsize=8)
+    save_figure(run_dir(f, data) / "attack.png", 2, 3, 4.4, 3.0, caption, draw)
+    print(f"\n{caption}: mean symmetric KL (nats) and L2 distance of the reconstructions, attacked and moved at random")
+    print_rows([list(rows[0]), *([f"{value:.4g}" for value in row.values()] for row in rows)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
