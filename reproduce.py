@@ -7,6 +7,7 @@
 Each lands in results/: <name>.md and <name>.csv, and <name>.png where there is something to see. Dang et al. (2024, arXiv
 2306.05023); both objectives where theirs counts the reconstruction twice. What is finished is not trained again.
 """
+import contextlib
 import csv
 import datetime
 import importlib
@@ -34,10 +35,13 @@ class Flags:
 
 @dataclass
 class Experiment:
-    """What it asks, the command lines it stands for, and how it is drawn: one of the functions below, or None."""
+    """What it asks, the command lines it stands for, and, each one of the functions below, how it is drawn (None: it is not)
+    and what its table ends with: sentences. rows says whether the table has a row for each setting; the .csv has."""
     asks: str
     commands: list
     draw: object = None
+    says: object = None
+    rows: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
@@ -83,6 +87,95 @@ def per_digit(path, runs):
     common.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
 
 
+def against_prediction(path, runs):
+    """A panel a script and level: the KL that the closed form predicts of each setting, and the trained one."""
+    panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
+              for level in common.theory_levels(common.closed_form(results[0]))}
+
+    def draw(ax, title, panel):
+        results, kl = panel
+        points = [pair[1:] for result in results for pair in common.beside_linear(result) if pair[0] == kl]
+        ax.plot(*zip(*points), "o", markersize=4)
+        ax.axline((points[0][0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
+        ax.set_title(title, fontsize=8)
+    common.draw_panels(path, panels, 3.4, 3.0, "", draw)
+
+
+# ------------------------------------------------------------------------------------------- what a table ends with
+
+# The paper's directions of effect: as this flag grows (of corr_type: from Identical to Random), this metric ... Of two-level
+# models z2 is what collapses.
+DIRECTIONS = {"beta": {"kl": "falls"}, "eta_dec": {"kl": "falls", "kl_2": "falls"}, "corr_type": {"kl": "rises"},
+              "beta_1": {"kl_2": "rises"}, "beta_2": {"kl_2": "falls"}}
+
+
+def directions(runs):
+    """In how many steps from a setting to the next along one flag the paper's direction of effect holds."""
+    for run in runs:
+        means, values = {}, common.varying(run.settings, [run.data] * len(run.settings))
+        for f, result in zip(run.settings, run.results):
+            if result.get("metrics"):
+                means.setdefault(tuple(getattr(f, flag) for flag in values), []).append(result["metrics"])
+        for i, (flag, of) in enumerate(values.items()):
+            for metric, way in DIRECTIONS.get(flag, {}).items():
+                steps = []
+                for key, here in means.items():
+                    place = of.index(key[i]) + 1
+                    there = means.get((*key[:i], *of[place:place + 1], *key[i + 1:]))
+                    if there and metric in here[0]:
+                        step = np.mean([m[metric] for m in there]) - np.mean([m[metric] for m in here])
+                        steps.append(step * {"rises": 1, "falls": -1}[way] > -0.005)          # equal as it is printed
+                if steps:
+                    yield (f"Direction: along {flag}, {metric} {way} or stays in {sum(steps)} of {len(steps)} steps "
+                           f"(`{run.command}`).")
+
+
+def learnable_and_fixed(runs):
+    """How many units a learnable Sigma keeps, and how many a fixed one."""
+    for learnable, fixed in zip(runs[0::2], runs[1::2]):
+        kept = [" / ".join(str(result["metrics"]["AU_kl"]) for result in run.results if result["metrics"]) for run in (learnable, fixed)]
+        yield f"Direction: {learnable.script} keeps {kept[0]} active units, {fixed.script} {kept[1]}."
+
+
+def predictions(runs):
+    """Of each script, how the closed form's predictions compare with all that was trained."""
+    for script, results in by_script(runs).items():
+        if "theory" not in results[0]:
+            correlations = common.linear_correlations(results) if len(results) > 2 else {}
+            yield (f"{script}: {len(results)} settings; rank correlation of predicted and trained "
+                   + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
+            continue
+        wrong, far = 0, 0.0
+        for result in results:
+            distances = list(misplaced(result))
+            wrong, far = wrong + bool(distances), max([far, *distances])
+        yield f"{script}: {len(results)} settings; in {len(results) - wrong} every unit is active or collapsed as predicted" + (
+            f", in {wrong} one is not whose threshold is within {far:.1%} of beta" if wrong else "")
+
+
+def misplaced(result):
+    """Of each unit that is active where collapse is predicted, or the other way round: how far beta (HVAE: beta_2) is from
+    its threshold, as a share of beta."""
+    predicted, trained, settings = result["theory"]["predicted"], result["theory"]["trained"], result["settings"]
+    beta = settings["beta" if "beta" in settings else "beta_2"]
+    for level in common.theory_levels(predicted):
+        for is_to_be, is_now, at in zip(*(of[f"{name}{level}"] for of, name in (
+                (predicted, "information"), (trained, "information"), (predicted, "collapse")))):
+            if (is_to_be > 0) != (is_now > common.ACTIVE):
+                yield np.inf if at is None else abs(at / beta - 1)
+
+
+def by_script(runs):
+    """{script: the results of its settings with a closed form, each once}."""
+    found = {}
+    for run in runs:
+        for result in run.results:
+            if common.closed_form(result):
+                found.setdefault(run.script, {})[str(result["settings"])] = result
+    return {script: list(results.values()) for script, results in found.items()}
+
+
 # ----------------------------------------------------------------------------------------------------------- experiments
 
 def both(command):
@@ -98,6 +191,14 @@ CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:5.0:0.1"
 HVAE_LINEAR = "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.1:7.0:0.1"
 CORRELATIONS = "Identical,Gaussian_noise_1_2,Gaussian_noise_1_4,Gaussian_noise_1_8,Random"
 
+HVAE_BETA_1 = "MNIST_HVAE_Relu.py --beta_1 0.25,0.5,1.0,2.0,3.0"
+HVAE_BETA_2 = "MNIST_HVAE_Relu.py --beta_2 0.25,0.5,1.0,2.0,3.0"
+HVAE_ETA = "MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,0.7,1.0,2.0"
+DIGITS = [f"MNIST_CVAE_{kind}_single_digit.py --digit 0:9" for kind in ("Linear", "Relu", "CNN")]
+CORRELATION = f"Synthetic_CVAE_Relu_correlation.py --corr_type {CORRELATIONS}"
+LINEAR = ["MNIST_CVAE_Linear.py", "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0",
+          "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]
+
 EXPERIMENTS = {
     "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
     "figure_cvae_eta": Experiment("Does a noisier decoder collapse more units of a CVAE?", both(CVAE_ETA), collapse_curves),
@@ -105,8 +206,7 @@ EXPERIMENTS = {
                              both(CVAE_BETA) + both(CVAE_ETA)),
     "figure_single_digit": Experiment(
         "Does the linear theory say, from a digit's images alone, how much z tells of it?",
-        ["MNIST_CVAE_Linear_single_digit.py --digit 0:9", "MNIST_CVAE_Relu_single_digit.py --digit 0:9",
-         "MNIST_CVAE_CNN_single_digit.py --digit 0:9"], per_digit),
+        DIGITS, per_digit),
     "figure_hvae_beta_1": Experiment("What does beta_1 collapse, at which level?",
                                      both("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"), collapse_curves),
     "figure_hvae_beta_2": Experiment("What does beta_2 collapse, at which level?",
@@ -114,17 +214,16 @@ EXPERIMENTS = {
     "figure_hvae_eta": Experiment("What does eta_dec collapse, at which level?",
                                   both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"), collapse_curves),
     "table_hvae": Experiment("What do beta_1, beta_2 and eta_dec do to an HVAE's log-likelihood, KLs and active units?",
-                             both("MNIST_HVAE_Relu.py --beta_1 0.25,0.5,1.0,2.0,3.0")
-                             + both("MNIST_HVAE_Relu.py --beta_2 0.25,0.5,1.0,2.0,3.0")
-                             + both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,0.7,1.0,2.0")),
+                             both(HVAE_BETA_1) + both(HVAE_BETA_2) + both(HVAE_ETA)),
     "figure_hvae_samples": Experiment(
         "Where over beta_1 and beta_2 does z2 still tell one digit from another?",
         ["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"], of_the_grid("reconstructions_2.png")),
     "figure_hvae_cnn_samples": Experiment(
         "The same with convolutions.",
         ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"], of_the_grid("reconstructions_2.png")),
-    "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, beside),
-    "table_vae_sigma": Experiment("What does a learnable encoder variance gain and lose?", VAES),
+    "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, beside,
+                                   learnable_and_fixed),
+    "table_vae_sigma": Experiment("What does a learnable encoder variance gain and lose?", VAES, says=learnable_and_fixed),
     "figure_cvae_linear": Experiment("Do fifty linear CVAEs collapse where theorem 2 says?",
                                      [CVAE_LINEAR], of_the_grid("theory.png")),
     "figure_hvae_linear": Experiment("Do seventy linear HVAEs collapse where theorem 3 says?",
@@ -132,10 +231,15 @@ EXPERIMENTS = {
     "table_theorems": Experiment(
         "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
         ["matrix_VAE.py --learnable_sigma true,false", "matrix_CVAE.py", "matrix_HVAE_learnable_sigma_2.py",
-         "matrix_HVAE_nonlearnable_sigma_2.py", *VAES[:2], "MNIST_CVAE_Linear.py",
-         "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0", "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]),
+         "matrix_HVAE_nonlearnable_sigma_2.py", *VAES[:2], *LINEAR]),
     "table_correlation": Experiment("The more x tells about y, the more units collapse?",
-                                    both(f"Synthetic_CVAE_Relu_correlation.py --corr_type {CORRELATIONS}")),
+                                    both(CORRELATION)),
+    "figure_prediction": Experiment(
+        "How far does the closed form, from the training data alone, tell the KL that is trained?",
+        [CVAE_LINEAR, HVAE_LINEAR, *VAES[:2], *LINEAR, *DIGITS, *both(CVAE_BETA), *both(CVAE_ETA), *both(CORRELATION),
+         *both(HVAE_BETA_1), *both(HVAE_BETA_2), *both(HVAE_ETA),
+         *(f"MNIST_VAE_Relu_{sigma}_sigma.py --eta_dec 1.0 --c 1.0 --sigma 0.5 --beta 0.25,0.5,1.0,2.0,4.0"
+           for sigma in ("learnable", "nonlearnable"))], against_prediction, predictions, rows=False),
 }
 
 
@@ -191,8 +295,10 @@ class Run:
     def words(self):
         return "objective counted as released" if getattr(self.settings[0], "released_objective", False) else "exact objective"
 
-    def seconds(self):
-        return sum(sum(result["seconds"].values()) / result.get("side_by_side", 1) for result in self.results)
+
+def seconds(result):
+    """What a result took; of settings that trained side by side its share."""
+    return sum(of / (result.get("side_by_side", 1) if name == "train" else 1) for name, of in result["seconds"].items())
 
 
 def measured(result):
@@ -232,9 +338,11 @@ def tables(name, experiment, runs):
             key = tuple(f"{flag} = {getattr(f, flag)}" for flag in common.varying(run.settings, [run.data] * len(run.settings)))
             grouped.setdefault(key, []).append(measured(result))
             rows.append({"command": run.command, "dataset": result["dataset"], "device": result["device"],
-                         "torch": result["versions"]["torch"], **result["settings"], **measured(result)})
+                         "torch": result["versions"]["torch"], "seconds": seconds(result), **result["settings"], **measured(result)})
         finished = {key: [of for of in repeats if of] for key, repeats in grouped.items()}       # but for diverged ones
         columns = list(next((repeats[0] for repeats in finished.values() if repeats), {"metrics": 0}))
+        if not experiment.rows:
+            continue
         lines += [f"\n`{run.command}`\n", "| " + " | ".join(["setting", *columns]) + " |", "|---" * (1 + len(columns)) + "|"]
         lines += ["| " + " | ".join([", ".join(key) or "defaults", *(
             cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]) + " |"
@@ -243,6 +351,7 @@ def tables(name, experiment, runs):
         if len(linear) > 2:
             lines.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
                 f"{metric} {correlation:.2f}" for metric, correlation in common.linear_correlations(linear).items()) + ".")
+    lines += [f"\n{sentence}" for sentence in (experiment.says or directions)(runs)]
     first, epochs = runs[0].results[0], sorted({getattr(f, "num_epochs", 0) for run in runs for f in run.settings} - {0})
     seeds = sorted({f.seed for run in runs for f in run.settings})
     about = (f"{', '.join(dict.fromkeys(r['dataset'] for run in runs for r in run.results))}; {first['device']}; "
@@ -257,12 +366,18 @@ def tables(name, experiment, runs):
 
 
 def show(f, seeds):
-    """The list of experiments, their commands, and what is finished of each."""
+    """The list of experiments, their commands, what is finished of each, and how long it took here, or for those results
+    that are in --results_dir."""
     for name, experiment in EXPERIMENTS.items():
         runs = [Run(command, f, seeds) for command in experiment.commands]
-        done, wanted = sum(len(run.results) for run in runs), sum(len(run.settings) for run in runs)
-        print(f"{name}: {experiment.asks}\n    {done} of {wanted} settings finished"
-              + (f", which took {sum(run.seconds() for run in runs) / 60:.0f} min" if done else ""))
+        done, wanted = [result for run in runs for result in run.results], sum(len(run.settings) for run in runs)
+        print(f"{name}: {experiment.asks}\n    {len(done)} of {wanted} settings finished"
+              + (f", which took {sum(map(seconds, done)) / 60:.0f} min" if done else ""), end="")
+        with contextlib.suppress(OSError), open(Path(f.results_dir, f"{name}.csv")) as file:
+            rows = list(csv.DictReader(file))
+            print(f"; {Path(f.results_dir, name)}: {len(rows)} settings in {sum(float(row['seconds']) for row in rows) / 60:.0f} min "
+                  f"on {rows[0]['device']}", end="")
+        print()
         for command in experiment.commands:
             print(f"    python {command}")
 

@@ -73,17 +73,26 @@ class Made(unittest.TestCase):
                 mock.patch.dict(reproduce.EXPERIMENTS["table_theorems"].__dict__, commands=[
                     "matrix_VAE.py --d_0 3 --d_1 2", "MNIST_VAE_Linear_learnable_sigma.py"]), \
                 mock.patch.dict(reproduce.EXPERIMENTS["table_correlation"].__dict__, commands=[
-                    "Synthetic_CVAE_Relu_correlation.py --dim_x 4 --dim_y 4 --corr_type Identical,Random --num_draws 0"]):
+                    "Synthetic_CVAE_Relu_correlation.py --dim_x 4 --dim_y 4 --corr_type Identical,Random --num_draws 0"]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["figure_prediction"].__dict__, commands=[
+                    "MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0", "MNIST_HVAE_Relu.py --d_hidden 8 --num_samples 0",
+                    "MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0"]):
             names = ["figure_single_digit", "figure_cvae_linear", "figure_hvae_samples", "table_theorems", "table_correlation",
-                     "figure_vae_sigma"]
+                     "figure_vae_sigma", "figure_prediction"]
             status, _, err = self.call(*names)
         self.assertEqual(status, 0, err)
         self.assertEqual({name for name in self.left() if name.endswith(".png")},
                          {f"{name}.png" for name in names if name.startswith("figure")})
-        self.assertEqual(len(self.left()), 2 * 6 + 4)
+        self.assertEqual(len(self.left()), 2 * 7 + 5)
         theorems = (self.folder / "results" / "table_theorems.md").read_text()
         self.assertRegex(theorems, r"\| defaults \| \d\.\de-\d\d \| .*VERIFIED \|")
         self.assertIn("wants 0 to 0.05", theorems)            # one epoch on 256 images does not arrive
+        prediction = (self.folder / "results" / "figure_prediction.md").read_text()
+        self.assertRegex(prediction, r"MNIST_CVAE_Linear: 2 settings; in \d every unit is")
+        self.assertRegex(prediction, r"MNIST_CVAE_Relu_single_digit: 3 settings; rank correlation of predicted and trained kl ")
+        self.assertNotIn("| setting |", prediction)
+        status, out, _ = self.call()                          # the list says how long they took, here and as committed
+        self.assertRegex(out, r"4 of 4 settings finished, which took 0 min; \S+figure_vae_sigma: 4 settings in 0 min on cpu\n")
         self.assertIn("| corr_type = Identical | ", (self.folder / "results" / "table_correlation.md").read_text())
 
     def test_a_diverged_setting_says_so(self):
@@ -123,6 +132,38 @@ class Commands(unittest.TestCase):
                 run = reproduce.Run(command, f, [4, 5])
                 self.assertEqual({of.seed for of in run.settings}, {4, 5})
                 self.assertEqual({getattr(of, "num_epochs", 3) for of in run.settings}, {3})
+
+
+class Sentences(unittest.TestCase):
+    """What a table ends with, of made-up results."""
+
+    def run_of(self, command, metrics):
+        run = reproduce.Run(command, reproduce.Flags(out_dir=tempfile.gettempdir()), [0])
+        run.results = [{"metrics": of} for of in metrics]
+        return run
+
+    def test_directions(self):
+        said = lambda *run: list(reproduce.directions([self.run_of(*run)]))
+        beta = "MNIST_CVAE_Relu.py --beta 0.5,1,2,4"
+        self.assertEqual(said(beta, [{"kl": 4.0}, {"kl": 3.0}, {"kl": 3.004}, {"kl": 3.2}]),     # up by less than is printed, then by more
+                         [f"Direction: along beta, kl falls or stays in 2 of 3 steps (`{beta}`)."])
+        self.assertEqual(said("MNIST_CVAE_Relu.py --d_hidden 8,16", [{"kl": 4.0}, {"kl": 3.0}]), [])
+        self.assertEqual(said(beta, [{"kl": 4.0}, None, {"kl": 5.0}, {"kl": 1.0}]),              # beside a diverged one no step
+                         [f"Direction: along beta, kl falls or stays in 1 of 1 steps (`{beta}`)."])
+        grid = "MNIST_HVAE_Relu.py --beta_1 1,2,4 --beta_2 1,2"
+        kl_2 = [5.0, 3.0,
+                6.0, 7.0,
+                4.0, 8.0]                                     # rows beta_1, columns beta_2
+        self.assertEqual(said(grid, [{"kl_2": kl} for kl in kl_2]), [
+            f"Direction: along beta_1, kl_2 rises or stays in 3 of 4 steps (`{grid}`).",
+            f"Direction: along beta_2, kl_2 falls or stays in 1 of 3 steps (`{grid}`)."])
+
+    def test_misplaced_units(self):
+        """Active where collapse is predicted or the other way round, and how far beta is from the threshold."""
+        result = {"settings": {"beta": 2.0}, "theory": {
+            "predicted": {"information": [0.5, 0.004, 0.0, 0.0], "collapse": [9.0, 2.02, 1.9, 1.0]},
+            "trained": {"information": [0.4, 0.003, 0.02, 0.0]}}}
+        self.assertEqual([round(distance, 9) for distance in reproduce.misplaced(result)], [0.01, 0.05])
 
 
 if __name__ == "__main__":
