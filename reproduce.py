@@ -87,10 +87,31 @@ def per_digit(path, runs):
     common.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
 
 
+def rates(path, runs):
+    """The KL of each run over its training, and after it on the test images, beside the delta that it cannot fall below."""
+    found = {("standard" if f.prior == "standard" else f"δ = {f.delta:g}"): (f, run.results[i]) for run in runs
+             for i, f in enumerate(run.settings) if i in run.of_first_seed() and run.results[i]["metrics"]}
+
+    def draw(axes):
+        during, after = axes[0]
+        for k, (label, (f, result)) in enumerate(found.items()):
+            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["delta"], result["metrics"]
+            during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
+            during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
+            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=None if k else "against the model's own prior")
+            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=None if k else "against the auxiliary prior")
+            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=None if k else "δ")
+        during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
+        after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
+        during.legend(fontsize=7)
+        after.legend(fontsize=7)
+    common.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+
+
 def against_prediction(path, runs):
-    """A panel a script and level: the KL that the closed form predicts of each setting, and the trained one."""
+    """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
     panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
-              for level in common.theory_levels(common.closed_form(results[0]))}
+              if len(results) > 2 for level in common.theory_levels(common.closed_form(results[0]))}
 
     def draw(ax, title, panel):
         results, kl = panel
@@ -142,16 +163,20 @@ def predictions(runs):
     """Of each script, how the closed form's predictions compare with all that was trained."""
     for script, results in by_script(runs).items():
         if "theory" not in results[0]:
-            correlations = common.linear_correlations(results) if len(results) > 2 else {}
-            yield (f"{script}: {len(results)} settings; rank correlation of predicted and trained "
-                   + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
+            if len(results) > 2:
+                correlations = common.linear_correlations(results)
+                yield (f"{script}: {len(results)} settings; rank correlation of predicted and trained "
+                       + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
+            else:
+                pairs = [pair for result in results for pair in common.beside_linear(result) if pair[0].startswith("kl")]
+                yield f"{script}: " + ", ".join(f"{kl} predicted {predicted:.2f}, trained {trained:.2f}" for kl, predicted, trained in pairs)
             continue
         wrong, far = 0, 0.0
         for result in results:
             distances = list(misplaced(result))
             wrong, far = wrong + bool(distances), max([far, *distances])
-        yield f"{script}: {len(results)} settings; in {len(results) - wrong} every unit is active or collapsed as predicted" + (
-            f", in {wrong} one is not whose threshold is within {far:.1%} of beta" if wrong else "")
+        yield f"{script}: every unit is active or collapsed as predicted in {len(results) - wrong} of {len(results)} settings" + (
+            f", in {wrong} but for one whose threshold is within {far:.1%} of beta" if wrong else "")
 
 
 def misplaced(result):
@@ -164,6 +189,15 @@ def misplaced(result):
                 (predicted, "information"), (trained, "information"), (predicted, "collapse")))):
             if (is_to_be > 0) != (is_now > common.ACTIVE):
                 yield np.inf if at is None else abs(at / beta - 1)
+
+
+def above_delta(runs):
+    """Whether each rate is at least what the AR(1) prior makes certain."""
+    for run in runs:
+        for f, result in zip(run.settings, run.results):
+            if result["metrics"]:
+                kl, delta = result["metrics"]["kl"], result["metrics"]["delta"]
+                yield f"Prior {f.prior}: a KL of {kl:.2f} nats" + (f", {'at least' if kl >= delta else 'BELOW'} δ = {delta:g}." if delta else ".")
 
 
 def by_script(runs):
@@ -198,6 +232,10 @@ DIGITS = [f"MNIST_CVAE_{kind}_single_digit.py --digit 0:9" for kind in ("Linear"
 CORRELATION = f"Synthetic_CVAE_Relu_correlation.py --corr_type {CORRELATIONS}"
 LINEAR = ["MNIST_CVAE_Linear.py", "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0",
           "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]
+
+# What two CPU cores can do in minutes; the scripts' own defaults are the published sizes.
+DEEP = "--latents 2,2 --num_ch 8 --num_epochs 10 --num_samples 100 --num_test 1000"
+DELTA = "--num_epochs 2 --warmup_epochs 0.2 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
 
 EXPERIMENTS = {
     "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
@@ -234,12 +272,16 @@ EXPERIMENTS = {
          "matrix_HVAE_nonlearnable_sigma_2.py", *VAES[:2], *LINEAR]),
     "table_correlation": Experiment("The more x tells about y, the more units collapse?",
                                     both(CORRELATION)),
+    "table_deep": Experiment(
+        "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay in use?",
+        [f"{script}.py {DEEP}" for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT", "MNIST_HVAE_DVP")]),
+    "figure_delta": Experiment(
+        "Does a prior that no posterior can match keep the rate of a VAE with an autoregressive decoder above δ?",
+        [f"MNIST_VAE_Delta.py --prior standard {DELTA}", f"MNIST_VAE_Delta.py --delta 2,5,10 {DELTA}"], rates, above_delta),
     "figure_prediction": Experiment(
         "How far does the closed form, from the training data alone, tell the KL that is trained?",
-        [CVAE_LINEAR, HVAE_LINEAR, *VAES[:2], *LINEAR, *DIGITS, *both(CVAE_BETA), *both(CVAE_ETA), *both(CORRELATION),
-         *both(HVAE_BETA_1), *both(HVAE_BETA_2), *both(HVAE_ETA),
-         *(f"MNIST_VAE_Relu_{sigma}_sigma.py --eta_dec 1.0 --c 1.0 --sigma 0.5 --beta 0.25,0.5,1.0,2.0,4.0"
-           for sigma in ("learnable", "nonlearnable"))], against_prediction, predictions, rows=False),
+        [CVAE_LINEAR, HVAE_LINEAR, *VAES, *LINEAR, *DIGITS, *both(CVAE_BETA), *both(CVAE_ETA), *both(CORRELATION),
+         *both(HVAE_BETA_1), *both(HVAE_BETA_2), *both(HVAE_ETA)], against_prediction, predictions, rows=False),
 }
 
 
@@ -304,6 +346,13 @@ def seconds(result):
 def measured(result):
     """{column: value} of one result: its metrics, or how it compares with a theorem."""
     metrics = dict(result["metrics"] or {}) if "metrics" in result else {}
+    levels = [level for level in common.levels(metrics)[::-1] if level]
+    if len(levels) > common.MANY_LEVELS:                  # a column for all of a kind, the top level first
+        for kind in ("kl", "AU", "AU_kl", "active_share"):
+            of = [metrics.pop(f"{kind}{level}") for level in levels]
+            if kind in ("kl", "AU_kl"):
+                metrics[f"{kind} by level"] = ", ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in of)
+        metrics["parameters"] = result["parameters"]
     if "max_error" in result:
         metrics |= {"max error": result["max_error"], "gap": result["theory"]["gap"],
                     "verdict": "VERIFIED" if result["max_error"] <= common.TOLERANCE else "FAILED"}

@@ -88,12 +88,30 @@ class Made(unittest.TestCase):
         self.assertRegex(theorems, r"\| defaults \| \d\.\de-\d\d \| .*VERIFIED \|")
         self.assertIn("wants 0 to 0.05", theorems)            # one epoch on 256 images does not arrive
         prediction = (self.folder / "results" / "figure_prediction.md").read_text()
-        self.assertRegex(prediction, r"MNIST_CVAE_Linear: 2 settings; in \d every unit is")
+        self.assertRegex(prediction, r"MNIST_CVAE_Linear: every unit is active or collapsed as predicted in \d of 2 settings")
         self.assertRegex(prediction, r"MNIST_CVAE_Relu_single_digit: 3 settings; rank correlation of predicted and trained kl ")
+        self.assertRegex(prediction, r"MNIST_HVAE_Relu: kl_1 predicted -?\d+\.\d\d, trained -?\d+\.\d\d, kl_2 predicted ")
         self.assertNotIn("| setting |", prediction)
         status, out, _ = self.call()                          # the list says how long they took, here and as committed
         self.assertRegex(out, r"4 of 4 settings finished, which took 0 min; \S+figure_vae_sigma: 4 settings in 0 min on cpu\n")
         self.assertIn("| corr_type = Identical | ", (self.folder / "results" / "table_correlation.md").read_text())
+
+    def test_of_deep_models(self):
+        small_delta = "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 1 --num_samples 0 --num_test 20"
+        with mock.patch.dict(reproduce.EXPERIMENTS["figure_delta"].__dict__, commands=[
+                f"MNIST_VAE_Delta.py --prior standard {small_delta}", f"MNIST_VAE_Delta.py --delta 2,5 {small_delta}"]), \
+                mock.patch.dict(reproduce.EXPERIMENTS["table_deep"].__dict__, commands=[
+                    "MNIST_HVAE_Ladder.py --latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"]), mock.patch("common.draw_run"):
+            status, _, err = self.call("figure_delta", "table_deep")
+        self.assertEqual(status, 0, err)
+        self.assertTrue((self.folder / "results" / "figure_delta.png").read_bytes().startswith(b"\x89PNG"))
+        text = (self.folder / "results" / "figure_delta.md").read_text()
+        self.assertRegex(text, r"Prior standard: a KL of \d+\.\d\d nats\.\n")
+        self.assertRegex(text, r"Prior ar1: a KL of \d+\.\d\d nats, at least δ = 5\.\n")
+        [run] = (self.folder / "runs" / "MNIST_HVAE_Ladder").glob("latents*")
+        result = json.loads((run / "result.json").read_text())
+        by_level = ", ".join(f"{result['metrics'][f'kl_{level}']:.2f}" for level in (3, 2, 1))
+        self.assertIn(f"| {by_level} | ", (self.folder / "results" / "table_deep.md").read_text())
 
     def test_a_diverged_setting_says_so(self):
         with mock.patch.dict(reproduce.EXPERIMENTS["table_vae_sigma"].__dict__, commands=[
