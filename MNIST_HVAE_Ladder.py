@@ -1,0 +1,268 @@
+"""Ladder VAE on MNIST: how deep a hierarchy of latents stays in use when inference goes top-down.
+
+    CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_Ladder.py
+    torchrun --nproc_per_node=4 MNIST_HVAE_Ladder.py --dataset omniglot --autocast bf16
+
+Posterior and prior share one top-down pass (Sønderby et al. 2016, arXiv 1602.02282; Child 2021, arXiv 2011.10650). The pixels
+see the sum of all latents and not the decoder's state, so that every level must carry information (Kuzina & Tomczak 2024,
+arXiv 2412.01373). The baseline of MNIST_HVAE_DCT.py and MNIST_HVAE_DVP.py.
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.nn import functional as F
+
+import common
+
+
+@dataclass
+class Flags(common.DeepFlags):
+    latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side: 4,4 is "
+                                      "4 of 7x7 and 4 of 14x14")
+    num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
+    evaluate: str = common.evaluate_flag()
+
+    def __post_init__(self):
+        sides_of_latents(self)                            # now rather than when a model is built
+
+
+def sides_of_latents(f):
+    """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
+    images. Ends the program where --latents asks for none, or for what is not there."""
+    side = common.image_shape(f.dataset)[1]
+    scales = (side & -side).bit_length() - 1              # how often a side halves
+    counts = f.latents.split(",")
+    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
+        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
+                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
+    return [side >> k for k, count in zip(range(len(counts), 0, -1), counts) for _ in range(int(count))]
+
+
+class Bottleneck(nn.Sequential):
+    """1x1, 3x3, 3x3 and 1x1 convolutions, half as many channels between them, SiLU before each: (B, c_in, H, W) to
+    (B, c_out, H, W). start scales the initial weights of the last one."""
+
+    def __init__(self, c_in, c_out, start=1.0):
+        c = max(1, c_in // 2)
+        super().__init__(nn.SiLU(), nn.Conv2d(c_in, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
+                         nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(c, c_out, 1), start))
+
+
+class Residual(Bottleneck):
+    def forward(self, h):
+        return h + super().forward(h)
+
+
+def scaled(layer, start):
+    """The layer, its initial weights times start."""
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(start)
+    return layer
+
+
+class Encoder(nn.Module):
+    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, sides H/2, H/4, ... down to `coarsest`."""
+
+    def __init__(self, c_x, c, side, coarsest):
+        super().__init__()
+        self.x_to_e = nn.Conv2d(c_x, c, 1)
+        self.scales = nn.ModuleList(nn.Sequential(*(Residual(c, c) for _ in range(3)))
+                                    for _ in range((side // coarsest).bit_length() - 1))
+
+    def forward(self, x):
+        e, features = self.x_to_e(x), {}
+        for blocks in self.scales:
+            e = F.avg_pool2d(blocks(e), 2)
+            features[e.shape[-1]] = e
+        return features
+
+
+class Latent(nn.Module):
+    """One level: p(z_l|z_>l) and q(z_l|z_>l, x), z_l (B, c_z, side, side), and what becomes of the state s (B, c, side, side).
+    The prior reads c_prior channels. Level 1 leaves no state behind: nothing would read it."""
+
+    def __init__(self, side, c_z, c, c_prior, L, level):
+        super().__init__()
+        self.side, self.parts = side, [c_z, c_z, c if level > 1 else 0]
+        self.s_to_p = Bottleneck(c_prior, sum(self.parts), start=0)
+        self.s_to_q = Bottleneck(c, 2 * c_z, start=0)
+        if level > 1:
+            self.z_to_s = scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
+            self.s_to_s = Residual(c, c, start=L**-0.5)
+
+    def p(self, s):
+        """p(z_l|z_>l), and h, the prior's own update of the state."""
+        mean, log_var, h = self.s_to_p(s).to(s.dtype).split(self.parts, dim=1)
+        return normal(mean, log_var), h
+
+    def q(self, s, e):
+        """q(z_l|z_>l, x)."""
+        return normal(*self.s_to_q((e + s) / math.sqrt(2)).to(s.dtype).chunk(2, dim=1))
+
+    def update(self, s, h, z):
+        return self.s_to_s(s + h + self.z_to_s(z))
+
+
+def normal(mean, log_var):
+    return Normal(mean, (log_var.clamp(-10, 1) / 2).exp())
+
+
+class LogisticMixture:
+    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
+    x_c in {0, 1/255, ..., 1}, its tails in the outer bins (Salimans et al. 2017, arXiv 1701.05517, without the dependence of
+    one colour on another). Of parameters (..., K (1 + 2 c_x), H, W): logits of the weights, means and log-scales, in units
+    in which x runs from -1 to 1."""
+
+    K = 10
+
+    def __init__(self, parameters):
+        c_x = (parameters.shape[-3] // self.K - 1) // 2
+        logits, means, log_scales = parameters.split([self.K, self.K * c_x, self.K * c_x], dim=-3)
+        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
+        self.means = means.unflatten(-3, (self.K, c_x))                                    # (..., K, c_x, H, W)
+        self.scales = log_scales.unflatten(-3, (self.K, c_x)).clamp(min=-7).exp()
+
+    def log_prob(self, x):
+        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
+        x = x.unsqueeze(-4)
+        upper, lower = ((2 * x - 1 - self.means + edge / 255) / self.scales for edge in (1, -1))
+        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
+        # where an outer bin has no outer edge
+        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
+        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
+        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
+        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
+        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
+
+    @property
+    def mean(self):
+        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
+        return ((self.log_weights.exp().unsqueeze(-3) * self.means.clamp(-1, 1)).sum(-4) + 1) / 2
+
+
+class LadderVAE(nn.Module):
+    """p(x, z) = p(x|z_1..z_L) p(z_L) prod_l p(z_l|z_>l),  q(z|x) = q(z_L|x) prod_l q(z_l|z_>l, x), from the top:
+
+        p(z_l|z_>l), h = prior block(s)                                   s = 1 at the start
+        q(z_l|z_>l, x) = posterior block((e + s) / sqrt 2)                e the encoder's feature of this scale
+        s <- block(s + h + conv z_l)
+        p(x|z) = Bernoulli(conv silu conv sum_l upsample(z_l) / sqrt L),  cifar10: LogisticMixture(the same)
+    """
+
+    elbo_draws = 1
+
+    def __init__(self, f):
+        super().__init__()
+        c_x, side, _ = common.image_shape(f.dataset)
+        sides = sides_of_latents(f)
+        L = self.levels = self.learned_levels = len(sides)
+        self.side, self.widest_layer = side, f.num_ch * side**2
+        c_out = LogisticMixture.K * (1 + 2 * c_x) if f.dataset == "cifar10" else c_x
+        self.encoder = Encoder(c_x, f.num_ch, side, sides[0])
+        self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
+        self.latents = nn.ModuleList(Latent(sides[L - l], c_x, f.num_ch, f.num_ch, L, l) for l in range(L, 0, -1))
+        self.z_to_x = nn.Sequential(nn.Conv2d(c_x, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+
+    def top_down(self, n, features, choose):
+        """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1. Without
+        features q is None."""
+        s = self.s_start.expand(n, -1, -1, -1)
+        for l, latent in zip(range(self.levels, 0, -1), self.latents):
+            s = F.interpolate(s, size=latent.side)
+            p, h = latent.p(s)
+            q = latent.q(s, features[latent.side]) if features else None
+            z = choose(l, p, q)
+            yield p, q, z
+            if l > 1:
+                s = latent.update(s, h, z)
+
+    def p_x(self, zs, shape=(-1,)):
+        """p(x|z) of all latents, each (n, c_z, side, side), n = shape's product; its pixels are (*shape, c_x, H, W)."""
+        total = sum(F.interpolate(z, size=self.side, mode="bilinear") for z in zs) / math.sqrt(self.levels)
+        out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
+        return Bernoulli(logits=out) if out.shape[-3] == 1 else LogisticMixture(out)
+
+    def forward(self, x, f, sample_shape=()):
+        """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as common.py says."""
+        shape = (*sample_shape, len(x))
+        features = {side: e.expand(*sample_shape, *e.shape).flatten(0, len(sample_shape))
+                    for side, e in self.encoder(x).items()}
+        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: draw(q)))[::-1]     # level 1 first
+        log_px_z = self.p_x([z for _, _, z in drawn], shape).log_prob(x).flatten(len(shape)).sum(-1)
+
+        def units(values):                                # (S B, c_z, side, side) -> (S, B, d)
+            return values.flatten(1).unflatten(0, shape)
+
+        terms = {"log_px_z": log_px_z} | {f"kl_{l}": units(kl_divergence(q, p)) for l, (p, q, _) in enumerate(drawn, 1)}
+        if not self.training:
+            terms["log_w"] = log_px_z + sum(units(p.log_prob(z) - q.log_prob(z)).sum(-1) for p, q, z in drawn)
+            terms |= {f"mean_{l}": units((q.mean - p.mean) / p.stddev) for l, (p, q, _) in enumerate(drawn, 1)}
+            if f.dataset == "cifar10":                    # the ELBO's, at this draw
+                elbo = log_px_z - sum(terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
+                terms["bits_per_dim"] = -elbo / (x[0].numel() * math.log(2))
+        return terms
+
+    def top_posterior(self, x, f, levels):
+        """q(z_l|z_>l, x) of the top levels, z_>l the means of theirs: a list of Normal, differentiable in x (B, c_x, H, W)."""
+        means_down = self.top_down(len(x), self.encoder(x), lambda l, p, q: q.mean)
+        return [q for _, (_, q, _) in zip(range(levels), means_down)]
+
+    def reconstruct(self, x, f, keep, below=lambda p: p.mean):
+        """Means of p(x|z), (B, c_x, H, W): the top `keep` levels are the means of q, those below of p, or what below(p) is."""
+        means_down = self.top_down(len(x), self.encoder(x), lambda l, p, q: q.mean if l > self.levels - keep else below(p))
+        return self.p_x([z for _, _, z in means_down]).mean
+
+    def reconstructions(self, x, f):
+        L = self.levels
+        panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
+        for l in range(math.ceil(L / 4), L, math.ceil(L / 4)):
+            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, draw)
+        return panels
+
+    def samples(self, n, f):
+        return self.p_x([z for _, _, z in self.top_down(n, None, lambda l, p, q: draw(p))]).mean
+
+
+def draw(normal):
+    return normal.mean + normal.stddev * common.normal_like(normal.mean)
+
+
+def train(model, f, data, training):
+    """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. Returns the average of the weights, which is evaluated."""
+    optimizer = torch.optim.Adamax(model.parameters(), lr=f.lr, weight_decay=f.weight_decay)
+    schedule = common.warmup_cosine(optimizer, f, training.steps)
+    average = common.weight_average(model, f)
+    parallel = common.parallel(model)
+    for x in training.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        if f.dataset != "cifar10":
+            x = common.binarise(x)                        # afresh at each visit
+        with common.autocast(f):
+            terms = parallel(x, f)
+        loss = common.beta_elbo_loss(terms, f).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        training.record(loss, terms)
+    return average.module
+
+
+def main(argv=None):
+    settings = common.parse_flags(Flags, argv)
+    common.check_further(settings)
+    data = common.load_images(settings)
+    models = common.fit_together(LadderVAE, settings, data, train)
+    status = common.report(models, settings, data)
+    common.evaluate_further(models, settings, data)
+    return status
+
+
+if __name__ == "__main__":
+    common.run(main)
