@@ -1,0 +1,469 @@
+"""MNIST_HVAE_DVP: the maps to pseudoinputs, the diffusion model's bound against exact densities, and the terms of the ELBO."""
+import contextlib
+import inspect
+import io
+import math
+import tempfile
+import unittest
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import common
+import MNIST_HVAE_DVP as dvp
+import MNIST_HVAE_Ladder as ladder
+
+D = torch.float64
+GAMMA_0, GAMMA_1 = -6.0, 7.0
+
+
+def images(n, dataset="digits", seed=3):
+    """Grey images of a data set's shape, (n, c_x, H, H): drawn digits, or noise where there are three colours."""
+    if dataset == "cifar10":
+        return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=D)
+    return torch.from_numpy(common.draw_digits(n, seed)[0]).view(n, 1, 28, 28).to(D) / 255
+
+
+def moved(module, spread):
+    """A module with weights far from their start."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += spread * torch.randn(p.shape, generator=random, dtype=p.dtype)
+    return module
+
+
+def built(n=4, train=True, **flags):
+    """A small model in float64 with weights far from their start, its flags and n images as it sees them."""
+    f = dvp.Flags(**dict(dict(dataset="digits", latents="2,1", num_ch=4, context_size=3, num_steps=4, device="cpu"), **flags))
+    x = images(64, f.dataset)
+    model = common.build(dvp.DVPVAE, f, common.Data(f.dataset, (x,), (x,)))
+    model.context.fit(x)
+    with torch.no_grad():
+        for part in (model.encoder, model.latents, model.z_to_x):
+            moved(part, 0.3)
+        moved(model.r, 0.1)
+        for latent in model.latents:                      # means and variances of priors and posteriors
+            for last in (latent.s_to_p[-1], latent.s_to_q[-1]):
+                last.weight.mul_(3)
+    return model.train(train), common.on_device(f, x), x[:n].round() if f.dataset != "cifar10" else x[:n]
+
+
+def context(kind, k, train=None):
+    f = dvp.Flags(dataset="digits", context=kind, context_size=k, device="cpu")
+    made = dvp.Context(f).to(D)
+    if train is not None:
+        made.fit(train)
+    return made
+
+
+class Contexts(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.x = images(200)
+
+    def test_dct_is_its_defining_sum(self):
+        """c_a c_b sum_ij x_ij cos(pi a (2i + 1) / 2H) cos(pi b (2j + 1) / 2H), c_0^2 = 1/H, else 2/H."""
+        x, made = self.x[:3], context("dct", 7)
+        y = made(x) * 0.5                                 # the extent before training
+        for a, b in ((0, 0), (0, 3), (1, 0), (6, 6), (4, 5)):
+            c = math.sqrt((1 if a else 0.5) * (1 if b else 0.5)) * 2 / 28
+            by_hand = sum(c * x[:, 0, i, j] * math.cos(math.pi * a * (2 * i + 1) / 56) * math.cos(math.pi * b * (2 * j + 1) / 56)
+                          for i in range(28) for j in range(28))
+            torch.testing.assert_close(y[:, 0, a, b], by_hand, rtol=0, atol=2e-6)
+
+    def test_dct_of_all_frequencies_keeps_all(self):
+        """Parseval, and the inverse; of the corner alone, the image is the projection: nearer, and the same corner again."""
+        whole = context("dct", 28, self.x)
+        y = whole(self.x) * whole.extent.view(28, 28)
+        torch.testing.assert_close(y.square().sum((1, 2, 3)), self.x.square().sum((1, 2, 3)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(whole.image(whole(self.x)), self.x, rtol=0, atol=1e-5)
+        corner = context("dct", 7, self.x)
+        low = corner.image(corner(self.x))
+        lost, kept = (self.x - low).square().sum((1, 2, 3)), low.square().sum((1, 2, 3))
+        torch.testing.assert_close(kept, y[:, :, :7, :7].square().sum((1, 2, 3)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(lost + kept, self.x.square().sum((1, 2, 3)), rtol=1e-5, atol=0)
+
+    def test_downsampling_is_the_mean_of_squares(self):
+        made = context("downsample", 7, self.x)
+        means = torch.stack([self.x[:, 0, i:i + 4, j:j + 4].mean((1, 2)) for i in range(0, 28, 4) for j in range(0, 28, 4)], 1)
+        torch.testing.assert_close(made(self.x).flatten(1), 2 * means - 1, rtol=0, atol=1e-5)
+        torch.testing.assert_close(made.image(made(self.x))[:, 0, 8:12, 12:16],
+                                   means[:, 2 * 7 + 3].view(-1, 1, 1).expand(-1, 4, 4), rtol=0, atol=1e-5)
+
+    def test_linear_keeps_what_no_other_linear_map_can(self):
+        """Eckart & Young: what is lost is the sum of the smaller squared singular values of the training images."""
+        def lost(made):
+            return (self.x - made.image(made(self.x))).square().sum()
+
+        made = context("linear", 4, self.x)
+        singular_values = torch.linalg.svdvals(self.x.flatten(1))
+        torch.testing.assert_close(lost(made), singular_values[16:].square().sum(), rtol=1e-5, atol=0)
+        for other in ("dct", "downsample"):
+            self.assertLess(lost(made), 0.9 * lost(context(other, 4, self.x)))
+
+    def test_scale_and_inverse(self):
+        """Within [-1, 1] on the training set, dct and linear up to its ends; f(image of u) = u, at odd sizes too."""
+        random = torch.Generator().manual_seed(0)
+        for kind, k in (("dct", 7), ("downsample", 7), ("linear", 7), ("dct", 1), ("downsample", 5), ("linear", 3)):
+            made = context(kind, k, self.x)
+            u = made(self.x)
+            most = u.abs().amax(0)
+            self.assertLessEqual(most.max().item(), 1 + 1e-6)
+            if kind != "downsample":
+                torch.testing.assert_close(most, torch.ones_like(most))
+            torch.testing.assert_close(made.mean, u.mean(0))
+            torch.testing.assert_close(made.std, u.std(0).clamp(min=math.exp(-3)))
+            u = 2 * torch.rand(5, 1, k, k, generator=random, dtype=D) - 1
+            self.assertEqual(tuple(made.image(u).shape), (5, 1, 28, 28))
+            torch.testing.assert_close(made(made.image(u)), u, rtol=0, atol=1e-5)
+
+
+def standardised_noise(n, count, shape, seed=0):
+    """`count` noises (n, *shape), whose means, variances and covariances over the n rows are exactly 0, 1 and 0: the mean over
+    rows of what is quadratic in them is its expectation."""
+    random = torch.Generator().manual_seed(seed)
+    columns = count * math.prod(shape)
+    rows = torch.cat([torch.ones(n, 1, dtype=D), torch.randn(n, columns, generator=random, dtype=D)], 1)
+    noise = torch.linalg.qr(rows).Q[:, 1:] * math.sqrt(n)
+    return list(noise.T.reshape(count, *shape, n).movedim(-1, 1))
+
+
+def with_noise(noises, work):
+    """work() where the draws of common.normal_like are these, one after another."""
+    with mock.patch.object(common, "normal_like", side_effect=noises):
+        return work()
+
+
+def network(c, spread):
+    """A diffusion model whose U-Net is far from its start."""
+    torch.manual_seed(0)
+    return moved(dvp.Diffusion(1, c).double(), spread)
+
+
+class Optimum(dvp.Diffusion):
+    """With the best eps^ if u ~ N(m, s^2 I): E[eps|z_t] = sigma_t (z_t - alpha_t m) / (alpha_t^2 s^2 + sigma_t^2)."""
+
+    def __init__(self, m, s):
+        super().__init__(1)
+        self.m, self.s = m, s
+        self.double()
+
+    def epsilon(self, z, t):
+        alpha, sigma = self.alpha_sigma(t)
+        return sigma * (z - alpha * self.m) / (alpha**2 * self.s**2 + sigma**2)
+
+    def floor(self):
+        """What the bound exceeds the entropy of N(m, s^2) by for T to infinity: that of p(u|z_0), whose variance is not the
+        posterior's, E KL(q(u|z_0) || p(u|z_0)), and KL(q(z_1) || p(z_1))."""
+        a, v = 1 / (1 + math.exp(GAMMA_1)), 1 / (1 + math.exp(-GAMMA_1))
+        q = Normal(torch.tensor(math.sqrt(a) * self.m, dtype=D), torch.tensor(math.sqrt(a * self.s**2 + v), dtype=D))
+        return (math.log1p(math.exp(GAMMA_0) / self.s**2) / 2
+                + kl_divergence(q, Normal(torch.zeros((), dtype=D), torch.ones((), dtype=D))).item())
+
+    def entropy(self):
+        return math.log(2 * math.pi * math.e * self.s**2) / 2
+
+
+class Bound(unittest.TestCase):
+    """The bound on E[-log r(u)] per coefficient if u is Gaussian and eps^ the optimum: then E[|eps - eps^|^2] is
+    s^2 / (s^2 + exp gamma), and the terms of every t are known."""
+    optima = (Optimum(0.0, 1.0), Optimum(0.3, 0.2), Optimum(-0.5, 2.0))
+
+    def mean_bound(self, optimum, T):
+        u, *noises = standardised_noise(T + 3, T + 2, (1, 1, 1))
+        bound, log_r = with_noise(noises, lambda: optimum.bound(optimum.m + optimum.s * u, T))
+        self.assertAlmostEqual(log_r.mean().item(), -bound.mean().item(), places=9)
+        return bound.mean().item()
+
+    def test_at_25_steps_it_is_above_the_entropy_by_the_known_gap(self):
+        step = 13 / 25
+        for optimum in self.optima:
+            s2 = optimum.s**2
+            gammas = [GAMMA_0 + i * step for i in range(1, 26)]
+            gap = (sum(math.expm1(step) / 2 * s2 / (s2 + math.exp(gamma)) for gamma in gammas)
+                   - (math.log1p(s2 * math.exp(-GAMMA_0)) - math.log1p(s2 * math.exp(-GAMMA_1))) / 2)
+            self.assertGreater(gap, 0.1)
+            self.assertAlmostEqual(self.mean_bound(optimum, 25), optimum.entropy() + optimum.floor() + gap, places=9)
+
+    def test_with_many_steps_it_approaches_the_entropy(self):
+        """The gap falls as 1/T: extrapolated from T, 2T and 4T, the bound is the entropy and the floor."""
+        for optimum in self.optima:
+            coarse, middle, fine = (self.mean_bound(optimum, T) for T in (100, 200, 400))
+            limit = optimum.entropy() + optimum.floor()
+            self.assertLess(abs((8 * fine - 6 * middle + coarse) / 3 - limit), 1e-4)
+            self.assertLess(limit + 1e-3, fine)
+            self.assertLess(fine, middle)
+            self.assertLess(optimum.floor(), 0.04)
+
+    def test_training_estimate_is_the_limit(self):
+        """The mean of `loss` over t (Gauss-Legendre) and over noise and u (exact for squares)."""
+        nodes, weights = (torch.tensor(values, dtype=D) for values in np.polynomial.legendre.leggauss(64))
+        t, signs = (nodes + 1) / 2, torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=D)
+        for optimum in self.optima:
+            u, noise = (column.repeat(64).view(-1, 1, 1, 1) for column in signs.T)
+            with mock.patch.object(common, "uniform_like", side_effect=[t.repeat_interleave(4).view(-1, 1, 1, 1)]):
+                loss = with_noise([noise], lambda: optimum.loss(optimum.m + optimum.s * u))
+            mean = (loss.view(64, 4).mean(1) * weights / 2).sum().item()
+            self.assertAlmostEqual(mean, optimum.entropy() + optimum.floor(), places=8)
+
+    def test_training_estimate_of_a_network_is_a_fine_sum(self):
+        r, u = network(2, 0.3), 2 * torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=D) - 1
+        with torch.no_grad():
+            loss = r.loss(u.expand(50_000, -1, -1, -1)).flatten(1).sum(1)
+            fine = r.bound(u.expand(1200, -1, -1, -1), 130)[0].flatten(1).sum(1)
+        error = math.sqrt(loss.var().item() / len(loss) + fine.var().item() / len(fine))
+        # expm1(step) is 5 % above a step of 13/130.
+        self.assertLess(abs(loss.mean() - fine.mean()).item(), 4 * error + 0.06 * fine.mean().item())
+        self.assertLess(error, 0.02 * fine.mean().item())
+
+    @torch.no_grad()
+    def test_log_r_is_the_ratio_of_the_densities_along_the_trajectory(self):
+        """Against Kingma et al. (2021), eqs. 25 to 33, with alpha_t|s = alpha_t / alpha_s and so on, of a network."""
+        r, T = network(16, 0.2), 5
+        u = images(6)[:, :, 10:13, 10:13] - 0.5
+        noises = [torch.randn(6, 1, 3, 3, generator=torch.Generator().manual_seed(i), dtype=D) for i in range(T + 1)]
+        bound, log_r = with_noise(noises, lambda: r.bound(u, T))
+
+        def alpha_sigma(i):
+            gamma = GAMMA_0 + (GAMMA_1 - GAMMA_0) * i / T
+            return 1 / math.sqrt(1 + math.exp(gamma)), 1 / math.sqrt(1 + math.exp(-gamma))
+
+        alpha, sigma = alpha_sigma(T)
+        z = alpha * u + sigma * noises[0]
+        q, p = Normal(alpha * u, sigma), Normal(torch.zeros_like(u), 1.0)
+        by_hand, kls = p.log_prob(z) - q.log_prob(z), kl_divergence(q, p)
+        for i in range(T, 0, -1):
+            (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(i), alpha_sigma(i - 1)
+            alpha_ts, var_ts = alpha / alpha_s, sigma**2 - (alpha / alpha_s)**2 * sigma_s**2
+            std = math.sqrt(var_ts) * sigma_s / sigma
+
+            def reverse(clean):
+                return Normal(alpha_ts * sigma_s**2 / sigma**2 * z + alpha_s * var_ts / sigma**2 * clean, std)
+
+            guess = (z - sigma * r.epsilon(z, torch.full((6, 1, 1, 1), i / T, dtype=D))) / alpha
+            q, p = reverse(u), reverse(guess)
+            z = q.mean + std * noises[T + 1 - i]
+            by_hand, kls = by_hand + p.log_prob(z) - q.log_prob(z), kls + kl_divergence(q, p)
+        alpha, sigma = alpha_sigma(0)
+        last = Normal(z / alpha, sigma / alpha).log_prob(u)
+        torch.testing.assert_close(log_r, (by_hand + last).flatten(1).sum(1))
+        expected_last = -(math.log(2 * math.pi * math.e) + 2 * math.log(sigma / alpha)) / 2
+        torch.testing.assert_close(bound, kls - expected_last)
+
+    def marginal_variance(self, T):
+        """That of u by ancestral sampling where eps^ = sigma_t z_t, the network's start: all is linear in z."""
+        def alpha_sigma(i):
+            gamma = GAMMA_0 + 13 * i / T
+            return 1 / math.sqrt(1 + math.exp(gamma)), 1 / math.sqrt(1 + math.exp(-gamma))
+
+        variance = 1.0
+        for i in range(T, 0, -1):
+            (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(i), alpha_sigma(i - 1)
+            var_ts = sigma**2 - (alpha / alpha_s)**2 * sigma_s**2
+            slope = alpha / alpha_s * sigma_s**2 / sigma**2 + alpha_s * var_ts / sigma**2 * (1 - sigma**2) / alpha
+            variance = slope**2 * variance + var_ts * sigma_s**2 / sigma**2
+        alpha, sigma = alpha_sigma(0)
+        return (variance + sigma**2) / alpha**2
+
+    @torch.no_grad()
+    def test_weights_give_the_density_of_what_is_sampled(self):
+        """The mean of exp log_r over trajectories is r(u), and `sample` draws from it; the mean of exp(-bound) is larger."""
+        r = dvp.Diffusion(1, c=2).double()
+        for T in (3, 25):
+            variance = self.marginal_variance(T)
+            sampled = with_noise(standardised_noise(T + 4, T + 2, (1, 1, 1)), lambda: r.sample(
+                torch.zeros(T + 4, 1, 1, 1, dtype=D), T))
+            self.assertAlmostEqual(sampled.square().mean().item(), variance, places=9)
+            torch.manual_seed(0)
+            for u in (0.0, 1.3):
+                bound, log_r = r.bound(torch.full((10_000 if T == 3 else 3000, 1, 1, 1), u, dtype=D), T)
+                exact = math.exp(Normal(0.0, math.sqrt(variance)).log_prob(torch.tensor(u)).item())
+                weight = log_r.exp()
+                error = weight.std().item() / math.sqrt(len(weight))
+                self.assertLess(abs(weight.mean().item() - exact), 4 * error)
+                self.assertLess(error, 0.05 * exact)
+        self.assertGreater(bound.neg().exp().mean().item(), exact + 10 * error)
+
+
+class Terms(unittest.TestCase):
+    def test_shapes_at_odd_settings(self):
+        for flags in (dict(latents="0,1", context_size=1, context="downsample"), dict(latents="3", context_size=5),
+                      dict(latents="1,1", num_ch=1, context="linear", context_size=2, num_steps=1),
+                      dict(latents="1,1,0,1", dataset="cifar10", context_size=7, context="downsample")):
+            model, f, x = built(3, **flags)
+            L, (c_x, side) = sum(map(int, f.latents.split(","))), x.shape[1:3]
+            sides = dvp.sides_of_latents(f)
+            units = {f"_{l}": c_x * sides[L - l]**2 for l in range(1, L + 1)} | {f"_{L + 1}": c_x * f.context_size**2}
+            self.assertEqual((model.levels, model.learned_levels), (L + 1, L))
+            terms = model(x, f)
+            self.assertEqual({name: tuple(of.shape) for name, of in terms.items()},
+                             {"log_px_z": (3,)} | {f"kl{level}": (3, d) for level, d in units.items()})
+            model.eval()
+            with torch.no_grad():
+                terms = model(x, f, sample_shape=(2,))
+                expected = {"log_px_z": (2, 3), "log_w": (2, 3)} | ({"bits_per_dim": (2, 3)} if c_x == 3 else {})
+                expected |= {f"{name}{level}": (2, 3, d) for level, d in units.items() for name in ("kl", "mean")}
+                self.assertEqual({name: tuple(of.shape) for name, of in terms.items()}, expected)
+                self.assertTrue(all(of.isfinite().all() for of in terms.values()))
+                for pictures in (model.samples(5, f), model.reconstructions(x, f)):
+                    self.assertEqual({of.shape[1:] for of in pictures.values()}, {x.shape[1:]})
+                self.assertEqual([len(of) for of in model.samples(5, f).values()], [5, 5])
+                shapes = [of.mean.shape for of in model.top_posterior(x, f, L)]
+                self.assertEqual(shapes, [(3, c_x, side, side) for side in sides])
+
+    def test_variance_of_the_pseudoinput(self):
+        """log-variances in [-12, -5] whatever the weights, and -entropy in the KL."""
+        model, f, x = built()
+        with torch.no_grad():
+            model.raw_v.copy_(torch.linspace(-300, 300, 9).view(1, 3, 3))
+            v = 2 * model.q_u(x).stddev.log()
+            self.assertGreaterEqual(v.min().item(), -12 - 1e-9)
+            self.assertLessEqual(v.max().item(), -5 + 1e-9)
+            self.assertLess(v[0, 0, 0, 0].item(), -11.9)
+            self.assertGreater(v[0, 0, 2, 2].item(), -5.1)
+            torch.testing.assert_close(model.q_u(x).mean, model.context(x))
+            with mock.patch.object(model.r, "loss", torch.zeros_like):
+                kl = model(x, f)["kl_4"]
+        torch.testing.assert_close(kl, -(math.log(2 * math.pi * math.e) + v.flatten(1)) / 2)
+
+    @torch.no_grad()
+    def test_kls_are_those_of_draws(self):
+        """Of each learned level, E[log q(z_l|...) - log p(z_l|...)], the densities written out, over draws of all above it."""
+        model, f, x = built(1, train=False)
+        torch.manual_seed(0)
+        terms = model(x, f, sample_shape=(600,))
+        n = 600
+        features = {side: e.expand(n, -1, -1, -1) for side, e in model.encoder(x).items()}
+        v = -12 + 7 / (1 + (-model.raw_v).exp())
+        u = model.context(x) + (v / 2).exp() * torch.randn(n, 1, 3, 3, dtype=D)
+        drawn = list(model.top_down(u, features, lambda l, p, q: q.mean + q.stddev * torch.randn_like(q.mean)))
+        for l, (p, q, z) in zip((3, 2, 1), drawn):
+            def log_density(of):
+                return (-((z - of.mean) / of.stddev)**2 / 2 - of.stddev.log()).flatten(1).sum(1)
+
+            by_hand, kl = log_density(q) - log_density(p), terms[f"kl_{l}"].sum(-1).flatten()
+            error = ((by_hand.var() + kl.var()) / n).sqrt().item()
+            self.assertLess(abs(by_hand.mean() - kl.mean()).item(), 4 * error)
+            self.assertLess(error, 0.1 * kl.mean().item())
+
+    @torch.no_grad()
+    def test_log_w_has_the_mean_of_the_elbo(self):
+        """E[log_w] = E[log p(x|z)] - sum of all KLs, each example within four standard errors of the difference; the bound on
+        -log r(u), whose spread would hide much, is left to its own test: here r(u) is exp(-5 |u|^2)."""
+        model, f, x = built(3, train=False)
+        torch.manual_seed(0)
+        with mock.patch.object(model.r, "bound", lambda u, T: (5 * u**2, -5 * u.square().sum((1, 2, 3)))):
+            terms = model(x, f, sample_shape=(600,))
+        elbo = terms["log_px_z"] - sum(terms[f"kl_{l}"].sum(-1) for l in (1, 2, 3, 4))
+        difference = terms["log_w"] - elbo
+        error = difference.std(0) / math.sqrt(len(difference))
+        self.assertLess((difference.mean(0).abs() / error).max().item(), 4)
+        for l in (1, 2, 3, 4):                            # precise enough to tell
+            self.assertLess(error.max().item(), 0.2 * terms[f"kl_{l}"].sum(-1).mean(0).abs().min().item())
+
+    @torch.no_grad()
+    def test_every_prior_reads_the_pseudoinput(self):
+        """At each level directly: here no state carries anything of u down."""
+        model, f, x = built()
+        for latent in model.latents:
+            for weight in latent.s_to_p[-1].parameters():
+                weight[2:] = 0                            # h
+        def priors(u):
+            return [p for p, _, _ in model.top_down(u, None, lambda l, p, q: torch.zeros_like(p.mean))]
+
+        u = model.context(x)
+        for p, same, moved in zip(priors(u), priors(u), priors(u + 0.5)):
+            self.assertTrue(torch.equal(p.mean, same.mean))
+            self.assertGreater((p.mean - moved.mean).abs().amax((1, 2, 3)).min().item(), 1e-4)
+            self.assertGreater((p.stddev - moved.stddev).abs().amax((1, 2, 3)).min().item(), 1e-4)
+
+    def test_units_of_the_means(self):
+        """The training set's f(x), in standard deviations of theirs: mean 0 and variance 1."""
+        model, f, _ = built(train=False)
+        with torch.no_grad():
+            mean = model(images(64), f)["mean_4"]
+        torch.testing.assert_close(mean.mean(0), torch.zeros(9, dtype=D))
+        torch.testing.assert_close(mean.std(0), torch.ones(9, dtype=D))
+
+    @torch.no_grad()
+    def test_reconstructions_keep_the_levels_that_they_say(self):
+        model, f, x = built(train=False)
+        kept = [model.reconstruct(x, f, keep) for keep in range(model.levels + 1)]
+        for image in kept[0]:                             # all from the prior: of x nothing
+            torch.testing.assert_close(image, kept[0][0])
+        for one, two in zip(kept, kept[1:]):
+            self.assertGreater((one - two).abs().max().item(), 1e-4)
+        zs = [q.mean for q in model.top_posterior(x, f, 3)]
+        torch.testing.assert_close(kept[-1], model.p_x(zs).mean)
+        other = model.context.image(model.context(x))     # of the same pseudoinput, which alone decides at keep = 1
+        torch.testing.assert_close(model.reconstruct(other, f, 1), kept[1])
+        self.assertGreater((model.reconstruct(other, f, 2) - kept[2]).abs().max().item(), 1e-4)
+
+    def test_attack_has_a_gradient(self):
+        model, f, x = built(train=False)
+        x = x.clone().requires_grad_()
+        for q in model.top_posterior(x, f, 2):
+            gradient, = torch.autograd.grad(q.mean.sum() + q.stddev.sum(), x, retain_graph=True)
+            self.assertTrue((gradient.flatten(1).norm(dim=1) > 0).all())
+
+
+class Training(unittest.TestCase):
+    def test_every_parameter_gets_a_gradient(self):
+        model, f, x = built()
+        common.beta_elbo_loss(model(x, f), f).mean().backward()
+        self.assertEqual([name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()], [])
+
+    @torch.no_grad()
+    def test_two_processes_draw_what_one_would(self):
+        model, f, x = built()
+
+        def terms(rank, world, x):
+            torch.manual_seed(0)
+            with mock.patch.object(common, "_noise_of", (rank, world)):
+                return model(x, f)
+
+        one, halves = terms(0, 1, x), [terms(0, 2, x[:2]), terms(1, 2, x[2:])]
+        for name in one:
+            torch.testing.assert_close(torch.cat([half[name] for half in halves]), one[name])
+
+    @torch.no_grad()
+    def test_bf16_leaves_pseudoinputs_and_terms_in_float32(self):
+        model, f, x = built()
+        model, x = model.float(), x.float()
+        torch.manual_seed(0)
+        plain, u = model(x, f), model.context(x)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = model(x, f)
+            self.assertTrue(torch.equal(model.context(x), u))
+            self.assertEqual(model.encoder(x)[7].dtype, torch.bfloat16)
+        self.assertEqual({of.dtype for of in terms.values()}, {torch.float32})
+        for name in terms:
+            self.assertLess((terms[name] - plain[name]).norm().item(), 0.05 * plain[name].norm().item())
+
+    def test_training_measures_the_context_and_lowers_the_loss(self):
+        with tempfile.TemporaryDirectory() as folder:
+            f = dvp.Flags(dataset="digits", latents="1", num_ch=4, context_size=3, num_epochs=3, batch_size=16, ema=0.5,
+                          warmup_epochs=0.0, device="cpu", out_dir=folder)
+            x = images(128).float()
+            data = common.Data("digits", (x,), (x[:8].round(),))
+            model, training = common.build(dvp.DVPVAE, f, data), common.Training(f, data)
+            with contextlib.redirect_stderr(io.StringIO()):
+                average = dvp.train(model, common.on_device(f, x), data, training)
+        expected = context("dct", 3, x.to(D))
+        torch.testing.assert_close(average.context.extent.to(D), expected.extent, rtol=1e-5, atol=0)
+        torch.testing.assert_close(average.context.std.to(D), expected.std, rtol=1e-4, atol=0)
+        losses = training.summary()["curves"]["loss"]
+        self.assertLess(losses[-1], 0.9 * losses[0])
+
+    def test_backbone_is_that_of_the_ladder(self):
+        for name in ("sides_of_latents", "Bottleneck", "Residual", "scaled", "Encoder", "Latent", "normal", "LogisticMixture",
+                     "draw"):
+            self.assertEqual(inspect.getsource(getattr(dvp, name)), inspect.getsource(getattr(ladder, name)))
+
+
+if __name__ == "__main__":
+    unittest.main()
