@@ -1847,6 +1847,7 @@ def report(models, settings, data, counterpart=None):
             result |= {"seconds": {"train": training["seconds"]}, "metrics": None}
             if model is not None:
                 start = time.monotonic()
+                result["parameters"] = sum(p.numel() for p in model.parameters())
                 result["metrics"], examples = evaluate(model, f, d)
                 if d.also_train:
                     result["metrics"] |= {f"{name}_train": value for name, value in evaluate(model, f, d, "train")[0].items()}
@@ -2167,7 +2168,9 @@ def draw_run(folder, model, f, data, curves, examples):
     def draw_images(ax, title, images):
         _show(ax, images, 10, title)
     if hasattr(model, "reconstructions"):
-        draw_panels(folder / "reconstructions.png", reconstructions(model, f, data, 100), 4.2, 4.7, caption, draw_images)
+        with seeded(f.seed, "evaluation", data.test[0].device):            # some are drawn
+            images = reconstructions(model, f, data, 100)
+        draw_panels(folder / "reconstructions.png", images, 4.2, 4.7, caption, draw_images)
     if hasattr(model, "samples"):
         with torch.no_grad(), seeded(f.seed, "samples", data.test[0].device):
             images = model.samples(100, on_device(f, data.test[0]))

@@ -234,7 +234,7 @@ LINEAR = ["MNIST_CVAE_Linear.py", "MNIST_HVAE_Linear_learnable_sigma_2.py --beta
           "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]
 
 # What two CPU cores can do in minutes; the scripts' own defaults are the published sizes.
-DEEP = "--latents 2,2 --num_ch 8 --num_epochs 10 --num_samples 100 --num_test 1000"
+DEEP = "--latents 2,2 --num_ch 8 --num_epochs 10 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000"
 DELTA = "--num_epochs 2 --warmup_epochs 0.2 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
 
 EXPERIMENTS = {

@@ -70,7 +70,8 @@ class CommandLine(unittest.TestCase):
         return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder, **more)
 
     def test_every_script_is_tried(self):
-        self.assertEqual({path.name for path in ROOT.glob("*.py")} - set(SCRIPTS),
+        of_test_deep = {"MNIST_HVAE_Ladder.py", "MNIST_HVAE_DCT.py", "MNIST_HVAE_DVP.py", "MNIST_VAE_Delta.py"}
+        self.assertEqual({path.name for path in ROOT.glob("*.py")} - set(SCRIPTS) - of_test_deep,
                          {"common.py", "predict_collapse.py", "reproduce.py"} | {path.name for path in ROOT.glob("matrix_*.py")})
 
     def test_each_script_leaves_complete_results(self):
