@@ -322,7 +322,7 @@ def meet():
         if not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=365))
-        torch.distributed.barrier()
+        torch.distributed.all_reduce(torch.zeros(1))      # by gloo on any machine: a barrier's backend would be its GPUs'
 
 
 PURPOSES = ("init", "batches", "noise", "evaluation", "samples", "data")

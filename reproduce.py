@@ -98,9 +98,10 @@ def rates(path, runs):
             curve, delta, metrics = result["curves"]["kl"], result["metrics"]["delta"], result["metrics"]
             during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
             during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
-            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=None if k else "against the model's own prior")
-            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=None if k else "against the auxiliary prior")
-            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=None if k else "δ")
+            against = ("against the model's own prior", "against the auxiliary prior", "δ") if k == 0 else (None,) * 3
+            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=against[0])
+            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=against[1])
+            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
         during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
         after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
         during.legend(fontsize=7)
@@ -155,7 +156,8 @@ def directions(runs):
 def learnable_and_fixed(runs):
     """How many units a learnable Sigma keeps, and how many a fixed one."""
     for learnable, fixed in zip(runs[0::2], runs[1::2]):
-        kept = [" / ".join(str(result["metrics"]["AU_kl"]) for result in run.results if result["metrics"]) for run in (learnable, fixed)]
+        kept = [" / ".join(str(result["metrics"]["AU_kl"]) for result in run.results if result["metrics"])
+                for run in (learnable, fixed)]
         yield f"Direction: {learnable.script} keeps {kept[0]} active units, {fixed.script} {kept[1]}."
 
 
@@ -169,7 +171,8 @@ def predictions(runs):
                        + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
             else:
                 pairs = [pair for result in results for pair in common.beside_linear(result) if pair[0].startswith("kl")]
-                yield f"{script}: " + ", ".join(f"{kl} predicted {predicted:.2f}, trained {trained:.2f}" for kl, predicted, trained in pairs)
+                yield f"{script}: " + ", ".join(
+                    f"{kl} predicted {predicted:.2f}, trained {trained:.2f}" for kl, predicted, trained in pairs)
             continue
         wrong, far = 0, 0.0
         for result in results:
@@ -197,7 +200,8 @@ def above_delta(runs):
         for f, result in zip(run.settings, run.results):
             if result["metrics"]:
                 kl, delta = result["metrics"]["kl"], result["metrics"]["delta"]
-                yield f"Prior {f.prior}: a KL of {kl:.2f} nats" + (f", {'at least' if kl >= delta else 'BELOW'} δ = {delta:g}." if delta else ".")
+                bound = f", {'at least' if kl >= delta else 'BELOW'} δ = {delta:g}" if delta else ""
+                yield f"Prior {f.prior}: a KL of {kl:.2f} nats{bound}."
 
 
 def by_script(runs):
