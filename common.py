@@ -1128,7 +1128,7 @@ def fit(Model, settings, data, side_by_side=True):
                 unfinished.append(i)
             else:
                 models[i] = finished[0]
-                print(f"already trained: {run_dir(settings[i], data[i])} (--overwrite trains it again)", file=sys.stderr)
+                take_over(*finished, settings[i], data[i])
         if not unfinished:                                # but a process may have died before this
             Checkpoint([settings[i] for i in group], data[group[0]]).remove()
             continue
@@ -1165,17 +1165,27 @@ def share(settings):
 
 
 def read_trained(Model, f, data):
-    """(model, training) of a setting that was trained before, as `train` gives them; None if it is not there, whole."""
-    training = read_result(f, data, "training.json")
-    if training is None or training["diverged"]:
-        return training and (None, training)
-    model = build(Model, f, data).eval()
-    try:
-        model.load_state_dict(torch.load(run_dir(f, data) / "model.pt", weights_only=True, map_location="cpu"))
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as wrong:
-        print(f"cannot read {run_dir(f, data) / 'model.pt'}, training again: {wrong}", file=sys.stderr)
-        return None
-    return model, training
+    """(model, training, folder) of a setting that was trained before, the first two as `train` gives them: by its run, whose
+    files are in the folder, or by one that differs from it only in its evaluation. None if there is none, whole."""
+    own = run_dir(f, data)
+    for folder in (None, *sorted(other for other in own.parent.glob("*/") if other != own)):
+        training, path = read_result(f, data, "training.json", folder), (folder or own) / "model.pt"
+        if training is None:
+            continue
+        model = build(Model, f, data).eval()
+        try:
+            if not training["diverged"]:
+                model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            return None if training["diverged"] else model, training, folder or own
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as wrong:
+            print(f"cannot read {path}, training again: {wrong}", file=sys.stderr)
+
+
+def take_over(model, training, folder, f, data):
+    """Say that a setting was trained before, and leave its files where its run is to have them."""
+    print(f"already trained: {folder} (--overwrite trains it again)", file=sys.stderr)
+    if folder != run_dir(f, data):
+        leave(model, training | {"settings": what(f, data)}, f, data)
 
 
 def build(Model, f, data):
@@ -1377,8 +1387,9 @@ def fit_together(Model, settings, data, train):
         finished, training = None if f.overwrite else read_trained(Model, f, d), Training(f, d)
         meet()                                            # all have looked before the first process changes anything
         if finished:
-            print(f"already trained: {run_dir(f, d)} (--overwrite trains it again)", file=sys.stderr)
             models.append(finished[0])
+            if first:
+                take_over(*finished, f, d)
         else:
             like = d.train[0]
             use_precision(f)
@@ -1820,14 +1831,21 @@ def describe(f, data):
             "device": device_name(device_of(f)), "versions": versions}
 
 
-def read_result(f, data, name):
-    """The contents of a finished run's file, or None if there is none of these very settings."""
+def read_result(f, data, name, folder=None):
+    """The contents of a finished run's file, or None if there is none of these very settings. In the folder of another run
+    what is only of the evaluation may differ."""
     try:
-        result = json.loads((run_dir(f, data) / name).read_text())
+        result = json.loads(((folder or run_dir(f, data)) / name).read_text())
     except (OSError, ValueError):
         return None
-    settings = result.get("settings")                     # those of an earlier version may lack a flag that is new
-    return result if settings and what(type(f)(), data) | settings == what(f, data) else None
+    settings, wanted = result.get("settings"), what(f, data)
+    if not settings:
+        return None
+    settings = what(type(f)(), data) | settings           # those of an earlier version may lack a flag that is new
+    if folder:
+        draws = "num_draws" if hasattr(f, "num_draws") else "num_samples"
+        settings |= {flag: wanted[flag] for flag in (draws, "num_test") if flag in wanted}
+    return result if settings == wanted else None
 
 
 # --------------------------------------------------------------------------------------------------- report: the table

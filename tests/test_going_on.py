@@ -22,6 +22,7 @@ import torch
 import common
 import MNIST_CVAE_Relu
 import MNIST_HVAE_Relu
+import Synthetic_CVAE_Relu_correlation
 from tests import small
 
 # A process that has imported everything and started no thread, to fork from: a child starts in milliseconds.
@@ -352,6 +353,35 @@ class Checkpoints(unittest.TestCase):
         del training["settings"]["d_hidden"]                  # not at its default here
         path.write_text(json.dumps(training))
         self.assertIsNone(common.read_result(f, data, "training.json"))
+
+    def test_another_evaluation_trains_nothing(self):
+        """Other draws take over the trained weights, not so anything else; nor are they taken over where they are broken."""
+        data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
+        [model], _ = self.fit([f], data)
+        more = dataclasses.replace(f, num_samples=7)
+        (again, *_), err = self.fit([more, dataclasses.replace(more, num_samples=8)], data)
+        self.assertEqual((err.count("already trained"), err.count("training: ")), (2, 0))
+        for name, weights in model.state_dict().items():
+            self.assertTrue(torch.equal(again.state_dict()[name], weights), name)
+        self.assertEqual(self.curves(more, data) | {"settings": 0}, self.curves(f, data) | {"settings": 0})
+        self.assertEqual(common.read_result(more, data, "training.json")["settings"]["num_samples"], 7)
+        self.assertTrue((common.run_dir(more, data) / "model.pt").exists())
+        for other in (dataclasses.replace(f, seed=1), dataclasses.replace(more, d_2=3), dataclasses.replace(more, lr=2e-3)):
+            _, err = self.fit([other], data)
+            self.assertNotIn("already trained", err)
+        broken = dataclasses.replace(f, d_1=4)
+        self.fit([broken], data)
+        (common.run_dir(broken, data) / "model.pt").write_bytes(b"")
+        _, err = self.fit([dataclasses.replace(broken, num_samples=7)], data)
+        self.assertIn("training again", err)
+        self.assertNotIn("already trained", err)
+
+    def test_rows_are_no_draws(self):
+        """Where --num_samples is the number of rows, other rows train anew, other draws do not."""
+        argv = ("--dim_x", 3, "--dim_y", 3, "--dim_z", 2, "--num_epochs", 1, "--device", "cpu", "--out_dir", self.folder)
+        for flags, trained in (((40, 0), True), ((40, 5), False), ((50, 5), True)):
+            status, _, err = small.call(Synthetic_CVAE_Relu_correlation.main, *argv, "--num_samples", flags[0], "--num_draws", flags[1])
+            self.assertEqual((status, "training: epoch" in err, "already trained" in err), (0, trained, not trained), err)
 
     def test_where_there_are_no_locks(self):
         """Some network file systems have none: said, and trained all the same."""
