@@ -324,6 +324,14 @@ class Logistics(unittest.TestCase):
             found = p.log_prob((torch.tensor(x, dtype=torch.uint8).float() / 255).double().view(1, 3, 1, 1))
             self.assertAlmostEqual(found.item(), math.log(expected), places=5)
 
+    def test_narrowest_scale(self):
+        """A log-scale counts as it is down to -7, below as -7 (Salimans et al. 2017)."""
+        parameters = self.parameters(1, 1, 6, 0)
+        for log_scale, counts_as in ((-6.9, -6.9), (-7.1, -7.0)):
+            parameters[:, 20:] = log_scale
+            scales = ladder.LogisticMixture(parameters).scales
+            torch.testing.assert_close(scales, torch.full_like(scales, math.exp(counts_as)), rtol=1e-12, atol=0)
+
     def test_mean(self):
         """Of narrow logistics within the range, up to the bins' width."""
         values = torch.arange(256.0, dtype=torch.float64) / 255
