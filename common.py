@@ -39,11 +39,13 @@ import optparse
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.request
@@ -2165,11 +2167,13 @@ EPSILON = np.geomspace(1e-4, 1e2, 241)                    # of collapse curves, 
 
 
 def save_figure(path, columns, rows, width, height, caption, draw):
-    """A picture of rows x columns axes of so many inches each, drawn by draw(axes), without a display."""
+    """A picture of rows x columns axes of so many inches each, drawn by draw(axes), without a display. The caption's lines
+    break between flags, too."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     draw(figure.subplots(rows, columns, squeeze=False))
-    figure.supxlabel(caption, fontsize=8)
+    lines = textwrap.wrap(re.sub(r",(?=\w+=)", ", ", caption), int(13 * columns * width))     # characters of 8 points to an inch
+    figure.supxlabel("\n".join(lines), fontsize=8)
     write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

@@ -10,9 +10,11 @@ import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import common
 import MNIST_HVAE_Relu
@@ -230,6 +232,22 @@ class Grids(unittest.TestCase):
             self.assertGreater(np.std(elbos), 0)
         self.run_grid("--beta_1", "0.1,2", "--eta_dec", "0.6")
         self.assertEqual(len(list((self.folder / "runs").rglob("grids/*/collapse.png"))), 2)
+
+
+class Pictures(unittest.TestCase):
+    def test_captions_fit(self):
+        """A long caption is broken between flags, so that none of it is cut off."""
+        caption = "MNIST_HVAE_DCT on mnist latents=2,2," + ",".join(f"a_flag_{k}=MWMW{k}" for k in range(12)) + " seed=0"
+        for columns, width in ((1, 3.4), (2, 4.2), (5, 4.2)):
+            with mock.patch("common.write"), mock.patch("matplotlib.figure.Figure.savefig", autospec=True) as save:
+                common.save_figure("x.png", columns, 1, width, 3.0, caption, lambda axes: None)
+                common.write.call_args.args[1](None)
+            [figure] = save.call_args.args[:1]
+            shown = figure.get_supxlabel()
+            self.assertEqual("".join(shown.split()), "".join(caption.split()))
+            self.assertIn("latents=2,2, a_flag_0=MWMW0", shown.replace("\n", " "))
+            lines = figure.text(0, 0, shown, fontsize=8).get_window_extent(FigureCanvasAgg(figure).get_renderer())
+            self.assertLess(lines.width, figure.bbox.width)
 
 
 class Documents(unittest.TestCase):
