@@ -2170,9 +2170,9 @@ def save_figure(path, columns, rows, width, height, caption, draw):
     """A picture of rows x columns axes of so many inches each, drawn by draw(axes), without a display. The caption's lines
     break between flags, too."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    draw(figure.subplots(rows, columns, squeeze=False))
     lines = textwrap.wrap(re.sub(r",(?=\w+=)", ", ", caption), int(13 * columns * width))     # characters of 8 points to an inch
+    figure = Figure(figsize=(columns * width, rows * height + 0.15 * len(lines)), layout="constrained")
+    draw(figure.subplots(rows, columns, squeeze=False))
     figure.supxlabel("\n".join(lines), fontsize=8)
     write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
