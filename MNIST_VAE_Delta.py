@@ -7,7 +7,8 @@ After Razavi, van den Oord, Poole & Vinyals (2019, arXiv 1901.03416): the prior 
 which no posterior that is independent over time can match. How far they stay apart, at least δ nats, is the user's choice.
 The decoder is autoregressive over pixels (gated masked convolutions, van den Oord et al. 2016, arXiv 1606.05328), and can do
 without latents: with --prior standard, p(z) = N(0, I), it does. After training, an autoregressive prior is fitted to the
-posterior's draws, all else frozen: what the latents cost with a code that fits them is `rate_auxiliary`, in nats.
+posterior's draws, all else frozen: what the latents cost with a code that fits them is `rate_auxiliary`, in nats. δ, or 0 with
+--prior standard, is `smallest_rate`.
 """
 import math
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ class DeltaVAE(nn.Module):
             log_q_z = q_z.log_prob(z).sum((-2, -1))
             terms["log_w"] = log_px_z + self.p_z(z).log_prob(z).sum((-2, -1)) - log_q_z
             terms["rate_auxiliary"] = log_q_z - self.auxiliary(z.flatten(0, -3)).view(z.shape[:-2])
-            terms["delta"] = torch.full_like(log_px_z, self.delta)
+            terms["smallest_rate"] = torch.full_like(log_px_z, self.delta)
             terms["mean"] = q_z.mean.flatten(-2)          # of both priors z_t ~ N(0, I)
         return terms
 

@@ -136,7 +136,7 @@ class Model(unittest.TestCase):
                 terms = model(x, f, (2,))
             wanted = torch.full((4,), delta if prior == "ar1" else 0.0, dtype=dtype)
             torch.testing.assert_close(terms["kl"].sum(-1), wanted)
-            torch.testing.assert_close(terms["delta"], wanted.expand(2, 4))
+            torch.testing.assert_close(terms["smallest_rate"], wanted.expand(2, 4))
 
     @torch.no_grad()
     def test_terms_at_given_z(self):
@@ -205,7 +205,7 @@ class Model(unittest.TestCase):
             with torch.no_grad():
                 terms = model.eval()(x, f, (2,))
             self.assertEqual({name: tuple(value.shape) for name, value in terms.items()}, dict(
-                log_px_z=(2, 3), kl=(3, N * d), log_w=(2, 3), rate_auxiliary=(2, 3), delta=(2, 3), mean=(3, N * d)))
+                log_px_z=(2, 3), kl=(3, N * d), log_w=(2, 3), rate_auxiliary=(2, 3), smallest_rate=(2, 3), mean=(3, N * d)))
         model, f, x = build(images=3, dim_z=1, num_ch=1, num_layers=1, d_hidden=1)
         with torch.no_grad():
             pictures = [*model.reconstructions(x, f).values(), *model.samples(3, f).values()]
