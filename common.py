@@ -2526,7 +2526,7 @@ def attack(model, scalars, f, data):
                 "symmetric KL of the top latents (nats)", "L2 distance of the reconstructions")):
             for which, word, style in ((name, "attack", "o-"), (f"{name}_random", "random", "s--")):
                 ax.plot(RADII, [row[which] for row in rows], style, label=word)
-            ax.set(xlabel="radius of the L∞ ball (pixel values)", ylabel=label, ylim=(0, None))
+            ax.set(xlabel="radius of the L∞ ball (pixel values)", xticks=RADII, ylabel=label, ylim=(0, None))
             ax.legend(fontsize=7)
         for ax, (title, images) in zip(axes[1:].flat, shown.items()):
             _show(ax, images[:50], 10, title, fontsize=8)

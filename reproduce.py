@@ -95,7 +95,7 @@ def rates(path, runs):
     def draw(axes):
         during, after = axes[0]
         for k, (label, (f, result)) in enumerate(found.items()):
-            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["delta"], result["metrics"]
+            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["smallest_rate"], result["metrics"]
             during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
             during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
             against = ("against the model's own prior", "against the auxiliary prior", "δ") if k == 0 else (None,) * 3
@@ -104,8 +104,26 @@ def rates(path, runs):
             after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
         during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
         after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
+        during.locator_params(axis="x", integer=True)
         during.legend(fontsize=7)
         after.legend(fontsize=7)
+    common.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+
+
+def by_level(path, runs):
+    """The KL of each level, and the share of its units that are active, a bar a model."""
+    units = {run.script: units_by_level(run) for run in runs if run.results[0]["metrics"]}
+    levels = range(1, 1 + max(map(len, units.values()), default=0))
+
+    def draw(axes):
+        for k, (script, kls) in enumerate(units.items()):
+            places = [level + 0.8 * ((k + 0.5) / len(units) - 0.5) for level in levels[:len(kls)]]
+            style = {"width": 0.8 / len(units), "color": f"C{k}", "hatch": ("", "//", "..")[k % 3], "label": script}
+            axes[0][0].bar(places, [kl.sum() for kl in kls], **style)
+            axes[0][1].bar(places, [(kl > common.ACTIVE).mean() for kl in kls], **style)
+        for ax, label in zip(axes[0], ("KL (nats per test example)", "share of units with a KL above 0.01 nats")):
+            ax.set(xlabel="level, 1 next to the image", ylabel=label, xticks=levels, ylim=(0, None))
+        axes[0][0].legend(fontsize=7)
     common.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
 
 
@@ -195,13 +213,30 @@ def misplaced(result):
 
 
 def above_delta(runs):
-    """Whether each rate is at least what the AR(1) prior makes certain."""
+    """Whether each rate is at least what the AR(1) prior makes certain, and what it is with a prior that fits the posterior."""
     for run in runs:
         for f, result in zip(run.settings, run.results):
             if result["metrics"]:
-                kl, delta = result["metrics"]["kl"], result["metrics"]["delta"]
+                kl, delta, fitted = (result["metrics"][name] for name in ("kl", "smallest_rate", "rate_auxiliary"))
                 bound = f", {'at least' if kl >= delta else 'BELOW'} δ = {delta:g}" if delta else ""
-                yield f"Prior {f.prior}: a KL of {kl:.2f} nats{bound}."
+                yield f"Prior {f.prior}: a KL of {kl:.2f} nats{bound}; against the auxiliary prior {fitted:.2f}."
+
+
+def units_by_level(run):
+    """The mean KL of every unit of each level, level 1 first: a list of arrays, of the run's first setting."""
+    units = run.units(0)
+    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + sum(name.startswith("unit_kl_") for name in units))]
+
+
+def levels_in_use(runs):
+    """Of each model, which levels carry information and how many units."""
+    for run in runs:
+        if not run.results[0]["metrics"]:
+            continue
+        active = [int((kl > common.ACTIVE).sum()) for kl in units_by_level(run)]
+        collapsed = [str(level) for level, count in enumerate(active, 1) if not count]
+        yield (f"{run.script}: {sum(active)} of {sum(map(len, units_by_level(run)))} units carry more than {common.ACTIVE} nats; "
+               + (f"of {len(active)} levels collapsed: {', '.join(collapsed)}." if collapsed else f"each of {len(active)} levels has some."))
 
 
 def by_script(runs):
@@ -238,8 +273,9 @@ LINEAR = ["MNIST_CVAE_Linear.py", "MNIST_HVAE_Linear_learnable_sigma_2.py --beta
           "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]
 
 # What two CPU cores can do in minutes; the scripts' own defaults are the published sizes.
-DEEP = "--latents 2,2 --num_ch 8 --num_epochs 10 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000"
-DELTA = "--num_epochs 2 --warmup_epochs 0.2 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
+DEEP = ("--latents 2,2 --num_ch 16 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000 "
+        "--evaluate compression,attack")
+DELTA = "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
 
 EXPERIMENTS = {
     "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
@@ -278,7 +314,8 @@ EXPERIMENTS = {
                                     both(CORRELATION)),
     "table_deep": Experiment(
         "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay in use?",
-        [f"{script}.py {DEEP}" for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT", "MNIST_HVAE_DVP")]),
+        [f"{script}.py {DEEP}" for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT", "MNIST_HVAE_DVP")],
+        by_level, levels_in_use),
     "figure_delta": Experiment(
         "Does a prior that no posterior can match keep the rate of a VAE with an autoregressive decoder above δ?",
         [f"MNIST_VAE_Delta.py --prior standard {DELTA}", f"MNIST_VAE_Delta.py --delta 2,5,10 {DELTA}"], rates, above_delta),
@@ -355,7 +392,7 @@ def measured(result):
         for kind in ("kl", "AU", "AU_kl", "active_share"):
             of = [metrics.pop(f"{kind}{level}") for level in levels]
             if kind in ("kl", "AU_kl"):
-                metrics[f"{kind} by level"] = ", ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in of)
+                metrics[f"{kind} from the top"] = ", ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in of)
         metrics["parameters"] = result["parameters"]
     if "max_error" in result:
         metrics |= {"max error": result["max_error"], "gap": result["theory"]["gap"],
@@ -383,27 +420,32 @@ def cell(column, values):
 
 
 def tables(name, experiment, runs):
-    """(markdown, csv) of an experiment's results."""
-    lines, rows = [], []
+    """(markdown, csv) of an experiment's results. Commands of one setting each share a table where their columns are the same."""
+    parts, rows = [], []                                  # a part: the commands, what the columns are called, the rows, words
     for run in runs:
         grouped = {}
         for f, result in zip(run.settings, run.results):
             key = tuple(f"{flag} = {getattr(f, flag)}" for flag in common.varying(run.settings, [run.data] * len(run.settings)))
-            grouped.setdefault(key, []).append(measured(result))
+            grouped.setdefault(", ".join(key) or run.script, []).append(measured(result))
             rows.append({"command": run.command, "dataset": result["dataset"], "device": result["device"],
                          "torch": result["versions"]["torch"], "seconds": seconds(result), **result["settings"], **measured(result)})
         finished = {key: [of for of in repeats if of] for key, repeats in grouped.items()}       # but for diverged ones
         columns = list(next((repeats[0] for repeats in finished.values() if repeats), {"metrics": 0}))
-        if not experiment.rows:
-            continue
-        lines += [f"\n`{run.command}`\n", "| " + " | ".join(["setting", *columns]) + " |", "|---" * (1 + len(columns)) + "|"]
-        lines += ["| " + " | ".join([", ".join(key) or "defaults", *(
-            cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]) + " |"
-            for key, repeats in finished.items()]
+        head = ["script" if run.script in grouped else "setting", *columns]
+        if head[0] == "setting" or not parts or parts[-1][1] != head:
+            parts.append(([], head, [], []))
+        commands, _, table, words = parts[-1]
+        commands.append(f"`{run.command}`\n")
+        table += [[key, *(cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]
+                  for key, repeats in finished.items()]
         linear = [result for result in run.results if "metrics" in result and common.closed_form(result)]
         if len(linear) > 2:
-            lines.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
+            words.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
                 f"{metric} {correlation:.2f}" for metric, correlation in common.linear_correlations(linear).items()) + ".")
+    lines = []
+    for commands, head, table, words in parts if experiment.rows else []:
+        head, *table = ["| " + " | ".join(row) + " |" for row in (head, *table)]
+        lines += ["", *commands, head, "|---" * (head.count(" | ") + 1) + "|", *table, *words]
     lines += [f"\n{sentence}" for sentence in (experiment.says or directions)(runs)]
     first, epochs = runs[0].results[0], sorted({getattr(f, "num_epochs", 0) for run in runs for f in run.settings} - {0})
     seeds = sorted({f.seed for run in runs for f in run.settings})

@@ -85,7 +85,7 @@ class Made(unittest.TestCase):
                          {f"{name}.png" for name in names if name.startswith("figure")})
         self.assertEqual(len(self.left()), 2 * 7 + 5)
         theorems = (self.folder / "results" / "table_theorems.md").read_text()
-        self.assertRegex(theorems, r"\| defaults \| \d\.\de-\d\d \| .*VERIFIED \|")
+        self.assertRegex(theorems, r"\| script \| .*verdict \|\n\|---\|---\|---\|---\|\n\| matrix_VAE \| \d\.\de-\d\d \| .*VERIFIED \|\n\n")
         self.assertIn("wants 0 to 0.05", theorems)            # one epoch on 256 images does not arrive
         prediction = (self.folder / "results" / "figure_prediction.md").read_text()
         self.assertRegex(prediction, r"MNIST_CVAE_Linear: every unit is active or collapsed as predicted in \d of 2 settings")
@@ -101,17 +101,21 @@ class Made(unittest.TestCase):
         with mock.patch.dict(reproduce.EXPERIMENTS["figure_delta"].__dict__, commands=[
                 f"MNIST_VAE_Delta.py --prior standard {small_delta}", f"MNIST_VAE_Delta.py --delta 2,5 {small_delta}"]), \
                 mock.patch.dict(reproduce.EXPERIMENTS["table_deep"].__dict__, commands=[
-                    "MNIST_HVAE_Ladder.py --latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"]), mock.patch("common.draw_run"):
+                    f"{script}.py --latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"
+                    for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT")]), mock.patch("common.draw_run"):
             status, _, err = self.call("figure_delta", "table_deep")
         self.assertEqual(status, 0, err)
         self.assertTrue((self.folder / "results" / "figure_delta.png").read_bytes().startswith(b"\x89PNG"))
         text = (self.folder / "results" / "figure_delta.md").read_text()
-        self.assertRegex(text, r"Prior standard: a KL of \d+\.\d\d nats\.\n")
-        self.assertRegex(text, r"Prior ar1: a KL of \d+\.\d\d nats, at least δ = 5\.\n")
+        self.assertRegex(text, r"Prior standard: a KL of \d+\.\d\d nats; against the auxiliary prior \d+\.\d\d\.\n")
+        self.assertRegex(text, r"Prior ar1: a KL of \d+\.\d\d nats, at least δ = 5; against the auxiliary prior ")
         [run] = (self.folder / "runs" / "MNIST_HVAE_Ladder").glob("latents*")
         result = json.loads((run / "result.json").read_text())
         by_level = ", ".join(f"{result['metrics'][f'kl_{level}']:.2f}" for level in (3, 2, 1))
-        self.assertIn(f"| {by_level} | ", (self.folder / "results" / "table_deep.md").read_text())
+        text = (self.folder / "results" / "table_deep.md").read_text()
+        self.assertIn(f"| {by_level} | ", text)
+        self.assertEqual(text.count("| kl from the top |"), 1)        # models of the same columns are rows of one table
+        self.assertTrue((self.folder / "results" / "table_deep.png").read_bytes().startswith(b"\x89PNG"))
 
     def test_a_diverged_setting_says_so(self):
         with mock.patch.dict(reproduce.EXPERIMENTS["table_vae_sigma"].__dict__, commands=[
@@ -175,6 +179,19 @@ class Sentences(unittest.TestCase):
         self.assertEqual(said(grid, [{"kl_2": kl} for kl in kl_2]), [
             f"Direction: along beta_1, kl_2 rises or stays in 3 of 4 steps (`{grid}`).",
             f"Direction: along beta_2, kl_2 falls or stays in 1 of 3 steps (`{grid}`)."])
+
+    def test_levels_in_use(self):
+        """Units are counted by their mean over the test images; a level without any is collapsed."""
+        ladder, dct = (reproduce.Run(f"MNIST_HVAE_{kind}.py", reproduce.Flags(out_dir=tempfile.gettempdir()), [0])
+                       for kind in ("Ladder", "DCT"))
+        ladder.units = lambda i: {"log_px": np.zeros(2), "unit_kl_1": np.array([[0.0, 0.018, 3.0], [0.018, 0.004, 3.0]]),
+                                  "unit_kl_2": np.array([[0.0, 0.0], [0.0, 0.01]])}
+        dct.units = lambda i: {"unit_kl_1": np.array([[2.0, 0.001]]), "unit_kl_2": np.array([[0.1]])}
+        ladder.results, dct.results = [{"metrics": {"kl": 3.0}}], [{"metrics": {"kl": 2.1}}]
+        diverged = self.run_of("MNIST_HVAE_DVP.py", [None])
+        self.assertEqual(list(reproduce.levels_in_use([ladder, dct, diverged])), [
+            "MNIST_HVAE_Ladder: 2 of 5 units carry more than 0.01 nats; of 2 levels collapsed: 2.",
+            "MNIST_HVAE_DCT: 2 of 3 units carry more than 0.01 nats; each of 2 levels has some."])
 
     def test_misplaced_units(self):
         """Active where collapse is predicted or the other way round, and how far beta is from the threshold."""
