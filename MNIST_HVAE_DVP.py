@@ -26,7 +26,7 @@ class Flags(common.DeepFlags):
                                       "components of the training images", choices=("dct", "downsample", "linear"))
     context_size: int = common.flag(7, "a pseudoinput is so many numbers high and wide", low=1, high=28)
     num_steps: int = common.flag(25, "steps of the diffusion model in evaluation and sampling; more make its bound tighter",
-                                 low=1, high=10_000)
+                                 low=1, high=10_000, evaluation=True)
     latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side: 4,4 is "
                                       "4 of 7x7 and 4 of 14x14")
     num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)

@@ -30,7 +30,7 @@ class Flags(common.FitFlags):
     dim_z: int = common.flag(128, "units of z", low=1)
     d_hidden: int = common.flag(128, "units of each hidden layer", low=1)
     num_samples: int = common.flag(1000, "rows to train on, and fresh rows", low=2)
-    num_draws: int = common.flag(1000, "draws per row for the log-likelihood; 0 leaves it out", low=0)
+    num_draws: int = common.flag(1000, "draws per row for the log-likelihood; 0 leaves it out", low=0, evaluation=True)
     batch_size: int = common.flag(16, "rows per gradient step", low=1)
     num_epochs: int = common.flag(1000, "passes over the training rows", low=1)
     grad_clip: float = common.flag(0.01, "largest gradient norm of a setting", above=0)

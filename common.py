@@ -65,17 +65,19 @@ torch.distributions.Distribution.set_default_validate_args(False)
 MAX_WHOLE = 10**9                                         # of a whole number without a limit of its own
 
 
-def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False):
+def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False, evaluation=False):
     """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
 
     low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that
     differ in nothing else are trained side by side as one batched model. A vector may also be several numbers joined
-    by "/", one a unit, and is then that text.
+    by "/", one a unit, and is then that text. evaluation marks what training does not know: runs that differ in nothing
+    else share it.
     """
     if type(default) is int and high is None:
         high = MAX_WHOLE
     return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector))
+        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector,
+        evaluation=evaluation))
 
 
 scalar = functools.partial(flag, scalar=True)             # beta, eta, sigma, ...
@@ -112,7 +114,7 @@ class FitFlags(RunFlags):
 @dataclass
 class TrainFlags(FitFlags):
     """The flags of every experiment that trains on images."""
-    num_samples: int = flag(1000, "draws per example for the log-likelihood; 0 leaves it out", low=0)
+    num_samples: int = flag(1000, "draws per example for the log-likelihood; 0 leaves it out", low=0, evaluation=True)
     dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                         choices=("auto", "mnist", "fashion", "digits"))
     data_dir: str = flag("data", "where data sets lie, or are put")
@@ -141,7 +143,7 @@ class DeepFlags(TrainFlags):
     grad_clip: float = flag(5.0, "largest gradient norm", above=0)
     ema: float = flag(0.999, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
     autocast: str = flag("none", "precision of the networks in training", choices=("none", "bf16"))
-    num_test: int = flag(0, "test examples, the first ones; 0 for all", low=0)
+    num_test: int = flag(0, "test examples, the first ones; 0 for all", low=0, evaluation=True)
     dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                         choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"))
 
@@ -1835,7 +1837,7 @@ def describe(f, data):
 
 def read_result(f, data, name, folder=None):
     """The contents of a finished run's file, or None if there is none of these very settings. In the folder of another run
-    what is only of the evaluation may differ."""
+    flags of the evaluation may differ."""
     try:
         result = json.loads(((folder or run_dir(f, data)) / name).read_text())
     except (OSError, ValueError):
@@ -1845,8 +1847,7 @@ def read_result(f, data, name, folder=None):
         return None
     settings = what(type(f)(), data) | settings           # those of an earlier version may lack a flag that is new
     if folder:
-        draws = "num_draws" if hasattr(f, "num_draws") else "num_samples"
-        settings |= {flag: wanted[flag] for flag in (draws, "num_test") if flag in wanted}
+        settings |= {field.name: wanted[field.name] for field in dataclasses.fields(f) if field.metadata["evaluation"]}
     return result if settings == wanted else None
 
 

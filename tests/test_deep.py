@@ -96,7 +96,8 @@ class CommandLine(InFolder):
                 self.assertEqual((status, again), (0, out))
                 self.assertIn("already trained", err)
                 self.assertNotIn("training: epoch", err)
-                status, fewer, err = small.call(script.main, *argv, "--num_test", 10, "--num_samples", 3)
+                steps = ["--num_steps", 3] if script is MNIST_HVAE_DVP else []
+                status, fewer, err = small.call(script.main, *argv, "--num_test", 10, "--num_samples", 3, *steps)
                 self.assertEqual(status, 0, err)              # of the same weights, evaluated anew
                 self.assertIn("already trained", err)
                 self.assertIn("256 training and 10 test examples", fewer)
