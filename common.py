@@ -2472,8 +2472,11 @@ def compression(model, scalars, f, data):
 
     def draw(axes):
         axes[0][0].plot(result["bits"], result["squared_error"], "o-")
-        for k, point in enumerate(zip(result["bits"], result["squared_error"])):
-            axes[0][0].annotate(str(k), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        labels = {}                                       # one for all that a collapsed level leaves where they were
+        for k, (bits, error) in enumerate(zip(result["bits"], result["squared_error"])):
+            labels.setdefault((round(bits), round(error, 3)), []).append(str(k))
+        for point, ks in labels.items():
+            axes[0][0].annotate(", ".join(ks), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
         axes[0][0].set(xlabel="KL of the top k levels (bits per image)", ylabel="mean squared error per pixel", ylim=(0, None))
         _show(axes[0][1], torch.cat([x[:12], *(of[:12] for of in images)]), 12,
               f"test images, then with the top 0 to {len(kls)} levels", fontsize=8)
