@@ -1176,11 +1176,12 @@ def read_trained(Model, f, data):
         training, path = read_result(f, data, "training.json", folder), (folder or own) / "model.pt"
         if training is None:
             continue
+        if training["diverged"]:
+            return None, training, path.parent
         model = build(Model, f, data).eval()
         try:
-            if not training["diverged"]:
-                model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            return None if training["diverged"] else model, training, folder or own
+            model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            return model, training, path.parent
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as wrong:
             print(f"cannot read {path}, training again: {wrong}", file=sys.stderr)
 

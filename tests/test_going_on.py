@@ -369,6 +369,9 @@ class Checkpoints(unittest.TestCase):
         for other in (dataclasses.replace(f, seed=1), dataclasses.replace(more, d_2=3), dataclasses.replace(more, lr=2e-3)):
             _, err = self.fit([other], data)
             self.assertNotIn("already trained", err)
+        for draws in (0, 7):                                  # a diverged training, too, is not made twice
+            [lost], err = self.fit([dataclasses.replace(f, lr=1e6, num_samples=draws)], data)
+            self.assertEqual((lost, "already trained" in err), (None, draws == 7))
         broken = dataclasses.replace(f, d_1=4)
         self.fit([broken], data)
         (common.run_dir(broken, data) / "model.pt").write_bytes(b"")
