@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import MNIST_CVAE_Relu
 import MNIST_HVAE_Relu
 import Synthetic_CVAE_Relu_correlation
 from tests import small
+from tests.small import ROOT
 
 # A process that has imported everything and started no thread, to fork from: a child starts in milliseconds.
 FORKS = multiprocessing.get_context("forkserver")
@@ -216,6 +218,19 @@ class Dealt(unittest.TestCase):
         self.assertEqual(err.count("already trained"), 3)
         self.assertIn("going on in epoch", err)
         self.assertEqual(len(out.strip().split("\n\n")[0].split("\n")), 2 + 6)
+
+    def test_processes_part_before_they_end(self):
+        """What is left of their group when the interpreter is torn down could abort them."""
+        code = ("import atexit, torch, common; atexit.register(lambda: print(torch.distributed.is_initialized())); "
+                "common.meet(); print(torch.distributed.is_initialized())")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+        for process in both:
+            out, _ = process.communicate(timeout=120)
+            self.assertEqual((process.returncode, out), (0, "True\nFalse\n"))
 
     def rank(self, number, parent):
         """The process id of one of torchrun's processes."""
