@@ -20,7 +20,6 @@ have elbo_draws (draws per example where no log-likelihood is asked for) and fur
 
 Within `fit` and `report`, the scalars of the objective in f (beta, eta, sigma, ...) are 0-d tensors on the device.
 """
-import atexit
 import contextlib
 import copy
 import dataclasses
@@ -327,7 +326,6 @@ def meet():
         if not torch.distributed.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=365))
-            atexit.register(torch.distributed.destroy_process_group)      # its threads may abort a process that ends with them
         torch.distributed.all_reduce(torch.zeros(1))      # by gloo on any machine: a barrier's backend would be its GPUs'
 
 
@@ -2566,4 +2564,8 @@ def run(main):
         print(f"\n{wrong.strerror}: {wrong.filename or 'a result'} could not be written; what is whole stays, and the same "
               "command goes on from there when there is room", file=sys.stderr)
         status = 1
+    if processes()[1] > 1:                                # torch.distributed's threads may abort a process torn down around them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
