@@ -13,6 +13,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -49,7 +53,7 @@ class CVAE(nn.Module):
         return self.U1(z) + self.U2(x)
 
     def forward(self, x, y, f, sample_shape=()):
-        """x (B, 196), y (B, 588). Terms of the ELBO, in nats, the noise of z integrated out; shapes as common.py says."""
+        """x (B, 196), y (B, 588). Terms of the ELBO, in nats, the noise of z integrated out; shapes as report.py says."""
         q_z, p_z, U1 = self.q_z(x, y, f), self.p_z(f), self.U1.weight
         rest = y - self.U2(x)                                    # what U1 z is to explain
         # E||rest - U1 z||^2 = ||rest - U1 E[z]||^2 + sum_i sigma_i^2 ||U1_i||^2
@@ -63,6 +67,10 @@ class CVAE(nn.Module):
             terms["mean"] = q_z.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
+        return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+
     def exact_log_px(self, x, y, f):
         """log p(y|x), (B,): y|x ~ N(U2 x, eta_enc^2 U1 U1^T + eta_dec^2 I)."""
         return common.log_normal_low_rank(y - self.U2(x), f.eta_enc * self.U1.weight, f.eta_dec)
@@ -70,26 +78,26 @@ class CVAE(nn.Module):
     @staticmethod
     def predicted(f, data):
         """Theorem 2: the units at the optimum, and the optimal loss."""
-        E = common.residual(data.moment, 196)
-        return common.cvae_optimum(common.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+        E = theory.residual(data.moment, 196)
+        return theory.cvae_optimum(theory.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
 
     def units(self, f, data):
         """The same quantities of this model, in float64."""
         W = torch.cat([self.W1.weight, self.W2.weight], dim=1)
-        return common.vae_units(self.U1.weight, W @ common.root(data.moment), f.eta_enc * self.log_sigma.exp(), f.eta_enc)
+        return theory.vae_units(self.U1.weight, W @ theory.root(data.moment), f.eta_enc * self.log_sigma.exp(), f.eta_enc)
 
     def reconstructions(self, x, y, f):
         mean = self.q_z(x, y, f).mean
-        return {"test images": common.whole_images(x, y),
-                "y from x and z": common.whole_images(x, self.y_mean(x, mean)),
-                "y from x alone (z = 0)": common.whole_images(x, self.y_mean(x, 0 * mean))}
+        return {"test images": datasets.whole_images(x, y),
+                "y from x and z": datasets.whole_images(x, self.y_mean(x, mean)),
+                "y from x alone (z = 0)": datasets.whole_images(x, self.y_mean(x, 0 * mean))}
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist_quarters(settings)
-    models = common.fit(CVAE, settings, data)
-    return common.report(models, settings, data)
+    data = datasets.load_mnist_quarters(settings)
+    models = training.fit(CVAE, settings, data)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -57,7 +61,7 @@ class CVAE(nn.Module):
         return layers[1].weight @ layers[0].weight
 
     def forward(self, x, y, f, sample_shape=()):
-        """x (B, 196), y (B, 588). Terms of the ELBO, in nats, the noise of z integrated out; shapes as common.py says."""
+        """x (B, 196), y (B, 588). Terms of the ELBO, in nats, the noise of z integrated out; shapes as report.py says."""
         q_z, p_z, G_z = self.q_z(x, y, f), self.p_z(f), self.matrix_of(self.g_z)
         rest = y - self.g_x(x)                                    # what G_z z is to explain
         # E||rest - G_z z||^2 = ||rest - G_z E[z]||^2 + sum_i sigma_i^2 ||G_z_i||^2
@@ -71,6 +75,10 @@ class CVAE(nn.Module):
             terms["mean"] = q_z.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
+        return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+
     def exact_log_px(self, x, y, f):
         """log p(y|x), (B,): y|x ~ N(G_x x, eta_enc^2 G_z G_z^T + eta_dec^2 I)."""
         return common.log_normal_low_rank(y - self.g_x(x), f.eta_enc * self.matrix_of(self.g_z), f.eta_dec)
@@ -78,29 +86,29 @@ class CVAE(nn.Module):
     @staticmethod
     def predicted(f, data):
         """Theorem 2: the units at the optimum, and the optimal loss."""
-        E = common.residual(data.moment, 196)
-        return common.cvae_optimum(common.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+        E = theory.residual(data.moment, 196)
+        return theory.cvae_optimum(theory.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
 
     def units(self, f, data):
         """The same quantities of this model, in float64; sigma is the root mean square over the training rows."""
         F = torch.cat([self.matrix_of(self.f_x), self.matrix_of(self.f_y)], dim=1)
         q_z = self.q_z(*(t.cpu().double() for t in data.train), f)
         sigma = (q_z.stddev**2).mean(0).sqrt()
-        units = common.vae_units(self.matrix_of(self.g_z), F @ common.root(data.moment), sigma, f.eta_enc)
+        units = theory.vae_units(self.matrix_of(self.g_z), F @ theory.root(data.moment), sigma, f.eta_enc)
         return units | {"kl": kl_divergence(q_z, self.p_z(f)).mean(0)}
 
     def reconstructions(self, x, y, f):
         mean = self.q_z(x, y, f).mean
-        return {"test images": common.whole_images(x, y),
-                "y from x and z": common.whole_images(x, self.y_mean(x, mean)),
-                "y from x alone (z = 0)": common.whole_images(x, self.y_mean(x, 0 * mean))}
+        return {"test images": datasets.whole_images(x, y),
+                "y from x and z": datasets.whole_images(x, self.y_mean(x, mean)),
+                "y from x alone (z = 0)": datasets.whole_images(x, self.y_mean(x, 0 * mean))}
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist_quarters(settings)
-    models = common.fit(CVAE, settings, data)
-    return common.report(models, settings, data)
+    data = datasets.load_mnist_quarters(settings)
+    models = training.fit(CVAE, settings, data)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

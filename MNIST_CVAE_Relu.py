@@ -14,6 +14,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -55,7 +59,7 @@ class CVAE(nn.Module):
         return self.g_x(x) + self.g_z(z)
 
     def forward(self, x, y, f, sample_shape=()):
-        """x (B, 196), y (B, 588). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
+        """x (B, 196), y (B, 588). Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
         x = nn.functional.dropout(x, f.dropout, self.training)
         q_z, p_z = self.q_z(x, y, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
@@ -66,24 +70,32 @@ class CVAE(nn.Module):
             terms["mean"] = q_z.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
+        reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
+        return reconstruction + f.beta * terms["kl"].sum(-1)
+
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 2: the units of the linear CVAE at its optimum on the same data."""
-        E = common.residual(data.moment, 196)
-        return common.cvae_optimum(common.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+        if f.beta == 0:                                                  # no optimum is finite
+            return None
+        beta = f.beta / 2 if f.released_objective else f.beta            # which weighs 2 reconstruction + beta KL
+        E = theory.residual(data.moment, 196)
+        return theory.cvae_optimum(theory.spectrum(E), f.dim_z, beta, f.eta_enc, f.eta_dec)
 
     def reconstructions(self, x, y, f):
         mean = self.q_z(x, y, f).mean
-        return {"test images": common.whole_images(x, y),
-                "y from x and z": common.whole_images(x, self.y_mean(x, mean)),
-                "y from x alone (z = 0)": common.whole_images(x, self.y_mean(x, 0 * mean))}
+        return {"test images": datasets.whole_images(x, y),
+                "y from x and z": datasets.whole_images(x, self.y_mean(x, mean)),
+                "y from x alone (z = 0)": datasets.whole_images(x, self.y_mean(x, 0 * mean))}
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist_quarters(settings)
-    models = common.fit(CVAE, settings, data)
-    return common.report(models, settings, data)
+    data = datasets.load_mnist_quarters(settings)
+    models = training.fit(CVAE, settings, data)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

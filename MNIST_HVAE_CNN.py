@@ -14,6 +14,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -73,7 +77,7 @@ class HVAE(nn.Module):
         return images.tanh().view(*z1.shape[:-1], 784)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 784). Terms of the ELBO at draws of z1 and z2, in nats; shapes as common.py says."""
+        """x (B, 784). Terms of the ELBO at draws of z1 and z2, in nats; shapes as report.py says."""
         q_z1 = self.q_z1(x, f)
         z1 = q_z1.rsample(sample_shape)                                  # (S, B, d_1)
         q_z2 = self.q_z2(z1, f)
@@ -93,11 +97,19 @@ class HVAE(nn.Module):
             terms["mean_1"], terms["mean_2"] = q_z1.mean / f.eta_dec, q_z2.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
+        reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
+        return reconstruction + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 3: the units of the linear HVAE at its optimum on the same data."""
-        theta = common.spectrum(data.moment).sqrt()
-        return common.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+        if f.beta_1 == 0 or f.beta_2 == 0:                               # no optimum is finite
+            return None
+        half = 2 if f.released_objective else 1                          # which weighs 2 reconstruction + beta KL
+        theta = theory.spectrum(data.moment).sqrt()
+        return theory.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1 / half, f.beta_2 / half, f.eta_enc, f.eta_dec)
 
     def reconstructions(self, x, f):
         z1 = self.q_z1(x, f).mean
@@ -112,10 +124,10 @@ class HVAE(nn.Module):
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist(settings)
+    data = datasets.load_mnist(settings)
     # On a CPU the convolutions of stacked settings take longer than those of one setting after another.
-    models = common.fit(HVAE, settings, data, side_by_side=data[0].train[0].is_cuda)
-    return common.report(models, settings, data)
+    models = training.fit(HVAE, settings, data, side_by_side=data[0].train[0].is_cuda)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,20 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.nn import functional as F
 
 import common
+import datasets
+import deep
+import report
+import training
 
 
 @dataclass
-class Flags(common.DeepFlags):
+class Flags(deep.DeepFlags):
     context_size: int = common.flag(7, "frequencies of the context along each axis", low=1, high=28)
     bits: int = common.flag(0, "bits of each coefficient of the context; 0 is 2, of cifar10 5", low=0, high=12)
     latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side: 4,4 is "
                                       "4 of 7x7 and 4 of 14x14")
     num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
-    evaluate: str = common.evaluate_flag()
+    evaluate: str = common.flag("", "further measurements: compression, attack or both, joined by a comma")
 
     def __post_init__(self):
         sides_of_latents(self)                            # now rather than when a model is built
@@ -35,7 +39,7 @@ class Flags(common.DeepFlags):
 def sides_of_latents(f):
     """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
     images. Ends the program where --latents asks for none, or for what is not there."""
-    side = common.image_shape(f.dataset)[1]
+    side = datasets.image_shape(f.dataset)[1]
     scales = (side & -side).bit_length() - 1              # how often a side halves
     counts = f.latents.split(",")
     if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
@@ -291,7 +295,7 @@ class DCTVAE(nn.Module):
 
     def __init__(self, f):
         super().__init__()
-        c_x, side, _ = common.image_shape(f.dataset)
+        c_x, side, _ = datasets.image_shape(f.dataset)
         sides = sides_of_latents(f)
         L = self.learned_levels = len(sides)
         self.levels, self.side, self.widest_layer = L + 1, side, f.num_ch * side**2
@@ -326,7 +330,7 @@ class DCTVAE(nn.Module):
         return Bernoulli(logits=out) if out.shape[-3] == 1 else LogisticMixture(out)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as common.py says. The KL of the context
+        """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as report.py says. The KL of the context
         is the diffusion model's bound on -log p(c); its steps are latents too where log_w weights a draw."""
         shape = (*sample_shape, len(x))
 
@@ -351,6 +355,13 @@ class DCTVAE(nn.Module):
                 elbo = log_px_z - sum(terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
                 terms["bits_per_dim"] = -elbo / (x[0].numel() * math.log(2))
         return terms
+
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z) + beta sum_l KL_l, in nats, (B,)."""
+        loss = -terms["log_px_z"]
+        for level in common.levels(terms):
+            loss = loss + f.beta * terms[f"kl{level}"].sum(-1)
+        return loss
 
     def top_posterior(self, x, f, levels):
         """q(z_l|z_>l, c, x) of the top learned levels, z_>l the means of theirs: a list of Normal, differentiable in
@@ -383,36 +394,37 @@ def draw(normal):
     return normal.mean + normal.stddev * common.normal_like(normal.mean)
 
 
-def train(model, f, data, training):
+def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. Returns the average of the weights, which is evaluated."""
     model.dct.fit(data.train[0])
     optimizer = torch.optim.Adamax(model.parameters(), lr=f.lr, weight_decay=f.weight_decay)
-    schedule = common.warmup_cosine(optimizer, f, training.steps)
-    average = common.weight_average(model, f)
-    parallel = common.parallel(model)
-    for x in training.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
+    average = deep.weight_average(model, f)
+    parallel = deep.parallel(model)
+    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        x = data.train[0].index_select(0, rows)
         if f.dataset != "cifar10":
             x = common.binarise(x)                        # afresh at each visit
-        with common.autocast(f):
+        with deep.autocast(f):
             terms = parallel(x, f)
-        loss = common.beta_elbo_loss(terms, f).mean()
+        means = common.means(model.loss(terms, f), terms)
         optimizer.zero_grad()
-        loss.backward()
+        means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        training.record(loss, terms)
+        loop.record(means)
     return average.module
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    common.check_further(settings)
-    data = common.load_images(settings)
-    models = common.fit_together(DCTVAE, settings, data, train)
-    status = common.report(models, settings, data)
-    common.evaluate_further(models, settings, data)
+    deep.check_further(settings)
+    data = datasets.load_images(settings)
+    models = training.fit(DCTVAE, settings, data, train=train)
+    status = report.report(models, settings, data)
+    deep.evaluate_further(models, settings, data)
     return status
 
 

@@ -13,6 +13,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -55,7 +59,7 @@ class HVAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 784). Terms of the ELBO, in nats, the noise of z1 and z2 integrated out; shapes as common.py says."""
+        """x (B, 784). Terms of the ELBO, in nats, the noise of z1 and z2 integrated out; shapes as report.py says."""
         q_z1, p_z2 = self.q_z1(x, f), self.p_z2(f)
         W2, U2, U1 = self.W2.weight, self.U2.weight, self.U1.weight
         # E||x - U1 z1||^2 = ||x - U1 E[z1]||^2 + sigma_1^2 ||U1||^2
@@ -84,6 +88,10 @@ class HVAE(nn.Module):
             terms["mean_1"], terms["mean_2"] = q_z1.mean / f.eta_dec, self.W2(q_z1.mean) / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
+        return -terms["log_px_z"] + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+
     def exact_log_px(self, x, f):
         """log p(x), (B,): x ~ N(0, U1 (eta_enc^2 U2 U2^T + eta_dec^2 I) U1^T + eta_dec^2 I)."""
         U1, U2 = self.U1.weight, self.U2.weight
@@ -93,13 +101,13 @@ class HVAE(nn.Module):
     @staticmethod
     def predicted(f, data):
         """Theorem 5: the units of both levels at the optimum, and the optimal loss."""
-        theta = common.spectrum(data.moment).sqrt()
-        return common.hvae_optimum_fixed_sigma_2(
+        theta = theory.spectrum(data.moment).sqrt()
+        return theory.hvae_optimum_fixed_sigma_2(
             theta, f.d_1, f.d_2, f.sigma_1, f.sigma_2, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
 
     def units(self, f, data):
         """The same quantities of this model, in float64."""
-        return common.hvae_units(self.W1.weight @ common.root(data.moment), self.W2.weight, self.U2.weight,
+        return theory.hvae_units(self.W1.weight @ theory.root(data.moment), self.W2.weight, self.U2.weight,
                                  f.sigma_1, f.sigma_2.expand(f.d_2), f.eta_enc, f.eta_dec)
 
     def reconstructions(self, x, f):
@@ -113,9 +121,9 @@ class HVAE(nn.Module):
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist(settings)
-    models = common.fit(HVAE, settings, data)
-    return common.report(models, settings, data)
+    data = datasets.load_mnist(settings)
+    models = training.fit(HVAE, settings, data)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,14 @@ from torch.distributions import Bernoulli, Normal
 from torch.nn import functional as F
 
 import common
+import datasets
+import deep
+import report
+import training
 
 
 @dataclass
-class Flags(common.DeepFlags):
+class Flags(deep.DeepFlags):
     delta: float = common.flag(5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0)
     prior: str = common.flag("ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard"))
     dim_z: int = common.flag(4, "latent units of each image row", low=1)
@@ -162,7 +166,7 @@ class DeltaVAE(nn.Module):
         q(z|x) = Π_t N(mean_t, diag std_t²), from rows t..n of x         p(x|z) as `Decoder` says
     """
 
-    n, width = common.image_shape("mnist")[1:]
+    n, width = datasets.image_shape("mnist")[1:]
     elbo_draws = 1
 
     def __init__(self, f):
@@ -199,7 +203,7 @@ class DeltaVAE(nn.Module):
         return z
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 1, 28, 28), binary. Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
+        """x (B, 1, 28, 28), binary. Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
         q_z = self.q_z(x)
         z = draw(q_z, sample_shape)                       # (S, B, n, d)
         logits = self.decoder.horizontal(x, z.view(-1, *z.shape[-3:]), self.decoder.vertical(x)).to(x.dtype)
@@ -212,6 +216,10 @@ class DeltaVAE(nn.Module):
             terms["smallest_rate"] = torch.full_like(log_px_z, self.delta)
             terms["mean"] = q_z.mean.flatten(-2)          # of both priors z_t ~ N(0, I)
         return terms
+
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
+        return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
 
     def reconstructions(self, x, f):
         return {"test images": x, "drawn from p(x|z), z from q(z|x)": self.decoder.sample(draw(self.q_z(x)))}
@@ -226,33 +234,34 @@ def draw(q_z, sample_shape=()):
     return q_z.mean + q_z.stddev * common.normal_like(q_z.mean.expand(*sample_shape, *q_z.mean.shape))
 
 
-def train(model, f, data, training):
+def train(model, f, data, loop):
     """The ELBO first; then, with all else frozen, the auxiliary prior on draws of the averaged model's posterior. Returns that
     model."""
     optimizer = torch.optim.Adamax(model.parameters(), lr=f.lr, weight_decay=f.weight_decay)
-    schedule = common.warmup_cosine(optimizer, f, training.steps)
-    average = common.weight_average(model, f)
-    parallel = common.parallel(model)
-    for x in training.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
-        with common.autocast(f):
-            terms = parallel(common.binarise(x), f)
-        loss = common.beta_elbo_loss(terms, f).mean()
+    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
+    average = deep.weight_average(model, f)
+    parallel = deep.parallel(model)
+    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        x = common.binarise(data.train[0].index_select(0, rows))           # afresh at each visit
+        with deep.autocast(f):
+            terms = parallel(x, f)
+        means = common.means(model.loss(terms, f), terms)
         optimizer.zero_grad()
-        loss.backward()
+        means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        training.record(loss, terms)
+        loop.record(means)
 
     model = average.module
     auxiliary = model.auxiliary.requires_grad_()
     optimizer = torch.optim.Adamax(auxiliary.parameters(), lr=f.lr)
-    schedule = common.warmup_cosine(optimizer, f, training.steps // f.num_epochs * f.auxiliary_epochs)
-    parallel = common.parallel(auxiliary)
-    for x in training.batches("auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer, schedule=schedule):
+    schedule = deep.warmup_cosine(optimizer, f, loop.steps // f.num_epochs * f.auxiliary_epochs)
+    parallel = deep.parallel(auxiliary)
+    for rows in loop.batches("auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer, schedule=schedule):
         with torch.no_grad():
-            q_z = model.q_z(common.binarise(x))
+            q_z = model.q_z(common.binarise(data.train[0].index_select(0, rows)))
             z = draw(q_z)
         rate = (q_z.log_prob(z).sum((-2, -1)) - parallel(z)).mean()
         optimizer.zero_grad()
@@ -260,7 +269,7 @@ def train(model, f, data, training):
         nn.utils.clip_grad_norm_(auxiliary.parameters(), f.grad_clip)
         optimizer.step()
         schedule.step()
-        training.record(rate)
+        loop.record({"loss": rate})
     return model
 
 
@@ -270,9 +279,9 @@ def main(argv=None):
         largest = smallest_rate(math.log(MIN_VARIANCE), f.dim_z, DeltaVAE.n)
         if f.prior == "ar1" and f.delta > largest:
             common.stop(f, f"--delta: got {f.delta}, wants at most {largest:.1f} of --dim_z {f.dim_z}")
-    data = common.load_images(settings)
-    models = common.fit_together(DeltaVAE, settings, data, train)
-    return common.report(models, settings, data)
+    data = datasets.load_images(settings)
+    models = training.fit(DeltaVAE, settings, data, train=train)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

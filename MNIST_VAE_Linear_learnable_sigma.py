@@ -14,6 +14,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -41,7 +45,7 @@ class VAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_dec), f.eta_dec / f.c)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 784). Terms of the ELBO, in nats, the noise of z integrated out; shapes as common.py says."""
+        """x (B, 784). Terms of the ELBO, in nats, the noise of z integrated out; shapes as report.py says."""
         q_z, p_z, U = self.q_z(x, f), self.p_z(f), self.U.weight
         # E||x - U z||^2 = ||x - U E[z]||^2 + sum_i sigma_i^2 ||U_i||^2
         of_noise = (q_z.stddev**2 * (U**2).sum(0)).sum(-1)
@@ -54,6 +58,10 @@ class VAE(nn.Module):
             terms["mean"] = q_z.mean / p_z.stddev
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
+        return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+
     def exact_log_px(self, x, f):
         """log p(x), (B,): x ~ N(0, eta_enc^2 U U^T + eta_dec^2 I)."""
         return common.log_normal_low_rank(x, f.eta_dec / f.c * self.U.weight, f.eta_dec)
@@ -61,12 +69,12 @@ class VAE(nn.Module):
     @staticmethod
     def predicted(f, data):
         """Theorem 1: the units at the optimum, and the optimal loss."""
-        return common.vae_optimum(common.spectrum(data.moment).sqrt(), f.d_1, f.beta, f.eta_dec / f.c, f.eta_dec)
+        return theory.vae_optimum(theory.spectrum(data.moment).sqrt(), f.d_1, f.beta, f.eta_dec / f.c, f.eta_dec)
 
     def units(self, f, data):
         """The same quantities of this model, in float64."""
         sigma = f.sigma * self.log_scale.exp()
-        return common.vae_units(self.U.weight, self.W.weight @ common.root(data.moment), sigma, f.eta_dec / f.c)
+        return theory.vae_units(self.U.weight, self.W.weight @ theory.root(data.moment), sigma, f.eta_dec / f.c)
 
     def reconstructions(self, x, f):
         return {"test images": x, "reconstructed": self.U(self.W(x))}
@@ -80,9 +88,9 @@ def main(argv=None):
     for f in settings:
         if len(common.numbers(f.sigma)) not in (1, f.d_1):
             common.stop(f, f"--sigma: got {f.sigma!r}, wants one number or --d_1 = {f.d_1} of them")
-    data = common.load_mnist(settings)
-    models = common.fit(VAE, settings, data)
-    return common.report(models, settings, data, counterpart="MNIST_VAE_Linear_nonlearnable_sigma")
+    data = datasets.load_mnist(settings)
+    models = training.fit(VAE, settings, data)
+    return report.report(models, settings, data, counterpart="MNIST_VAE_Linear_nonlearnable_sigma")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 
 @dataclass
@@ -43,7 +47,7 @@ class VAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_dec), f.eta_dec / f.c)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 784). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
+        """x (B, 784). Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
         q_z, p_z = self.q_z(x, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                            # (S, B, d_1)
         log_px_z = common.log_normal_affine(x, self.g[-1], self.g[:-1](z), f.eta_dec)
@@ -53,11 +57,19 @@ class VAE(nn.Module):
             terms["mean"] = q_z.mean / p_z.stddev
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
+        reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
+        return reconstruction + f.beta * terms["kl"].sum(-1)
+
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 1: the units of the linear VAE at its optimum on the same data."""
-        theta, sigma = common.spectrum(data.moment).sqrt(), torch.full((f.d_1,), f.sigma)
-        return common.vae_optimum_fixed_sigma(theta, sigma, f.beta, f.eta_dec / f.c, f.eta_dec)
+        if f.beta == 0:                                                  # no optimum is finite
+            return None
+        beta = f.beta / 2 if f.released_objective else f.beta            # which weighs 2 reconstruction + beta KL
+        theta, sigma = theory.spectrum(data.moment).sqrt(), torch.full((f.d_1,), f.sigma)
+        return theory.vae_optimum_fixed_sigma(theta, sigma, beta, f.eta_dec / f.c, f.eta_dec)
 
     def reconstructions(self, x, f):
         return {"test images": x, "reconstructed": self.g(self.f(x))}
@@ -68,9 +80,9 @@ class VAE(nn.Module):
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    data = common.load_mnist(settings)
-    models = common.fit(VAE, settings, data)
-    return common.report(models, settings, data, counterpart="MNIST_VAE_Relu_learnable_sigma")
+    data = datasets.load_mnist(settings)
+    models = training.fit(VAE, settings, data)
+    return report.report(models, settings, data, counterpart="MNIST_VAE_Relu_learnable_sigma")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import report
+import theory
+import training
 
 RHO = {"Identical": 1.0, "Gaussian_noise_1_2": 1 / 2, "Gaussian_noise_1_4": 1 / 4, "Gaussian_noise_1_8": 1 / 8, "Random": 0.0}
 
@@ -48,7 +52,7 @@ def correlated(settings):
         def rows():
             y, noise = torch.randn(2, n, dim, generator=random).to(device)
             return rho * y + (1 - rho**2)**0.5 * noise, y
-        return common.Data("synthetic", rows(), rows(), also_train=True)
+        return datasets.Data("synthetic", rows(), rows(), also_train=True)
 
     return [data_of(f.corr_type, f.num_samples, f.dim_y, f.seed) for f in settings]
 
@@ -77,7 +81,7 @@ class CVAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def forward(self, x, y, f, sample_shape=()):
-        """x (B, dim_x), y (B, dim_y). Terms of the ELBO at draws of z, in nats; shapes as common.py says."""
+        """x (B, dim_x), y (B, dim_y). Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
         q_z, p_z = self.q_z(x, y, f), self.p_z(f)
         z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
         log_py_z = common.log_normal_affine(y - self.g_x(x), self.g_z[-1], self.g_z[:-1](z), f.eta_dec)
@@ -87,11 +91,19 @@ class CVAE(nn.Module):
             terms["mean"] = q_z.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
+        reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
+        return reconstruction + f.beta * terms["kl"].sum(-1)
+
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 2: the units of the linear CVAE at its optimum on the same rows."""
-        E = common.residual(data.moment, f.dim_x)
-        return common.cvae_optimum(common.spectrum(E), f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+        if f.beta == 0:                                                  # no optimum is finite
+            return None
+        beta = f.beta / 2 if f.released_objective else f.beta            # which weighs 2 reconstruction + beta KL
+        E = theory.residual(data.moment, f.dim_x)
+        return theory.cvae_optimum(theory.spectrum(E), f.dim_z, beta, f.eta_enc, f.eta_dec)
 
 
 def main(argv=None):
@@ -100,8 +112,8 @@ def main(argv=None):
         if f.dim_x != f.dim_y:
             common.stop(f, f"--dim_x: got {f.dim_x}, wants --dim_y = {f.dim_y}: x is y with noise")
     data = correlated(settings)
-    models = common.fit(CVAE, settings, data)
-    return common.report(models, settings, data)
+    models = training.fit(CVAE, settings, data)
+    return report.report(models, settings, data)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import theory
 
 
 @dataclass
@@ -38,7 +39,7 @@ class CVAE:
         scales = torch.logspace(math.log10(3), math.log10(0.3), f.dim_y, dtype=torch.float64)     # of root theta, about
         mix = torch.linalg.qr(normal(f.dim_y, f.dim_y)).Q
         y = x @ normal(f.dim_x, f.dim_y) + normal(f.num_samples, f.dim_y) * scales @ mix
-        self.moment = common.second_moment(x, y)                             # E[(x, y) (x, y)^T]
+        self.moment = theory.second_moment(x, y)                             # E[(x, y) (x, y)^T]
 
     def start(self, draw):
         f = self.f
@@ -59,16 +60,16 @@ class CVAE:
 
     def predicted(self):
         f = self.f
-        theta = common.spectrum(common.residual(self.moment, f.dim_x))
-        return common.cvae_optimum(theta, f.dim_z, f.beta, f.eta_enc, f.eta_dec)
+        theta = theory.spectrum(theory.residual(self.moment, f.dim_x))
+        return theory.cvae_optimum(theta, f.dim_z, f.beta, f.eta_enc, f.eta_dec)
 
     def units(self, p):
         W = torch.cat([p["W1"], p["W2"]], dim=1)
-        return common.vae_units(p["U1"], W @ common.root(self.moment), p["log_sigma"].exp(), self.f.eta_enc)
+        return theory.vae_units(p["U1"], W @ theory.root(self.moment), p["log_sigma"].exp(), self.f.eta_enc)
 
 
 def main(argv=None):
-    return common.verify(CVAE, common.parse_flags(Flags, argv))
+    return theory.verify(CVAE, common.parse_flags(Flags, argv))
 
 
 if __name__ == "__main__":

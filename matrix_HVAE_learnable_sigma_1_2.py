@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import theory
 
 
 @dataclass
@@ -36,7 +37,7 @@ class HVAE:
         scales = torch.logspace(math.log10(4), math.log10(0.4), f.d_0, dtype=torch.float64)   # of theta, about
         mix = torch.linalg.qr(torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)).Q
         x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random) * scales @ mix
-        self.A = common.second_moment(x)                                     # E[x x^T]
+        self.A = theory.second_moment(x)                                     # E[x x^T]
 
     def start(self, draw):
         f = self.f
@@ -63,8 +64,8 @@ class HVAE:
         return reconstruction + f.beta_1 * kl_1 + f.beta_2 * kl_2
 
     def predicted(self):
-        f, theta = self.f, common.spectrum(self.A).sqrt()
-        of_z1 = common.vae_optimum(theta, f.d_1, f.beta_1, f.eta_dec, f.eta_dec)
+        f, theta = self.f, theory.spectrum(self.A).sqrt()
+        of_z1 = theory.vae_optimum(theta, f.d_1, f.beta_1, f.eta_dec, f.eta_dec)
         if f.beta_2 == f.beta_1:
             return {"theta": of_z1["theta"], "loss": of_z1["loss"]}
         dead = torch.zeros(f.d_1, dtype=torch.float64)
@@ -75,8 +76,8 @@ class HVAE:
 
     def units(self, p):
         f = self.f
-        z1 = common.vae_units(p["U1"], p["W1"] @ common.root(self.A), p["log_sigma_1"].exp(), f.eta_dec)
-        z2 = common.vae_units(
+        z1 = theory.vae_units(p["U1"], p["W1"] @ theory.root(self.A), p["log_sigma_1"].exp(), f.eta_dec)
+        z2 = theory.vae_units(
             p["U2"], p["W2"] @ torch.linalg.cholesky(self.z1_moment(p)), p["log_sigma_2"].exp(), f.eta_enc)
         return {f"{name}_1": values for name, values in z1.items()} | {f"{name}_2": values for name, values in z2.items()}
 
@@ -85,22 +86,22 @@ def climb_down(f):
     """Where beta_2 < beta_1: hold Sigma1 = sigma_1^2 I at larger and larger sigma_1, each time at theorem 3's optimum, an
     upper bound of the loss with Sigma1 learnable; then let go of it. Returns whether the loss fell as predicted."""
     hvae, random = HVAE(f), common.generator(f.seed, "init")
-    theta = common.spectrum(hvae.A).sqrt()
+    theta = theory.spectrum(hvae.A).sqrt()
     starts = [hvae.start(lambda *shape: 0.5 * torch.randn(shape, dtype=torch.float64, generator=random))
-              for _ in range(common.STARTS)]
+              for _ in range(theory.STARTS)]
     rows, errors, losses = [["sigma_1", "optimal loss", "found", "error"]], [], []
     for factor in (1, 2, 4):
         sigma_1 = factor * f.eta_dec
         held = {"log_sigma_1": torch.full((f.d_1,), math.log(sigma_1), dtype=torch.float64)}
-        found, loss = common.minimise(lambda p: hvae.loss(p | held), [
+        found, loss = theory.minimise(lambda p: hvae.loss(p | held), [
             {name: value for name, value in start.items() if name not in held} for start in starts])[0]
-        optimum = common.hvae_optimum(theta, f.d_1, f.d_1, sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)["loss"].item()
+        optimum = theory.hvae_optimum(theta, f.d_1, f.d_1, sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)["loss"].item()
         rows.append([f"{sigma_1:g}", f"{optimum:.6f}", f"{loss:.6f}", f"{abs(loss - optimum):.1e}"])
         errors.append(abs(loss - optimum))
         losses.append(loss)
         scale = {"W1": 2.0, "U1": 1 / 2, "U2": 2.0, "W2": 1 / 2}             # the next one starts where this one ends
         starts = [{name: value * scale.get(name, 1) for name, value in found.items()}]
-    (_, released), *_ = common.minimise(hvae.loss, [found | held], blocks=2)
+    (_, released), *_ = theory.minimise(hvae.loss, [found | held], blocks=2)
     print(f"\nbeta_2 = {f.beta_2} < beta_1 = {f.beta_1}, seed {f.seed}: Sigma1 = sigma_1^2 I held (theorem 3). As sigma_1 "
           f"grows the loss falls by {(f.beta_1 - f.beta_2) * f.d_1:g} per unit of log sigma_1 in the end.")
     common.print_rows(rows)
@@ -114,7 +115,7 @@ def climb_down(f):
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     bounded = [f for f in settings if f.beta_2 >= f.beta_1]
-    status = common.verify(HVAE, bounded) if bounded else 0
+    status = theory.verify(HVAE, bounded) if bounded else 0
     if any(f.beta_2 == f.beta_1 for f in bounded):
         print("where beta_2 = beta_1 the loss alone is compared: the optimum is flat, any m >= eta_dec^2 is as good")
     return max([status, *(int(not climb_down(f)) for f in settings if f.beta_2 < f.beta_1)])

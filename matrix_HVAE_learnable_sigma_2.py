@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import theory
 
 
 @dataclass
@@ -36,7 +37,7 @@ class HVAE:
         scales = torch.logspace(math.log10(4), math.log10(0.4), f.d_0, dtype=torch.float64)   # of theta, about
         mix = torch.linalg.qr(torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)).Q
         x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random) * scales @ mix
-        self.A = common.second_moment(x)                                     # E[x x^T]
+        self.A = theory.second_moment(x)                                     # E[x x^T]
 
     def start(self, draw):
         f = self.f
@@ -60,17 +61,17 @@ class HVAE:
 
     def predicted(self):
         f = self.f
-        return common.hvae_optimum(
-            common.spectrum(self.A).sqrt(), f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+        return theory.hvae_optimum(
+            theory.spectrum(self.A).sqrt(), f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
 
     def units(self, p):
         f = self.f
-        return common.hvae_units(p["W1"] @ common.root(self.A), p["W2"], p["U2"], f.sigma_1, p["log_sigma_2"].exp(),
+        return theory.hvae_units(p["W1"] @ theory.root(self.A), p["W2"], p["U2"], f.sigma_1, p["log_sigma_2"].exp(),
                                  f.eta_enc, f.eta_dec)
 
 
 def main(argv=None):
-    return common.verify(HVAE, common.parse_flags(Flags, argv))
+    return theory.verify(HVAE, common.parse_flags(Flags, argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import theory
 
 
 @dataclass
@@ -37,7 +38,7 @@ class HVAE:
         scales = torch.logspace(math.log10(4), math.log10(0.4), f.d_0, dtype=torch.float64)   # of theta, about
         mix = torch.linalg.qr(torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)).Q
         x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random) * scales @ mix
-        self.A = common.second_moment(x)                                     # E[x x^T]
+        self.A = theory.second_moment(x)                                     # E[x x^T]
 
     def start(self, draw):
         f = self.f
@@ -59,19 +60,19 @@ class HVAE:
         return reconstruction + f.beta_1 * kl_1 + f.beta_2 * kl_2
 
     def predicted(self):
-        f, theta = self.f, common.spectrum(self.A).sqrt()
-        return common.hvae_optimum_fixed_sigma_2(
+        f, theta = self.f, theory.spectrum(self.A).sqrt()
+        return theory.hvae_optimum_fixed_sigma_2(
             theta, f.d_1, f.d_2, f.sigma_1, f.sigma_2, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
 
     def units(self, p):
         f = self.f
         sigma_2 = torch.full((f.d_2,), f.sigma_2, dtype=torch.float64)
-        return common.hvae_units(
-            p["W1"] @ common.root(self.A), p["W2"], p["U2"], f.sigma_1, sigma_2, f.eta_enc, f.eta_dec)
+        return theory.hvae_units(
+            p["W1"] @ theory.root(self.A), p["W2"], p["U2"], f.sigma_1, sigma_2, f.eta_enc, f.eta_dec)
 
 
 def main(argv=None):
-    return common.verify(HVAE, common.parse_flags(Flags, argv))
+    return theory.verify(HVAE, common.parse_flags(Flags, argv))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import theory
 
 
 @dataclass
@@ -33,7 +34,7 @@ class VAE:
         scales = torch.logspace(math.log10(3), math.log10(0.3), f.d_0, dtype=torch.float64)   # of theta, about
         mix = torch.linalg.qr(torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)).Q
         x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random) * scales @ mix
-        self.A = common.second_moment(x)                                     # E[x x^T]
+        self.A = theory.second_moment(x)                                     # E[x x^T]
         self.fixed_sigma = torch.tensor(common.numbers(f.sigma), dtype=torch.float64).expand(f.d_1)
 
     def start(self, draw):
@@ -54,13 +55,13 @@ class VAE:
         return reconstruction + f.beta * kl.sum()
 
     def predicted(self):
-        f, theta = self.f, common.spectrum(self.A).sqrt()
+        f, theta = self.f, theory.spectrum(self.A).sqrt()
         if f.learnable_sigma:
-            return common.vae_optimum(theta, f.d_1, f.beta, f.eta_enc, f.eta_dec)
-        return common.vae_optimum_fixed_sigma(theta, self.fixed_sigma, f.beta, f.eta_enc, f.eta_dec)
+            return theory.vae_optimum(theta, f.d_1, f.beta, f.eta_enc, f.eta_dec)
+        return theory.vae_optimum_fixed_sigma(theta, self.fixed_sigma, f.beta, f.eta_enc, f.eta_dec)
 
     def units(self, p):
-        return common.vae_units(p["U"], p["W"] @ common.root(self.A), self.sigma(p), self.f.eta_enc)
+        return theory.vae_units(p["U"], p["W"] @ theory.root(self.A), self.sigma(p), self.f.eta_enc)
 
 
 def main(argv=None):
@@ -68,7 +69,7 @@ def main(argv=None):
     for f in settings:
         if len(common.numbers(f.sigma)) not in (1, f.d_1):
             common.stop(f, f"--sigma: got {f.sigma!r}, wants one number or --d_1 = {f.d_1} of them")
-    return common.verify(VAE, settings)
+    return theory.verify(VAE, settings)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ import numpy as np
 import torch
 
 import common
+import datasets
+import files
+import pictures
+import theory
 
 
 @dataclass
@@ -99,7 +103,7 @@ def _pt(path):
 def moments(f):
     """(second moment (d, d) of x, or of x and y joined, float64; number of rows; columns of x). One pass over the rows."""
     if f.dataset != "none":
-        [data] = (common.load_mnist_quarters if f.model == "cvae" else common.load_mnist)([f])
+        [data] = (datasets.load_mnist_quarters if f.model == "cvae" else datasets.load_mnist)([f])
         files = [((lambda start, stop, t=t: t[start:stop].cpu().numpy()), len(t)) for t in data.train]
     else:
         files = [opened(f, flag) for flag in (("x", "y") if f.model == "cvae" else ("x",))]
@@ -148,18 +152,18 @@ def optimum(f, variances, beta):
     if f.model == "hvae":
         d_2, etas = f.d_2 or d_1, (f.eta_enc, f.eta_dec)
         if f.sigma_2:
-            return common.hvae_optimum_fixed_sigma_2(theta, d_1, d_2, f.sigma_1, f.sigma_2, f.beta_1, beta, *etas)
-        return common.hvae_optimum(theta, d_1, d_2, f.sigma_1, f.beta_1, beta, *etas)
+            return theory.hvae_optimum_fixed_sigma_2(theta, d_1, d_2, f.sigma_1, f.sigma_2, f.beta_1, beta, *etas)
+        return theory.hvae_optimum(theta, d_1, d_2, f.sigma_1, f.beta_1, beta, *etas)
     if f.sigma:
-        return common.vae_optimum_fixed_sigma(theta, torch.full((d_1,), f.sigma), beta, f.eta_enc, f.eta_dec)
-    return common.vae_optimum(theta, d_1, beta, f.eta_enc, f.eta_dec)
+        return theory.vae_optimum_fixed_sigma(theta, torch.full((d_1,), f.sigma), beta, f.eta_enc, f.eta_dec)
+    return theory.vae_optimum(theta, d_1, beta, f.eta_enc, f.eta_dec)
 
 
 def trade_off(f, variances, beta):
     """Over beta (m,): {"active": of the level that beta acts on, "rate": sum of the KL terms in nats, "distortion": mean
     squared error, "loss": L* in nats}, each (m,). L* = distortion / (2 eta_dec^2) + D/2 log(2 pi eta_dec^2) + beta rate."""
     predicted = optimum(f, variances, beta)
-    rates = {level: predicted[f"kl{level}"].sum(-1) for level in common.theory_levels(predicted)}
+    rates = {level: predicted[f"kl{level}"].sum(-1) for level in theory.levels_of(predicted)}
     weighted = f.beta_1 * rates["_1"] + beta * rates["_2"] if f.model == "hvae" else beta * rates[""]
     constant = len(variances) / 2 * math.log(2 * math.pi * f.eta_dec**2)
     top = list(rates)[-1]
@@ -188,7 +192,7 @@ def report(group, variances, n, words):
     """Print and draw what is predicted for settings that differ in the swept beta alone."""
     f, swept = group[0], SWEPT[group[0].model]
     predicted = optimum(f, variances, getattr(f, swept))
-    levels = common.theory_levels(predicted)
+    levels = theory.levels_of(predicted)
     top, described = levels[-1], "variance" if f.center else "second moment"
     collapse = predicted[f"collapse{top}"]
     if f.active > len(collapse):
@@ -210,10 +214,10 @@ def report(group, variances, n, words):
     print()
     common.print_rows([list(rows), *([formats.get(name, "{:.4f}").format(value) for name, value in zip(rows, row)]
                                      for row in zip(*(values.tolist() for values in rows.values())))])
-    folder = common.run_dir(f, None)
+    folder = files.run_dir(f, None)
     draw(folder / "trade_off.png", f, variances, collapse, predicted, top)
-    common.write_json(folder / "prediction.json", common.describe(f, None) | {
-        "dataset": f.dataset if f.dataset != "none" else f.x, "rows": n, "predicted": common.per_unit(predicted),
+    files.write_json(folder / "prediction.json", files.describe(f, None) | {
+        "dataset": f.dataset if f.dataset != "none" else f.x, "rows": n, "predicted": theory.per_unit(predicted),
         "optimal_loss": predicted["loss"].item(), "trade_off": {name: values.tolist() for name, values in rows.items()}})
     print(f"files: {folder}", file=sys.stderr)
 
@@ -253,7 +257,7 @@ def draw(path, f, variances, collapse, predicted, top):
         axes[1, 0].set(xscale="log", xlabel=swept, ylabel=f"active units{' of z' + top.removeprefix('_') if top else ''}")
         for ax in axes[:, 0]:
             ax.legend(fontsize=7)
-    common.save_figure(path, 1, 2, 5.2, 3.2, common.spell(common.changed(f, None)), panels)
+    pictures.save_figure(path, 1, 2, 5.2, 3.2, files.spell(files.changed(f, None)), panels)
 
 
 def main(argv=None):
@@ -272,9 +276,9 @@ def main(argv=None):
         groups.setdefault(tuple(others), []).append(f)
     for group in groups.values():
         moment, n, dim_x = moment_of[group[0].model, group[0].dataset, group[0].center]
-        variances, words = common.spectrum(moment), ""
+        variances, words = theory.spectrum(moment), ""
         if group[0].model == "cvae":
-            variances, of_y = common.spectrum(common.residual(moment, dim_x)), moment[dim_x:, dim_x:].trace()
+            variances, of_y = theory.spectrum(theory.residual(moment, dim_x)), moment[dim_x:, dim_x:].trace()
             words = f"x explains {1 - variances.sum() / of_y:.1%} of y; " if of_y > 0 else "y is 0; "
         report(group, variances, n, words)
     return 0

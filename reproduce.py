@@ -20,6 +20,11 @@ from pathlib import Path
 import numpy as np
 
 import common
+import datasets
+import files
+import pictures
+import report
+import theory
 
 
 @dataclass
@@ -54,20 +59,20 @@ def collapse_curves(path, runs):
         for row, run in zip(axes, runs):
             labels = [", ".join(f"{name} = {value}" for name, value in of.items()) or run.script for of in run.rows()]
             for ax, kl in zip(row, levels):
-                common.plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
+                pictures.plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
                 ax.set(title=run.words() + (f", z{kl[-1]}" if len(levels) > 1 else ""))
-    common.save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
+    pictures.save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
 
 
 def beside(path, runs):
     """One panel, a curve a command."""
-    common.draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
+    pictures.draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
 
 
 def of_the_grid(name):
     """The picture of this name that the script itself draws of its grid."""
     def copy(path, runs):
-        common.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
+        files.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
     return copy
 
 
@@ -75,16 +80,16 @@ def per_digit(path, runs):
     """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
     def draw(axes):
         for row, run in zip(axes, runs):
-            correlation = common.linear_correlations(run.results)
+            correlation = theory.linear_correlations(run.results)
             for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
                 digits = [result["settings"]["digit"] for result in run.results]
-                pairs = [next(pair[1:] for pair in common.beside_linear(result) if pair[0] == metric) for result in run.results]
+                pairs = [next(pair[1:] for pair in theory.beside_linear(result) if pair[0] == metric) for result in run.results]
                 predicted, trained = zip(*pairs)
                 ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
                 ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
                 ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
                 ax.legend(fontsize=7)
-    common.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
+    pictures.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
 
 
 def rates(path, runs):
@@ -107,7 +112,7 @@ def rates(path, runs):
         during.locator_params(axis="x", integer=True)
         during.legend(fontsize=7)
         after.legend(fontsize=7)
-    common.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+    pictures.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
 
 
 def by_level(path, runs):
@@ -120,26 +125,26 @@ def by_level(path, runs):
             places = [level + 0.8 * ((k + 0.5) / len(units) - 0.5) for level in levels[:len(kls)]]
             style = {"width": 0.8 / len(units), "color": f"C{k}", "hatch": ("", "//", "..")[k % 3], "label": script}
             axes[0][0].bar(places, [kl.sum() for kl in kls], **style)
-            axes[0][1].bar(places, [(kl > common.ACTIVE).mean() for kl in kls], **style)
+            axes[0][1].bar(places, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
         for ax, label in zip(axes[0], ("KL (nats per test example)", "share of units with a KL above 0.01 nats")):
             ax.set(xlabel="level, 1 next to the image", ylabel=label, xticks=levels, ylim=(0, None))
         axes[0][0].legend(fontsize=7)
-    common.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+    pictures.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
 
 
 def against_prediction(path, runs):
     """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
     panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
-              if len(results) > 2 for level in common.theory_levels(common.closed_form(results[0]))}
+              if len(results) > 2 for level in theory.levels_of(theory.closed_form(results[0]))}
 
     def draw(ax, title, panel):
         results, kl = panel
-        points = [pair[1:] for result in results for pair in common.beside_linear(result) if pair[0] == kl]
+        points = [pair[1:] for result in results for pair in theory.beside_linear(result) if pair[0] == kl]
         ax.plot(*zip(*points), "o", markersize=4)
         ax.axline((points[0][0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
         ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
         ax.set_title(title, fontsize=8)
-    common.draw_panels(path, panels, 3.4, 3.0, "", draw)
+    pictures.draw_panels(path, panels, 3.4, 3.0, "", draw)
 
 
 # ------------------------------------------------------------------------------------------- what a table ends with
@@ -153,7 +158,7 @@ DIRECTIONS = {"beta": {"kl": "falls"}, "eta_dec": {"kl": "falls", "kl_2": "falls
 def directions(runs):
     """In how many steps from a setting to the next along one flag the paper's direction of effect holds."""
     for run in runs:
-        means, values = {}, common.varying(run.settings, [run.data] * len(run.settings))
+        means, values = {}, files.varying(run.settings, [run.data] * len(run.settings))
         for f, result in zip(run.settings, run.results):
             if result.get("metrics"):
                 means.setdefault(tuple(getattr(f, flag) for flag in values), []).append(result["metrics"])
@@ -184,11 +189,11 @@ def predictions(runs):
     for script, results in by_script(runs).items():
         if "theory" not in results[0]:
             if len(results) > 2:
-                correlations = common.linear_correlations(results)
+                correlations = theory.linear_correlations(results)
                 yield (f"{script}: {len(results)} settings; rank correlation of predicted and trained "
                        + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
             else:
-                pairs = [pair for result in results for pair in common.beside_linear(result) if pair[0].startswith("kl")]
+                pairs = [pair for result in results for pair in theory.beside_linear(result) if pair[0].startswith("kl")]
                 yield f"{script}: " + ", ".join(
                     f"{kl} predicted {predicted:.2f}, trained {trained:.2f}" for kl, predicted, trained in pairs)
             continue
@@ -205,10 +210,10 @@ def misplaced(result):
     its threshold, as a share of beta."""
     predicted, trained, settings = result["theory"]["predicted"], result["theory"]["trained"], result["settings"]
     beta = settings["beta" if "beta" in settings else "beta_2"]
-    for level in common.theory_levels(predicted):
+    for level in theory.levels_of(predicted):
         for is_to_be, is_now, at in zip(*(of[f"{name}{level}"] for of, name in (
                 (predicted, "information"), (trained, "information"), (predicted, "collapse")))):
-            if (is_to_be > 0) != (is_now > common.ACTIVE):
+            if (is_to_be > 0) != (is_now > theory.ACTIVE):
                 yield np.inf if at is None else abs(at / beta - 1)
 
 
@@ -233,9 +238,9 @@ def levels_in_use(runs):
     for run in runs:
         if not run.results[0]["metrics"]:
             continue
-        active = [int((kl > common.ACTIVE).sum()) for kl in units_by_level(run)]
+        active = [int((kl > theory.ACTIVE).sum()) for kl in units_by_level(run)]
         collapsed = [str(level) for level, count in enumerate(active, 1) if not count]
-        yield (f"{run.script}: {sum(active)} of {sum(map(len, units_by_level(run)))} units carry more than {common.ACTIVE} nats; "
+        yield (f"{run.script}: {sum(active)} of {sum(map(len, units_by_level(run)))} units carry more than {theory.ACTIVE} nats; "
                + (f"of {len(active)} levels collapsed: {', '.join(collapsed)}." if collapsed else f"each of {len(active)} levels has some."))
 
 
@@ -244,7 +249,7 @@ def by_script(runs):
     found = {}
     for run in runs:
         for result in run.results:
-            if common.closed_form(result):
+            if theory.closed_form(result):
                 found.setdefault(run.script, {})[str(result["settings"])] = result
     return {script: list(results.values()) for script, results in found.items()}
 
@@ -349,8 +354,8 @@ class Run:
         names = ["mnist", "digits"] if hasattr(self.settings[0], "dataset") else ["synthetic"]
         found = []
         for name in names:
-            self.data = None if self.script.startswith("matrix") else common.Data(name, None, None)
-            found = [common.read_result(f, self.data, "result.json") for f in self.settings]
+            self.data = None if self.script.startswith("matrix") else datasets.Data(name, None, None)
+            found = [files.read_result(f, self.data, "result.json") for f in self.settings]
             if all(found):
                 break
         self.results = [result for result in found if result]
@@ -363,17 +368,17 @@ class Run:
 
     def rows(self):
         """The flags in which the settings differ, of each but for its seed."""
-        flags = common.varying(self.settings, [self.data] * len(self.settings))
+        flags = files.varying(self.settings, [self.data] * len(self.settings))
         return [{name: getattr(self.settings[i], name) for name in flags} for i in self.of_first_seed()]
 
     def of_first_seed(self):
         return [i for i, f in enumerate(self.settings) if f.seed == self.settings[0].seed]
 
     def units(self, i):
-        return np.load(common.run_dir(self.settings[i], self.data) / "units.npz")
+        return np.load(files.run_dir(self.settings[i], self.data) / "units.npz")
 
     def grid(self):
-        return common.grid_dir(self.settings, [self.data] * len(self.settings))
+        return pictures.grid_dir(self.settings, [self.data] * len(self.settings))
 
     def words(self):
         return "objective counted as released" if getattr(self.settings[0], "released_objective", False) else "exact objective"
@@ -388,7 +393,7 @@ def measured(result):
     """{column: value} of one result: its metrics, or how it compares with a theorem."""
     metrics = dict(result["metrics"] or {}) if "metrics" in result else {}
     levels = [level for level in common.levels(metrics)[::-1] if level]
-    if len(levels) > common.MANY_LEVELS:                  # a column for all of a kind, the top level first
+    if len(levels) > report.MANY_LEVELS:                  # a column for all of a kind, the top level first
         for kind in ("kl", "AU", "AU_kl", "active_share"):
             of = [metrics.pop(f"{kind}{level}") for level in levels]
             if kind in ("kl", "AU_kl"):
@@ -396,14 +401,14 @@ def measured(result):
         metrics["parameters"] = result["parameters"]
     if "max_error" in result:
         metrics |= {"max error": result["max_error"], "gap": result["theory"]["gap"],
-                    "verdict": "VERIFIED" if result["max_error"] <= common.TOLERANCE else "FAILED"}
+                    "verdict": "VERIFIED" if result["max_error"] <= theory.TOLERANCE else "FAILED"}
     elif "theory" in result:
-        active = common.active_units(result["theory"]), common.active_units(result["theory"], "trained")
+        active = theory.active_units(result["theory"]), theory.active_units(result["theory"], "trained")
         metrics |= {"active predicted (trained)": ", ".join(f"{a} ({b})" for a, b in zip(*(of.values() for of in active))),
-                    "singular values off": common.singular_value_error(result["theory"]), "gap": result["theory"]["gap"],
-                    "verdict": "; ".join(common.disagreements(result["theory"])) or "as predicted"}
+                    "singular values off": theory.singular_value_error(result["theory"]), "gap": result["theory"]["gap"],
+                    "verdict": "; ".join(theory.disagreements(result["theory"])) or "as predicted"}
     elif result.get("linear") and result["metrics"]:
-        for metric, predicted, _ in common.beside_linear(result):
+        for metric, predicted, _ in theory.beside_linear(result):
             if not metric.startswith("AU_kl"):
                 metrics[f"linear {metric}"] = predicted
     return metrics
@@ -425,7 +430,7 @@ def tables(name, experiment, runs):
     for run in runs:
         grouped = {}
         for f, result in zip(run.settings, run.results):
-            key = tuple(f"{flag} = {getattr(f, flag)}" for flag in common.varying(run.settings, [run.data] * len(run.settings)))
+            key = tuple(f"{flag} = {getattr(f, flag)}" for flag in files.varying(run.settings, [run.data] * len(run.settings)))
             grouped.setdefault(", ".join(key) or run.script, []).append(measured(result))
             rows.append({"command": run.command, "dataset": result["dataset"], "device": result["device"],
                          "torch": result["versions"]["torch"], "seconds": seconds(result), **result["settings"], **measured(result)})
@@ -438,10 +443,10 @@ def tables(name, experiment, runs):
         commands.append(f"`{run.command}`\n")
         table += [[key, *(cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]
                   for key, repeats in finished.items()]
-        linear = [result for result in run.results if "metrics" in result and common.closed_form(result)]
+        linear = [result for result in run.results if "metrics" in result and theory.closed_form(result)]
         if len(linear) > 2:
             words.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
-                f"{metric} {correlation:.2f}" for metric, correlation in common.linear_correlations(linear).items()) + ".")
+                f"{metric} {correlation:.2f}" for metric, correlation in theory.linear_correlations(linear).items()) + ".")
     lines = []
     for commands, head, table, words in parts if experiment.rows else []:
         head, *table = ["| " + " | ".join(row) + " |" for row in (head, *table)]
@@ -500,8 +505,8 @@ def main(argv=None):
         markdown, table = tables(name, EXPERIMENTS[name], runs)
         if EXPERIMENTS[name].draw:
             EXPERIMENTS[name].draw(Path(f.results_dir, f"{name}.png"), runs)
-        common.write(Path(f.results_dir, f"{name}.csv"), lambda file: file.write(table.encode()))
-        common.write(Path(f.results_dir, f"{name}.md"), lambda file: file.write(markdown.encode()))
+        files.write(Path(f.results_dir, f"{name}.csv"), lambda file: file.write(table.encode()))
+        files.write(Path(f.results_dir, f"{name}.md"), lambda file: file.write(markdown.encode()))
         print(f"made: {Path(f.results_dir, name)}.md", file=sys.stderr)
     return status
 

@@ -3,6 +3,8 @@ import contextlib
 import dataclasses
 import io
 import struct
+import tempfile
+import unittest
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import common
+import datasets
+import files
 
 ROOT = Path(__file__).resolve().parents[1]
 # MNIST, if it is there: fetched by a script, or in a folder beside this one.
@@ -53,6 +57,9 @@ class LinearHVAE(nn.Module):
             terms["mean_1"], terms["mean_2"] = q_1.mean / f.eta_dec, q_2.mean / f.eta_enc
         return terms
 
+    def loss(self, terms, f):
+        return -terms["log_px_z"] + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+
     def exact_log_px(self, x, f):
         """log p(x), (B,): x ~ N(0, U1 (eta_enc^2 U2 U2' + eta_dec^2 I) U1' + eta_dec^2 I)."""
         U1, U2 = self.U1.weight.detach().double(), self.U2.weight.detach().double()
@@ -61,25 +68,64 @@ class LinearHVAE(nn.Module):
         return MultivariateNormal(torch.zeros(f.width, dtype=torch.float64), covariance).log_prob(x.double())
 
 
+class InFolder(unittest.TestCase):
+    """A test with a folder of its own, and no locks left behind."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(files.unlock)
+        self.folder = Path(folder.name)
+
+
+class WithMnist(unittest.TestCase):
+    """Tests that share a folder with few drawn digits in it as MNIST, data/."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        write_mnist(cls.folder / "data")
+
+
+def terms_in_shape(test, model, x, f, units):
+    """Checks the terms of a model of many levels, units each {"kl_1": d, ...}, level 1 first, in training and, three draws of each of
+    two images, in evaluation, whose terms it returns; and that every parameter gets a gradient."""
+    def shapes(terms):
+        return {name: tuple(value.shape) for name, value in terms.items()}
+
+    terms = model.train()(x, f)
+    test.assertEqual(shapes(terms), {"log_px_z": (2,)} | {name: (2, d) for name, d in units.items()})
+    test.assertEqual(list(terms), ["log_px_z", *(f"kl_{l}" for l in range(1, len(units) + 1))])
+    model.loss(terms, f).mean().backward()
+    test.assertEqual([name for name, p in model.named_parameters() if p.grad is None], [])
+    terms = model.eval()(x, f, sample_shape=(3,))
+    further = ["log_w", "log_px_z"] + (["bits_per_dim"] if f.dataset == "cifar10" else [])
+    test.assertEqual(shapes(terms), {name: (3, 2) for name in further} | {
+        name.replace("kl", of): (3, 2, d) for name, d in units.items() for of in ("kl", "mean")})
+    return terms
+
+
 def gaussian_data(n_train=256, n_test=64, width=6, dtype=torch.float64, seed=0):
-    """Correlated Gaussian rows as common.Data."""
+    """Correlated Gaussian rows as datasets.Data."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=random, dtype=torch.float64) / width**0.5
     train, test = (torch.randn(n, width, generator=random, dtype=torch.float64) @ mix for n in (n_train, n_test))
     labels = [torch.zeros(n, dtype=torch.long) for n in (n_train, n_test)]
-    return common.Data("gaussian", (train.to(dtype),), (test.to(dtype),), *labels)
+    return datasets.Data("gaussian", (train.to(dtype),), (test.to(dtype),), *labels)
 
 
 def digit_data(n_train=256, n_test=64, dtype=torch.float64):
-    """Drawn digits as common.Data."""
-    images, labels = common.draw_digits(n_train + n_test, seed=3)
+    """Drawn digits as datasets.Data."""
+    images, labels = datasets.draw_digits(n_train + n_test, seed=3)
     x, labels = torch.from_numpy(images).flatten(1).to(dtype) / 255, torch.from_numpy(labels).long()
-    return common.Data("digits", (x[:n_train],), (x[n_train:],), labels[:n_train], labels[n_train:])
+    return datasets.Data("digits", (x[:n_train],), (x[n_train:],), labels[:n_train], labels[n_train:])
 
 
 def as_quarters(data):
     """Images as a CVAE has them."""
-    return dataclasses.replace(data, train=common.quarters(data.train[0]), test=common.quarters(data.test[0]))
+    return dataclasses.replace(data, train=datasets.quarters(data.train[0]), test=datasets.quarters(data.test[0]))
 
 
 def write_mnist(folder, n_train=256, n_test=64):
@@ -87,7 +133,7 @@ def write_mnist(folder, n_train=256, n_test=64):
     raw = Path(folder, "MNIST", "raw")
     raw.mkdir(parents=True)
     for split, n, seed in (("train", n_train, 5), ("t10k", n_test, 6)):
-        images, labels = common.draw_digits(n, seed)
+        images, labels = datasets.draw_digits(n, seed)
         (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, n, 28, 28) + images.tobytes())
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, n) + labels.tobytes())
     return raw
@@ -105,7 +151,7 @@ def call(main, *argv):
 
 
 def plain_train(Model, f, data):
-    """The shortest plain PyTorch loop that trains what common.fit trains: one setting, data on the device."""
+    """The shortest plain PyTorch loop that trains what training.fit trains: one setting, data on the device."""
     x = data.train[0]
     with common.seeded(f.seed, "init", torch.device("cpu")):
         model = Model(f).to(x.device, x.dtype)

@@ -8,9 +8,12 @@ from unittest import mock
 import torch
 
 import common
+import datasets
+import training
 import MNIST_HVAE_DCT as dct
 import MNIST_HVAE_Ladder as ladder
 from tests.test_ladder import by_hand, model_and_images, standard_errors
+from tests import small
 
 
 def moved(module, by):
@@ -284,17 +287,8 @@ class Context(unittest.TestCase):
                 self.assertEqual((model.learned_levels, model.levels), (L, L + 1))
                 self.assertEqual(model.dct.step, 2.0**(1 - (bits or {"cifar10": 5}.get(dataset, 2))))
                 units = {f"kl_{L - i}": c_x * side**2 for i, side in enumerate(sides)} | {f"kl_{L + 1}": c_x * k * k}
-                terms = model(x, f)
-                self.assertEqual({name: tuple(value.shape) for name, value in terms.items()},
-                                 {"log_px_z": (2,)} | {name: (2, d) for name, d in units.items()})
-                self.assertEqual(list(terms), ["log_px_z"] + [f"kl_{l}" for l in range(1, L + 2)])
-                common.beta_elbo_loss(terms, f).mean().backward()
-                self.assertEqual([name for name, p in model.named_parameters() if p.grad is None], [])
-                terms = model.eval()(x, f, sample_shape=(3,))
-                further = {"log_w": (3, 2)} | ({"bits_per_dim": (3, 2)} if dataset == "cifar10" else {})
-                self.assertEqual({name: tuple(value.shape) for name, value in terms.items()}, {"log_px_z": (3, 2)} | further | {
-                    name.replace("kl", of): (3, 2, d) for name, d in units.items() for of in ("kl", "mean")})
-                if further.get("bits_per_dim"):
+                terms = small.terms_in_shape(self, model, x, f, units)
+                if dataset == "cifar10":
                     elbo = terms["log_px_z"] - sum(terms[name].sum(-1) for name in units)
                     torch.testing.assert_close(terms["bits_per_dim"], -elbo / math.log(2) / 3072)
                 images = [*model.samples(2, f).values(), *(model.reconstruct(x, f, keep) for keep in range(L + 2)),
@@ -333,11 +327,11 @@ class Context(unittest.TestCase):
     def test_training_measures_the_context_and_averages_it_along(self):
         f = dct.Flags(latents="1,1", num_ch=2, ema=0.5, num_epochs=1, warmup_epochs=0.0, device="cpu")
         images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(6))
-        data, losses = common.Data("digits", (images,), (images,)), []
-        training = types.SimpleNamespace(steps=2, batches=lambda **parts: iter([images[:4], images[4:]]),
-                                         record=lambda loss, terms: losses.append(loss.item()))
-        start = common.build(dct.DCTVAE, f, data)
-        model = dct.train(common.build(dct.DCTVAE, f, data), common.on_device(f, images), data, training)
+        data, losses = datasets.Data("digits", (images,), (images,)), []
+        loop = types.SimpleNamespace(steps=2, batches=lambda **parts: iter(torch.arange(8).split(4)),
+                                     record=lambda means: losses.append(means["loss"].item()))
+        start = training.build(dct.DCTVAE, f, data)
+        model = dct.train(training.build(dct.DCTVAE, f, data), common.on_device(f, images), data, loop)
         largest = (model.dct.basis @ images @ model.dct.basis.T).abs().amax(0)
         torch.testing.assert_close(model.state_dict()["dct.largest"], largest)
         self.assertEqual(len(losses), 2)

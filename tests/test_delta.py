@@ -13,6 +13,10 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 import common
+import datasets
+import deep
+import files
+import training
 import MNIST_VAE_Delta as script
 from tests import small
 
@@ -24,8 +28,8 @@ def build(images=4, dtype=torch.float64, spread=0.3, **flags):
     f = script.Flags(**dict(dim_z=2, num_ch=3, num_layers=2, d_hidden=6, device="cpu") | flags)
     random = torch.Generator().manual_seed(1)
     x = (torch.rand(images, 1, N, N, generator=random) < 0.3).to(dtype)
-    data = common.Data("random", (x,), (x,))
-    model = common.build(script.DeltaVAE, f, data).eval()
+    data = datasets.Data("random", (x,), (x,))
+    model = training.build(script.DeltaVAE, f, data).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += spread * torch.randn(p.shape, generator=random, dtype=dtype)
@@ -329,9 +333,9 @@ class Auxiliary(unittest.TestCase):
 
     def test_training(self):
         """The second phase moves the auxiliary prior alone, and leaves the averaged model to be evaluated."""
-        x = common.draw_digits(96, seed=3)[0]
+        x = datasets.draw_digits(96, seed=3)[0]
         x = torch.from_numpy(x).view(-1, 1, N, N).float() / 255
-        data, trained, averages, weight_average = common.Data("digits", (x,), (x[:8].round(),)), {}, [], common.weight_average
+        data, trained, averages, weight_average = datasets.Data("digits", (x,), (x[:8].round(),)), {}, [], deep.weight_average
 
         def noted(*args):
             averages.append(weight_average(*args))
@@ -341,11 +345,11 @@ class Auxiliary(unittest.TestCase):
             with tempfile.TemporaryDirectory() as folder:
                 f = script.Flags(dim_z=2, num_ch=2, num_layers=1, d_hidden=4, batch_size=24, num_epochs=2, warmup_epochs=0.5,
                                  ema=0.5, delta=8.0, auxiliary_epochs=epochs, device="cpu", out_dir=folder)
-                with mock.patch("sys.stderr"), mock.patch.object(common, "weight_average", noted):
-                    [model] = common.fit_together(script.DeltaVAE, [f], [data], script.train)
-                [training] = [common.read_result(f, data, "training.json")]
-                common.unlock()
-            trained[epochs] = model, training["curves"]
+                with mock.patch("sys.stderr"), mock.patch.object(deep, "weight_average", noted):
+                    [model] = training.fit(script.DeltaVAE, [f], [data], train=script.train)
+                curves = files.read_result(f, data, "training.json")["curves"]
+                files.unlock()
+            trained[epochs] = model, curves
         (short, _), (long, curves) = trained.values()
         self.assertIs(long, averages[1].module)
         self.assertEqual(averages[1].n_averaged.item(), 8)

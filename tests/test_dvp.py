@@ -12,6 +12,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import common
+import datasets
+import training
 import MNIST_HVAE_DVP as dvp
 import MNIST_HVAE_Ladder as ladder
 
@@ -23,7 +25,7 @@ def images(n, dataset="digits", seed=3):
     """Grey images of a data set's shape, (n, c_x, H, H): drawn digits, or noise where there are three colours."""
     if dataset == "cifar10":
         return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=D)
-    return torch.from_numpy(common.draw_digits(n, seed)[0]).view(n, 1, 28, 28).to(D) / 255
+    return torch.from_numpy(datasets.draw_digits(n, seed)[0]).view(n, 1, 28, 28).to(D) / 255
 
 
 def moved(module, spread):
@@ -39,7 +41,7 @@ def built(n=4, train=True, **flags):
     """A small model in float64 with weights far from their start, its flags and n images as it sees them."""
     f = dvp.Flags(**dict(dict(dataset="digits", latents="2,1", num_ch=4, context_size=3, num_steps=4, device="cpu"), **flags))
     x = images(64, f.dataset)
-    model = common.build(dvp.DVPVAE, f, common.Data(f.dataset, (x,), (x,)))
+    model = training.build(dvp.DVPVAE, f, datasets.Data(f.dataset, (x,), (x,)))
     model.context.fit(x)
     with torch.no_grad():
         for part in (model.encoder, model.latents, model.z_to_x):
@@ -294,7 +296,7 @@ class Terms(unittest.TestCase):
                       dict(latents="1,1", num_ch=1, context="linear", context_size=2, num_steps=1),
                       dict(latents="1,1,0,1", dataset="cifar10", context_size=7, context="downsample")):
             model, f, x = built(3, **flags)
-            L, (c_x, side) = sum(map(int, f.latents.split(","))), x.shape[1:3]
+            L, c_x = sum(map(int, f.latents.split(","))), x.shape[1]
             sides = dvp.sides_of_latents(f)
             units = {f"_{l}": c_x * sides[L - l]**2 for l in range(1, L + 1)} | {f"_{L + 1}": c_x * f.context_size**2}
             self.assertEqual((model.levels, model.learned_levels), (L + 1, L))
@@ -413,7 +415,7 @@ class Terms(unittest.TestCase):
 class Training(unittest.TestCase):
     def test_every_parameter_gets_a_gradient(self):
         model, f, x = built()
-        common.beta_elbo_loss(model(x, f), f).mean().backward()
+        model.loss(model(x, f), f).mean().backward()
         self.assertEqual([name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()], [])
 
     @torch.no_grad()
@@ -449,14 +451,14 @@ class Training(unittest.TestCase):
             f = dvp.Flags(dataset="digits", latents="1", num_ch=4, context_size=3, num_epochs=3, batch_size=16, ema=0.5,
                           warmup_epochs=0.0, device="cpu", out_dir=folder)
             x = images(128).float()
-            data = common.Data("digits", (x,), (x[:8].round(),))
-            model, training = common.build(dvp.DVPVAE, f, data), common.Training(f, data)
+            data = datasets.Data("digits", (x,), (x[:8].round(),))
+            model, loop = training.build(dvp.DVPVAE, f, data), training.Training([f], data, together=True)
             with contextlib.redirect_stderr(io.StringIO()):
-                average = dvp.train(model, common.on_device(f, x), data, training)
+                average = dvp.train(model, common.on_device(f, x), data, loop)
         expected = context("dct", 3, x.to(D))
         torch.testing.assert_close(average.context.extent.to(D), expected.extent, rtol=1e-5, atol=0)
         torch.testing.assert_close(average.context.std.to(D), expected.std, rtol=1e-4, atol=0)
-        losses = training.summary()["curves"]["loss"]
+        losses = loop.results()[0]["curves"]["loss"]
         self.assertLess(losses[-1], 0.9 * losses[0])
 
     def test_backbone_is_that_of_the_ladder(self):

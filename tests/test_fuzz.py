@@ -49,7 +49,7 @@ class CommandLines(unittest.TestCase):
                 argv = [word for name, value in flags.items() for word in (f"--{name}", value)] + argv
                 with self.subTest(script=script.__name__, argv=argv):
                     # Drawing takes most of the time, so that few cases draw.
-                    with mock.patch("common.save_figure") if case % 10 else contextlib.nullcontext():
+                    with mock.patch("pictures.save_figure") if case % 10 else contextlib.nullcontext():
                         status, out, err = small.call(script.main, *argv)
                     self.assertIn(status, (0, 1, 2))
                     ended[status] += 1

@@ -5,6 +5,7 @@ import unittest
 import torch
 
 import common
+import training
 import MNIST_HVAE_Relu
 from tests import small
 
@@ -19,7 +20,7 @@ class Terms(unittest.TestCase):
     def setUpClass(cls):
         f = MNIST_HVAE_Relu.Flags(d_1=3, d_2=2, d_hidden=12, eta_enc=0.7, eta_dec=0.4, sigma_1=0.3, device="cpu")
         cls.data = small.digit_data(8, 4)
-        cls.model, cls.f = common.build(MNIST_HVAE_Relu.HVAE, f, cls.data).eval(), common.on_device(f, cls.data.test[0])
+        cls.model, cls.f = training.build(MNIST_HVAE_Relu.HVAE, f, cls.data).eval(), common.on_device(f, cls.data.test[0])
         with torch.no_grad():                             # far from its start, so that no term is near 0
             random = torch.Generator().manual_seed(1)
             for p in cls.model.parameters():
@@ -86,7 +87,7 @@ class Terms(unittest.TestCase):
     def test_kl_of_z1_can_be_negative_and_is_not_clamped(self):
         """Where z2 tells more of the drawn z1 than x does: sigma_1 above eta_dec, and z2 that copies z1."""
         f = MNIST_HVAE_Relu.Flags(d_1=1, d_2=1, d_hidden=2, sigma_1=0.3, eta_dec=0.05, eta_enc=1.0, device="cpu")
-        model = common.build(MNIST_HVAE_Relu.HVAE, f, self.data).eval()
+        model = training.build(MNIST_HVAE_Relu.HVAE, f, self.data).eval()
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
@@ -120,7 +121,7 @@ class Terms(unittest.TestCase):
         """The std of q(z2|z1) starts near eta_enc, whatever that is."""
         for eta_enc in (0.25, 2.0):
             f = MNIST_HVAE_Relu.Flags(eta_enc=eta_enc, device="cpu")
-            model, g = common.build(MNIST_HVAE_Relu.HVAE, f, self.data), common.on_device(f, self.data.test[0])
+            model, g = training.build(MNIST_HVAE_Relu.HVAE, f, self.data), common.on_device(f, self.data.test[0])
             with torch.no_grad():
                 std = model.q_z2(model.q_z1(self.x, g).mean, g).stddev / eta_enc
             self.assertLess((std - 1).abs().max().item(), 0.3)
@@ -135,7 +136,7 @@ class Terms(unittest.TestCase):
             torch.manual_seed(0)
             replaced = {name: value for name, value in names.items()}
             replaced |= dict(zip(("x_to_z1.2.bias", "z1_to_z2.2.bias", "z2_to_z1.2.bias"), values))
-            return common.beta_elbo_loss(torch.func.functional_call(self.model, replaced, (self.x, f)), f).mean()
+            return self.model.loss(torch.func.functional_call(self.model, replaced, (self.x, f)), f).mean()
 
         self.assertTrue(torch.autograd.gradcheck(loss, [p.detach().clone().requires_grad_() for p in parameters]))
 

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import common
+import datasets
+import training
 import MNIST_HVAE_Ladder as ladder
 from tests import small
 
@@ -14,10 +16,10 @@ from tests import small
 def model_and_images(n, moved=0.0, Model=ladder.LadderVAE, Flags=ladder.Flags, **flags):
     """A float64 model of these flags with random weights added, its setting, and n images as its data set has them."""
     f = Flags(device="cpu", **flags)
-    shape, random = common.image_shape(f.dataset), torch.Generator().manual_seed(1)
+    shape, random = datasets.image_shape(f.dataset), torch.Generator().manual_seed(1)
     x = torch.randint(256 if f.dataset == "cifar10" else 2, (n, *shape), generator=random).double()
     x = x / 255 if f.dataset == "cifar10" else x
-    model = common.build(Model, f, common.Data("digits", (x,), (x,)))
+    model = training.build(Model, f, datasets.Data("digits", (x,), (x,)))
     with torch.no_grad():
         for p in model.parameters():
             p += moved * torch.randn(p.shape, generator=random)
@@ -214,16 +216,7 @@ class Settings(unittest.TestCase):
                 self.assertEqual(ladder.sides_of_latents(f), sides)
                 L, c_x = len(sides), x.shape[1]
                 units = {f"kl_{L - i}": c_x * side**2 for i, side in enumerate(sides)}
-                terms = model(x, f)
-                self.assertEqual({name: tuple(value.shape) for name, value in terms.items()},
-                                 {"log_px_z": (2,)} | {name: (2, d) for name, d in units.items()})
-                self.assertEqual(list(terms), ["log_px_z"] + [f"kl_{l}" for l in range(1, L + 1)])
-                common.beta_elbo_loss(terms, f).mean().backward()
-                self.assertEqual([name for name, p in model.named_parameters() if p.grad is None], [])
-                terms = model.eval()(x, f, sample_shape=(3,))
-                further = {"log_w": (3, 2)} | ({"bits_per_dim": (3, 2)} if dataset == "cifar10" else {})
-                self.assertEqual({name: tuple(value.shape) for name, value in terms.items()}, {"log_px_z": (3, 2)} | further | {
-                    name.replace("kl", of): (3, 2, d) for name, d in units.items() for of in ("kl", "mean")})
+                small.terms_in_shape(self, model, x, f, units)
                 zs = [[], []]
                 for k, features in enumerate((None, model.encoder(x))):
                     zs[k] = [tuple(z.shape) for p, q, z in model.top_down(2, features, lambda l, p, q: ladder.draw(q or p))]

@@ -1,17 +1,19 @@
 """The linear MNIST scripts: their terms against sampling and exact values, their losses against the closed form's."""
-import copy
 import dataclasses
 import json
 import math
 import tempfile
 import unittest
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.distributions import MultivariateNormal
 
 import common
+import datasets
+import report
+import theory
+import training
 import MNIST_CVAE_Linear
 import MNIST_CVAE_Linear_single_digit
 import MNIST_HVAE_Linear_learnable_sigma_2
@@ -46,7 +48,7 @@ class Models(unittest.TestCase):
             f = script.Flags(device="cpu", **flags | {flag: value for flag, value in other.items() if flag in fields})
             data = self.quarters if name == "CVAE" else self.images
             data = dataclasses.replace(data, train=tuple(t[:rows] for t in data.train))
-            model = common.build(getattr(script, name), f, data).eval()
+            model = training.build(getattr(script, name), f, data).eval()
             random = torch.Generator().manual_seed(4)
             with torch.no_grad():
                 for p in model.parameters():
@@ -124,7 +126,7 @@ class Models(unittest.TestCase):
             gaps = []
 
             def loss():
-                return common.beta_elbo_loss(model(*data.train, g), g).mean()
+                return model.loss(model(*data.train, g), g).mean()
 
             optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, history_size=30, tolerance_change=0,
                                           tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -136,34 +138,34 @@ class Models(unittest.TestCase):
                 return value
 
             for _ in range(200):
-                gaps.append(common.check(model, f, data, {})["gap"])
+                gaps.append(report.check(model, f, data, {})["gap"])
                 optimizer.step(closure)
                 if len(gaps) > 1 and gaps[-2] - gaps[-1] < 1e-8:
                     break
-            theory = common.check(model, f, data, {})
-            gaps.append(theory["gap"])
+            beside = report.check(model, f, data, {})
+            gaps.append(beside["gap"])
             self.assertGreater(min(gaps), -1e-9)
             self.assertGreater(gaps[0], 1)
             self.assertLess(gaps[-1], 1e-3, script.__name__)
-            self.assertLess(common.singular_value_error(theory), 0.01)
-            self.assertEqual(list(common.disagreements(theory)), [])
+            self.assertLess(theory.singular_value_error(beside), 0.01)
+            self.assertEqual(list(theory.disagreements(beside)), [])
             for name in ("kl", "kl_1", "kl_2"):
-                if name in theory["errors"]:
-                    self.assertLess(theory["errors"][name], 0.02, name)
+                if name in beside["errors"]:
+                    self.assertLess(beside["errors"][name], 0.02, name)
 
     def test_units_are_the_models(self):
         """KL per unit from second moments: the mean over training rows of forward's, up to the order of units."""
         for script, model, f, g, data in self.cases():
-            theory = common.check(model, f, data, {})
+            beside = report.check(model, f, data, {})
             with torch.no_grad():
                 terms = model.train()(*data.train, g)
             for level in common.levels(terms):
-                of_rows, of_moments = terms[f"kl{level}"].mean(0), torch.tensor(theory["trained"][f"kl{level}"], dtype=torch.float64)
+                of_rows, of_moments = terms[f"kl{level}"].mean(0), torch.tensor(beside["trained"][f"kl{level}"], dtype=torch.float64)
                 torch.testing.assert_close(of_rows.sum(), of_moments.sum(), rtol=1e-9, atol=1e-9)
                 if level == "" or (level == "_2" and "nonlearnable" not in script.__name__):
                     torch.testing.assert_close(of_rows.sort().values, of_moments.sort().values, rtol=1e-6, atol=1e-6)
-            loss = common.beta_elbo_loss(terms, g).mean().item()
-            self.assertAlmostEqual(theory["loss"], loss, delta=1e-9 * abs(loss))
+            loss = model.loss(terms, g).mean().item()
+            self.assertAlmostEqual(beside["loss"], loss, delta=1e-9 * abs(loss))
 
     @torch.no_grad()
     def test_pictures(self):
@@ -179,83 +181,80 @@ class Quarters(unittest.TestCase):
     def test_which_is_which_and_back(self):
         """Lower left is x; y is upper left, upper right, lower right; together they are the image."""
         images = torch.arange(3 * 784.0).view(3, 784)
-        x, y = common.quarters(images)
+        x, y = datasets.quarters(images)
         grid = images.view(3, 28, 28)
         self.assertEqual((tuple(x.shape), tuple(y.shape)), ((3, 196), (3, 588)))
         self.assertTrue(torch.equal(x.view(3, 14, 14), grid[:, 14:, :14]))
         for k, (rows, columns) in enumerate(((slice(14), slice(14)), (slice(14), slice(14, 28)), (slice(14, 28), slice(14, 28)))):
             self.assertTrue(torch.equal(y[:, 196 * k:196 * (k + 1)].view(3, 14, 14), grid[:, rows, columns]))
-        self.assertTrue(torch.equal(common.whole_images(x, y), images))
+        self.assertTrue(torch.equal(datasets.whole_images(x, y), images))
 
     def test_one_digit(self):
         with tempfile.TemporaryDirectory() as folder:
             small.write_mnist(folder)
             flags = [MNIST_CVAE_Linear_single_digit.Flags(data_dir=folder, dataset="mnist", digit=digit, device="cpu")
                      for digit in (3, 8, 3)]
-            three, eight, again = common.load_mnist_quarters(flags)
-            [whole] = common.load_mnist(flags[:1])
+            three, eight, again = datasets.load_mnist_quarters(flags)
+            [whole] = datasets.load_mnist(flags[:1])
         self.assertIs(three, again)
         for data, digit in ((three, 3), (eight, 8)):
             self.assertTrue((data.train_labels == digit).all() and (data.test_labels == digit).all())
             rows = whole.train_labels == digit
             self.assertEqual(len(data.train[0]), int(rows.sum()))
-            self.assertTrue(torch.equal(common.whole_images(*data.train), whole.train[0][rows]))
+            self.assertTrue(torch.equal(datasets.whole_images(*data.train), whole.train[0][rows]))
 
 
 class Agreement(unittest.TestCase):
     """What is said when trained and predicted differ."""
 
-    def theory(self, **changes):
-        optimum = common.vae_optimum(torch.tensor([3.0, 2.0, 1.005, 0.5], dtype=torch.float64), 4, 1.0, 1.0, 1.0)
+    def beside(self, **changes):
+        optimum = theory.vae_optimum(torch.tensor([3.0, 2.0, 1.005, 0.5], dtype=torch.float64), 4, 1.0, 1.0, 1.0)
         trained = {name: optimum[name].clone() for name in ("lambda", "omega", "sigma", "kl", "information")}
         for name, (unit, value) in changes.items():
             trained[name][unit] = value
-        return common.compare(optimum, trained, optimum["loss"].item() + 0.01)
+        return theory.compare(optimum, trained, optimum["loss"].item() + 0.01)
 
     def test_agrees(self):
-        self.assertEqual(list(common.disagreements(self.theory())), [])
+        self.assertEqual(list(theory.disagreements(self.beside())), [])
         # Unit 3 is within 2 % of its threshold: whether it is active is not asked.
-        self.assertGreater(self.theory()["predicted"]["information"][2], 0)
-        self.assertEqual(list(common.disagreements(self.theory(information=(2, 0.02)))), [])
+        self.assertGreater(self.beside()["predicted"]["information"][2], 0)
+        self.assertEqual(list(theory.disagreements(self.beside(information=(2, 0.02)))), [])
 
     def test_differs(self):
-        [singular] = common.disagreements(self.theory(omega=(0, 3.0)))
+        [singular] = theory.disagreements(self.beside(omega=(0, 3.0)))
         self.assertIn("singular value", singular)
-        [active] = common.disagreements(self.theory(information=(1, 0.001)))
+        [active] = theory.disagreements(self.beside(information=(1, 0.001)))
         self.assertIn("units 2 of z", active)
         for gap in (0.06, -1e-3):
-            theory = self.theory() | {"gap": gap}
-            [loss] = common.disagreements(theory)
+            [loss] = theory.disagreements(self.beside() | {"gap": gap})
             self.assertIn("loss", loss)
-        theory = self.theory() | {"importance_sampling": {"mean_ratio": 1.01, "standard_error": 0.003, "rounding": 1e-4}}
-        [sampled] = common.disagreements(theory)
+        beside = self.beside() | {"importance_sampling": {"mean_ratio": 1.01, "standard_error": 0.003, "rounding": 1e-4}}
+        [sampled] = theory.disagreements(beside)
         self.assertIn("standard errors", sampled)
 
     def test_ratio_of_sampled_to_exact(self):
         data = small.digit_data(60, 40)
         f = MNIST_VAE_Linear_nonlearnable_sigma.Flags(d_1=2, num_samples=50, device="cpu")
-        model = common.build(MNIST_VAE_Linear_nonlearnable_sigma.VAE, f, data).eval()
-        metrics, examples = common.evaluate(model, f, data)
+        model = training.build(MNIST_VAE_Linear_nonlearnable_sigma.VAE, f, data).eval()
+        metrics, examples = report.evaluate(model, f, data)
         ratio = np.exp(examples["log_px"] - examples["exact_log_px"])
-        sampling = common.check(model, f, data, examples)["importance_sampling"]
+        sampling = report.check(model, f, data, examples)["importance_sampling"]
         self.assertAlmostEqual(sampling["mean_ratio"], ratio.mean(), delta=1e-12)
         self.assertAlmostEqual(sampling["standard_error"], ratio.std() / math.sqrt(40), delta=1e-12)
         self.assertLess(sampling["rounding"], 1e-9)            # in float64
         self.assertAlmostEqual(metrics["exact_log_px"], examples["exact_log_px"].mean(), delta=1e-9)
 
     def test_order_of_units_does_not_matter(self):
-        optimum = common.vae_optimum(torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64), 3, 1.0, 1.0, 1.0)
+        optimum = theory.vae_optimum(torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64), 3, 1.0, 1.0, 1.0)
         trained = {name: optimum[name].flip(0) for name in ("lambda", "omega", "sigma", "kl", "information")}
-        theory = common.compare(optimum, trained, 0.0)
-        self.assertEqual(set(theory["errors"].values()), {0.0})
-        self.assertEqual(theory["trained"]["sigma"], optimum["sigma"].tolist())
+        beside = theory.compare(optimum, trained, 0.0)
+        self.assertEqual(set(beside["errors"].values()), {0.0})
+        self.assertEqual(beside["trained"]["sigma"], optimum["sigma"].tolist())
 
 
-class CommandLines(unittest.TestCase):
+class CommandLines(small.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         small.write_mnist(self.folder / "data")
 
     def run_script(self, script, *argv):
@@ -288,7 +287,7 @@ class CommandLines(unittest.TestCase):
     def test_over_digits(self):
         out = self.run_script(MNIST_CVAE_Linear_single_digit, "--digit", "0:2", "--dim_z", 3)
         train, test = ([int((labels == digit).sum()) for digit in range(3)]
-                       for labels in (common.draw_digits(256, 5)[1], common.draw_digits(64, 6)[1]))       # as write_mnist
+                       for labels in (datasets.draw_digits(256, 5)[1], datasets.draw_digits(64, 6)[1]))       # as write_mnist
         self.assertIn(f": {min(train)} to {max(train)} training and {min(test)} to {max(test)} test examples", out)
         self.assertEqual(self.names(MNIST_CVAE_Linear_single_digit), {"collapse.png", "theory.png", "linear.png"})
 

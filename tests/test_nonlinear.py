@@ -11,6 +11,10 @@ import numpy as np
 import torch
 
 import common
+import datasets
+import report
+import theory
+import training
 import MNIST_CVAE_CNN_single_digit
 import MNIST_CVAE_Relu
 import MNIST_CVAE_Relu_single_digit
@@ -96,7 +100,7 @@ class Cases(unittest.TestCase):
             data = self.quarters if name == "CVAE" else self.images
             if "corr_type" in fields:
                 data = correlated(num_samples=6, dim_x=5, dim_y=5, corr_type="Gaussian_noise_1_2")
-            model = common.build(getattr(script, name), f, data).eval()
+            model = training.build(getattr(script, name), f, data).eval()
             random = torch.Generator().manual_seed(4)
             with torch.no_grad():
                 for p in model.parameters():
@@ -158,7 +162,7 @@ class Models(Cases):
                 data = {"CVAE": self.quarters}.get(name, self.images)
                 if script is Synthetic_CVAE_Relu_correlation:
                     data = correlated(num_samples=6, dim_x=5, dim_y=5)
-                model, g = common.build(getattr(script, name), f, data), common.on_device(f, data.test[0])
+                model, g = training.build(getattr(script, name), f, data), common.on_device(f, data.test[0])
                 q, start = (model.q_z2(model.q_z1(*data.test, g).mean, g), 1.3) if name == "HVAE" else \
                     (model.q_z(*data.test, g), 1.3 if name == "CVAE" else 0.6)
                 self.assertLess((q.stddev.log() - math.log(start)).abs().mean().item(), 0.3)
@@ -184,7 +188,7 @@ class Models(Cases):
                 top = joint.max(1, keepdims=True)
                 exact = np.log(np.exp(joint - top).sum(1) * (z[1] - z[0])) + top[:, 0]
                 with contextlib.redirect_stderr(io.StringIO()):
-                    _, examples = common.evaluate(model, f, data)
+                    _, examples = report.evaluate(model, f, data)
                 torch.manual_seed(1)
                 log_w = model(*data.test, g, sample_shape=(4000,))["log_w"].numpy()
                 weights = np.exp(log_w - log_w.max(0))
@@ -238,7 +242,7 @@ class Convolutions(Cases):
         self.assertEqual([tuple(of.shape) for of in (of_x, of_z)], [(6, 1, 28, 28), (12, 1, 28, 28)])
         whole = of_x.view(6, 28, 28) + of_z.view(2, 6, 28, 28)
         for draw in range(2):
-            put_together = common.whole_images(whole[draw, :, 14:, :14].flatten(1), model.y_mean(x, z)[draw])
+            put_together = datasets.whole_images(whole[draw, :, 14:, :14].flatten(1), model.y_mean(x, z)[draw])
             torch.testing.assert_close(put_together, whole[draw].flatten(1))
 
     def test_chunks_are_as_small_as_the_widest_layer_asks(self):
@@ -294,13 +298,13 @@ class Training(unittest.TestCase):
                 name, flags = SCRIPTS[script]
                 group = [script.Flags(device="cpu", num_epochs=3, batch_size=16, **flags | {flag: value, "eta_dec": 0.5})
                          for value in (0.3, 2.0)]
-                together = common.train(getattr(script, name), group, data)
-                for f, (model, training) in zip(group, together):
-                    [(alone, curves)] = common.train(getattr(script, name), [f], data)
+                together = training.train_group(getattr(script, name), group, data)
+                for f, (model, trained) in zip(group, together):
+                    [(alone, curves)] = training.train_group(getattr(script, name), [f], data)
                     for key, value in alone.state_dict().items():
                         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-9, atol=1e-11)
-                    np.testing.assert_allclose(training["curves"]["loss"], curves["curves"]["loss"], rtol=1e-9)
-                self.assertNotEqual(*(training["curves"]["loss"] for _, training in together))
+                    np.testing.assert_allclose(trained["curves"]["loss"], curves["curves"]["loss"], rtol=1e-9)
+                self.assertNotEqual(*(trained["curves"]["loss"] for _, trained in together))
 
 
 class LinearTwin(unittest.TestCase):
@@ -317,32 +321,31 @@ class LinearTwin(unittest.TestCase):
         for script in (MNIST_CVAE_Relu, MNIST_CVAE_Relu_single_digit, MNIST_CVAE_CNN_single_digit):
             for released, level in ((False, 0.7 * 0.6**2), (True, 0.7 / 2 * 0.6**2)):
                 f = script.Flags(beta=0.7, eta_dec=0.6, eta_enc=1.3, dim_z=12, released_objective=released)
-                predicted = common.linear_prediction(script.CVAE, f, data)
+                predicted = script.CVAE.linear_optimum(f, data)
                 np.testing.assert_allclose(predicted["kl"], np.maximum(np.log(theta[:12] / level), 0) / 2, atol=1e-9)
                 self.assertTrue(0 < np.count_nonzero(predicted["kl"]) < 12 or released)
 
     def test_of_a_vae_and_an_hvae(self):
         """Their optimal loss is that of brute force over the modes (tests/test_theory.py); here that each gets its own flags."""
         data = small.digit_data(100, 4)
-        theta = common.spectrum(common.second_moment(*data.train)).sqrt()
+        theta = theory.spectrum(theory.second_moment(*data.train)).sqrt()
         flags = dict(beta=0.7, eta_dec=0.6, c=2.0, sigma=0.4, d_1=5)
-        found = common.linear_prediction(MNIST_VAE_Relu_learnable_sigma.VAE, MNIST_VAE_Relu_learnable_sigma.Flags(**flags), data)
+        found = MNIST_VAE_Relu_learnable_sigma.VAE.linear_optimum(MNIST_VAE_Relu_learnable_sigma.Flags(**flags), data)
         np.testing.assert_allclose(found["kl"], (theta[:5] / (0.7**0.5 * 0.6)).log().clamp(min=0), rtol=1e-9)
-        found = common.linear_prediction(MNIST_VAE_Relu_nonlearnable_sigma.VAE,
-                                         MNIST_VAE_Relu_nonlearnable_sigma.Flags(**flags), data)
+        found = MNIST_VAE_Relu_nonlearnable_sigma.VAE.linear_optimum(MNIST_VAE_Relu_nonlearnable_sigma.Flags(**flags), data)
         k = 0.7**0.5 * 2                                  # sqrt(beta) eta_dec / eta_enc
         lambda_ = (0.4 * (theta[:5] - k * 0.4).clamp(min=0) / k).sqrt()
         np.testing.assert_allclose(found["lambda"], lambda_, rtol=1e-6)
         for script in (MNIST_HVAE_Relu, MNIST_HVAE_CNN):
             f = script.Flags(beta_1=0.7, beta_2=1.2, eta_dec=0.6, eta_enc=1.3, sigma_1=0.8, d_1=5, d_2=4)
-            found = common.linear_prediction(script.HVAE, f, data)
+            found = script.HVAE.linear_optimum(f, data)
             m, b = (0.8**2 * theta[:4]**2 / (1.2 * 0.6**2)).clamp(min=0.8**2), 1.2 / 0.7 * 0.6**2      # 0.8^2 > b
             np.testing.assert_allclose(found["kl_2"], (m / b).log().clamp(min=0) / 2, rtol=1e-9)
             self.assertEqual((len(found["kl_1"]), len(found["kl_2"])), (5, 4))
 
     def test_of_no_weight(self):
         data = small.as_quarters(small.digit_data(30, 4))
-        self.assertIsNone(common.linear_prediction(MNIST_CVAE_Relu.CVAE, MNIST_CVAE_Relu.Flags(beta=0.0), data))
+        self.assertIsNone(MNIST_CVAE_Relu.CVAE.linear_optimum(MNIST_CVAE_Relu.Flags(beta=0.0), data))
 
     def results(self, kls, AUs):
         """Results of as many settings, each (predicted, trained); predicted active units carry 1 nat."""
@@ -352,12 +355,12 @@ class LinearTwin(unittest.TestCase):
 
     def test_rank_correlation(self):
         """Spearman's: Pearson's of ranks, ties at their mean rank. Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)."""
-        found = common.linear_correlations(self.results([(1, 10), (2, 30), (2, 20), (7, 31)], [(1, 4), (2, 3), (3, 2), (4, 1)]))
+        found = theory.linear_correlations(self.results([(1, 10), (2, 30), (2, 20), (7, 31)], [(1, 4), (2, 3), (3, 2), (4, 1)]))
         self.assertAlmostEqual(found["kl"], 4.5 / math.sqrt(4.5 * 5), places=12)
         self.assertAlmostEqual(found["AU"], -1, places=12)
 
     def test_rank_correlation_of_a_constant_is_none(self):
-        found = common.linear_correlations(self.results([(1, 1), (2, 2), (3, 3)], [(5, 4), (5, 3), (5, 2)]))
+        found = theory.linear_correlations(self.results([(1, 1), (2, 2), (3, 3)], [(5, 4), (5, 3), (5, 2)]))
         self.assertAlmostEqual(found["kl"], 1, places=12)
         self.assertTrue(math.isnan(found["AU"]))
 
@@ -389,9 +392,9 @@ class Synthetic(unittest.TestCase):
         kls = []
         for corr_type in Synthetic_CVAE_Relu_correlation.RHO:
             f = Synthetic_CVAE_Relu_correlation.Flags(corr_type=corr_type, dim_x=20, dim_y=20, dim_z=20)
-            predicted = common.linear_prediction(Synthetic_CVAE_Relu_correlation.CVAE, f, correlated(
+            predicted = Synthetic_CVAE_Relu_correlation.CVAE.linear_optimum(f, correlated(
                 corr_type=corr_type, dim_x=20, dim_y=20))
-            kls.append(sum(predicted["kl"]))
+            kls.append(predicted["kl"].sum().item())
         self.assertEqual(kls[0], 0)
         self.assertEqual(kls, sorted(kls))
         # E is (1 - rho^2) I but for sampling, so that each unit carries log((1 - rho^2) / eta_dec^2) / 2.

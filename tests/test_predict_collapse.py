@@ -1,16 +1,14 @@
 """predict_collapse.py: the closed forms on arrays from files, against numpy and the scripts; and what is no such array."""
-import dataclasses
 import json
 import math
-import tempfile
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
-import common
+import datasets
+import theory
 import MNIST_CVAE_Linear
 import MNIST_HVAE_Linear_learnable_sigma_2
 import MNIST_HVAE_Linear_nonlearnable_sigma_2
@@ -20,11 +18,9 @@ import predict_collapse
 from tests import small
 
 
-class Case(unittest.TestCase):
+class Case(small.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         random = np.random.default_rng(0)
         self.x = random.standard_normal((300, 5)) @ random.standard_normal((5, 6)) + 0.3 * random.standard_normal((300, 6)) + 0.5
         self.y = self.x[:, :3] @ random.standard_normal((3, 4)) + random.standard_normal((300, 4))
@@ -92,11 +88,11 @@ class Predictions(Case):
             with self.subTest(script=script.__module__):
                 found, _, _ = self.predict("--model", model, *argv, *(
                     word for name, value in (flags | etas).items() for word in (f"--{name}", value)))
-                load = common.load_mnist_quarters if model == "cvae" else common.load_mnist
+                load = datasets.load_mnist_quarters if model == "cvae" else datasets.load_mnist
                 f = predict_collapse.Flags(dataset="mnist", data_dir=str(self.folder / "data"), **flags | etas)
                 f.c, f.dim_z = f.eta_dec / f.eta_enc, f.d_1       # as those scripts call them
                 f.sigma = f.sigma or 1.0                          # where a learnable one starts
-                expected = common.per_unit(script.predicted(f, load([f])[0]))
+                expected = theory.per_unit(script.predicted(f, load([f])[0]))
                 for name, values in expected.items():
                     if name in found["predicted"] and not (name == "theta" and model == "cvae"):
                         np.testing.assert_allclose(*(np.array([math.inf if v is None else v for v in of])

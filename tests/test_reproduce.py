@@ -5,22 +5,18 @@ import io
 import json
 import tempfile
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
-import common
 import reproduce
 from tests import small
 from tests.small import ROOT
 
 
-class Made(unittest.TestCase):
+class Made(small.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         small.write_mnist(self.folder / "data")
 
     def call(self, *argv):
@@ -32,7 +28,7 @@ class Made(unittest.TestCase):
 
     def test_a_table_and_a_figure_of_the_same_runs(self):
         """Every row of the table is its result.json, exact and released objective; the figure trains nothing anew."""
-        with mock.patch("common.draw_run"):                   # each run's own pictures take most of the time
+        with mock.patch("pictures.draw_run"):                   # each run's own pictures take most of the time
             status, _, err = self.call("table_cvae", "figure_cvae_beta", "--seed", "1,2")
         self.assertEqual(status, 0, err)
         self.assertEqual(self.left(), {"table_cvae.md", "table_cvae.csv", "figure_cvae_beta.md", "figure_cvae_beta.csv",
@@ -102,7 +98,7 @@ class Made(unittest.TestCase):
                 f"MNIST_VAE_Delta.py --prior standard {small_delta}", f"MNIST_VAE_Delta.py --delta 2,5 {small_delta}"]), \
                 mock.patch.dict(reproduce.EXPERIMENTS["table_deep"].__dict__, commands=[
                     f"{script}.py --latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"
-                    for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT")]), mock.patch("common.draw_run"):
+                    for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT")]), mock.patch("pictures.draw_run"):
             status, _, err = self.call("figure_delta", "table_deep")
         self.assertEqual(status, 0, err)
         self.assertTrue((self.folder / "results" / "figure_delta.png").read_bytes().startswith(b"\x89PNG"))

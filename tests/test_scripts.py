@@ -1,22 +1,21 @@
 """Each script from its command line: a short training on few images, its files, its table, Ctrl-C."""
 import ast
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import common
+import datasets
 import MNIST_HVAE_Relu
 from tests import small
 from tests.small import ROOT
@@ -46,6 +45,7 @@ SCRIPTS = {
         ["--dim_x", "8", "--dim_y", "8", "--num_draws", "20"],
         [name + split for split in ("", "_train") for name in ["log_px", *ONE_LEVEL]], {"collapse.png", "training.png"}),
 }
+MODULES = ("common", "files", "theory", "datasets", "training", "pictures", "report", "deep")       # lower ones first
 SYNTHETIC = "Synthetic_CVAE_Relu_correlation.py"
 
 
@@ -55,14 +55,11 @@ def png_size(path):
     return tuple(int.from_bytes(content[k:k + 4], "big") for k in (16, 20))
 
 
-class CommandLine(unittest.TestCase):
+class CommandLine(small.WithMnist):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
-        small.write_mnist(cls.folder / "data")
-        labels = [common.draw_digits(n, seed)[1] for n, seed in ((256, 5), (64, 6))]      # as write_mnist draws them
+        super().setUpClass()
+        labels = [datasets.draw_digits(n, seed)[1] for n, seed in ((256, 5), (64, 6))]      # as write_mnist draws them
         cls.counts = {False: [256, 64], True: [int((of == 3).sum()) for of in labels]}
 
     def start(self, script, *argv, **more):
@@ -74,7 +71,8 @@ class CommandLine(unittest.TestCase):
     def test_every_script_is_tried(self):
         of_test_deep = {"MNIST_HVAE_Ladder.py", "MNIST_HVAE_DCT.py", "MNIST_HVAE_DVP.py", "MNIST_VAE_Delta.py"}
         self.assertEqual({path.name for path in ROOT.glob("*.py")} - set(SCRIPTS) - of_test_deep,
-                         {"common.py", "predict_collapse.py", "reproduce.py"} | {path.name for path in ROOT.glob("matrix_*.py")})
+                         {f"{name}.py" for name in (*MODULES, "predict_collapse", "reproduce")}
+                         | {path.name for path in ROOT.glob("matrix_*.py")})
 
     def test_each_script_leaves_complete_results(self):
         def twice(script):
@@ -180,11 +178,9 @@ class CommandLine(unittest.TestCase):
         self.assertIn("--eta_dec", err)
 
 
-class Grids(unittest.TestCase):
+class Grids(small.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         small.write_mnist(self.folder / "data")
 
     def run_grid(self, *argv):
@@ -234,23 +230,57 @@ class Grids(unittest.TestCase):
         self.assertEqual(len(list((self.folder / "runs").rglob("grids/*/collapse.png"))), 2)
 
 
-class Pictures(unittest.TestCase):
-    def test_captions_fit(self):
-        """A long caption is broken between flags, so that none of it is cut off."""
-        caption = "MNIST_HVAE_DCT on mnist latents=2,2," + ",".join(f"a_flag_{k}=MWMW{k}" for k in range(12)) + " seed=0"
-        for columns, width in ((1, 3.4), (2, 4.2), (5, 4.2)):
-            with mock.patch("common.write"), mock.patch("matplotlib.figure.Figure.savefig", autospec=True) as save:
-                common.save_figure("x.png", columns, 1, width, 3.0, caption, lambda axes: None)
-                common.write.call_args.args[1](None)
-            [figure] = save.call_args.args[:1]
-            shown = figure.get_supxlabel()
-            self.assertEqual("".join(shown.split()), "".join(caption.split()))
-            self.assertIn("latents=2,2, a_flag_0=MWMW0", shown.replace("\n", " "))
-            lines = figure.text(0, 0, shown, fontsize=8).get_window_extent(FigureCanvasAgg(figure).get_renderer())
-            self.assertLess(lines.width, figure.bbox.width)
+class Objectives(unittest.TestCase):
+    def test_loss_is_the_negative_beta_elbo(self):
+        """Of every script, by hand; --released_objective counts the reconstruction twice."""
+        log_px_z, released_by = torch.tensor([-3.0, -5.0]), set()
+        for path in [*ROOT.glob("MNIST_*.py"), *ROOT.glob("Synthetic_*.py")]:
+            script = importlib.import_module(path.stem)
+            Model = next(of for of in vars(script).values() if isinstance(of, type) and of.__name__.endswith("VAE"))
+            kl = torch.tensor([[1.0, 2.0], [0.5, 0.0]])
+            if hasattr(script.Flags, "beta_1"):
+                f = script.Flags(beta_1=2.0, beta_2=0.5)
+                terms, weighted = {"kl_1": kl, "kl_2": torch.tensor([[4.0], [1.0]])}, [2 * 3 + 0.5 * 4, 2 * 0.5 + 0.5]
+            elif hasattr(script.Flags, "latents"):            # any number of levels, all of one weight
+                f = script.Flags(beta=2.0)
+                terms, weighted = {"kl_1": kl, "kl_2": kl, "kl_3": torch.ones(2, 1)}, [2 * (3 + 3 + 1), 2 * (0.5 + 0.5 + 1)]
+            else:
+                f, terms, weighted = script.Flags(beta=2.0), {"kl": kl}, [2 * 3, 2 * 0.5]
+            for released in (False, True) if hasattr(f, "released_objective") else (False,):
+                f.released_objective = released
+                released_by |= {path.stem} if released else set()
+                expected = [(2 if released else 1) * of + kls for of, kls in zip((3, 5), weighted)]
+                with self.subTest(script=path.stem, released=released):
+                    self.assertEqual(Model.loss(None, terms | {"log_px_z": log_px_z}, f).tolist(), expected)
+        self.assertEqual(released_by, {path.stem for path in ROOT.glob("*.py") if re.search("(Relu|CNN)", path.stem)})
 
 
 class Documents(unittest.TestCase):
+    def test_modules_import_only_what_lies_below(self):
+        """The order of MODULES, wherever in a file an import stands; a script may import all of them, but no other script."""
+        for path in ROOT.glob("*.py"):
+            below = MODULES[:MODULES.index(path.stem)] if path.stem in MODULES else MODULES
+            if path.stem == "reproduce":                      # which runs the scripts by their names
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                for name in node.names if isinstance(node, ast.Import) else ():
+                    if (ROOT / f"{name.name}.py").exists():
+                        self.assertIn(name.name, below, path)
+                if isinstance(node, ast.ImportFrom):
+                    self.assertFalse((ROOT / f"{node.module}.py").exists(), path)
+
+    def test_what_is_slow_to_import_is_imported_where_it_is_used(self):
+        for name in MODULES:
+            for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+                names = [of.name for of in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+                self.assertFalse({"matplotlib", "torchvision"} & {str(of).split(".")[0] for of in names}, name)
+
+    def test_rooms_are_not_too_large(self):
+        lines = {name: len((ROOT / name).read_text().splitlines()) for name in [*(f"{of}.py" for of in MODULES), "README.md"]}
+        self.assertLess(lines["common.py"], 500)
+        self.assertLessEqual(lines["README.md"], 220)
+        self.assertLessEqual(max(lines.values()), 600)
+
     def test_only_the_allowed_packages_are_imported(self):
         allowed = {"torch", "torchvision", "numpy", "matplotlib", "common", "tests"} | set(sys.stdlib_module_names)
         scripts = {path.stem for path in ROOT.glob("*.py")}

@@ -1,16 +1,13 @@
 """The closed forms against brute force, the checks of the theorems, and spectra of awkward data."""
-import contextlib
 import json
 import math
-import tempfile
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
-import common
+import theory
 import matrix_CVAE
 import matrix_HVAE_learnable_sigma_1_2
 import matrix_HVAE_learnable_sigma_2
@@ -49,7 +46,7 @@ class ExactLosses(unittest.TestCase):
             f = matrix_VAE.Flags(beta=0.7, eta_enc=1.3, eta_dec=0.6, sigma="0.5/0.8/1.1", d_0=4, d_1=3,
                                  learnable_sigma=learnable)
             vae, [x] = matrix_VAE.VAE(f), self.data(4)
-            vae.A, p = common.second_moment(x), self.parameters(vae)
+            vae.A, p = theory.second_moment(x), self.parameters(vae)
             q = Normal(x @ p["W"].T, p["log_sigma"].exp() if learnable else torch.tensor([0.5, 0.8, 1.1]).double())
             z = q.sample((self.DRAWS,))
             losses = -Normal(z @ p["U"].T, 0.6).log_prob(x).sum(-1) + 0.7 * (
@@ -59,7 +56,7 @@ class ExactLosses(unittest.TestCase):
     def test_cvae(self):
         f = matrix_CVAE.Flags(beta=0.7, eta_enc=1.3, eta_dec=0.6, dim_x=2, dim_y=4, dim_z=3)
         cvae, [x, y] = matrix_CVAE.CVAE(f), self.data(2, 4)
-        cvae.moment, p = common.second_moment(x, y), self.parameters(cvae)
+        cvae.moment, p = theory.second_moment(x, y), self.parameters(cvae)
         q = Normal(x @ p["W1"].T + y @ p["W2"].T, p["log_sigma"].exp())
         z = q.sample((self.DRAWS,))
         losses = -Normal(z @ p["U1"].T + x @ p["U2"].T, 0.6).log_prob(y).sum(-1) + 0.7 * (
@@ -72,7 +69,7 @@ class ExactLosses(unittest.TestCase):
                              (matrix_HVAE_nonlearnable_sigma_2, dict(sigma_1=0.8, sigma_2=0.9, d_2=2)),
                              (matrix_HVAE_learnable_sigma_1_2, {})):
             hvae, [x] = script.HVAE(script.Flags(**same, **more)), self.data(4)
-            hvae.A, p = common.second_moment(x), self.parameters(hvae)
+            hvae.A, p = theory.second_moment(x), self.parameters(hvae)
             q_1 = Normal(x @ p["W1"].T, p["log_sigma_1"].exp() if "log_sigma_1" in p else 0.8)
             z_1 = q_1.sample((self.DRAWS,))
             q_2 = Normal(z_1 @ p["W2"].T, p["log_sigma_2"].exp() if "log_sigma_2" in p else 0.9)
@@ -88,14 +85,14 @@ class BruteForce(unittest.TestCase):
 
     def check(self, Problem, f, starts=3):
         problem, random = Problem(f), torch.Generator().manual_seed(5)
-        (found, loss), *_ = common.minimise(problem.loss, [
+        (found, loss), *_ = theory.minimise(problem.loss, [
             problem.start(lambda *shape: draw(random, *shape)) for _ in range(starts)])
         predicted = problem.predicted()
-        theory = common.compare(predicted, problem.units(found), loss)
-        self.assertGreaterEqual(len(theory["errors"]), 5)
-        for name, error in theory["errors"].items():
+        beside = theory.compare(predicted, problem.units(found), loss)
+        self.assertGreaterEqual(len(beside["errors"]), 5)
+        for name, error in beside["errors"].items():
             self.assertLess(error, 1e-6, (name, f))
-        self.assertLess(abs(theory["gap"]), 1e-9, f)
+        self.assertLess(abs(beside["gap"]), 1e-9, f)
         return predicted
 
     def test_vae(self):
@@ -158,11 +155,11 @@ class Batches(unittest.TestCase):
         b_1, b_2, s = (torch.tensor(values, dtype=torch.float64) for values in (
             [0.3, 1.0, 2.0], [2.0, 0.4, 1.0], [0.5, 1.0, 1.5]))
         forms = {
-            "vae": lambda a, b, c: common.vae_optimum(theta, 4, a, b, c),
-            "cvae": lambda a, b, c: common.cvae_optimum(theta, 7, a, b, c),
-            "fixed": lambda a, b, c: common.vae_optimum_fixed_sigma(theta, torch.tensor([2.0, 0.5, 1.0]), a, b, c),
-            "hvae": lambda a, b, c: common.hvae_optimum(theta, 4, 3, c, a, b, 0.7, 0.9),
-            "hvae fixed": lambda a, b, c: common.hvae_optimum_fixed_sigma_2(theta, 4, 6, c, 0.8, a, b, 0.7, c)}
+            "vae": lambda a, b, c: theory.vae_optimum(theta, 4, a, b, c),
+            "cvae": lambda a, b, c: theory.cvae_optimum(theta, 7, a, b, c),
+            "fixed": lambda a, b, c: theory.vae_optimum_fixed_sigma(theta, torch.tensor([2.0, 0.5, 1.0]), a, b, c),
+            "hvae": lambda a, b, c: theory.hvae_optimum(theta, 4, 3, c, a, b, 0.7, 0.9),
+            "hvae fixed": lambda a, b, c: theory.hvae_optimum_fixed_sigma_2(theta, 4, 6, c, 0.8, a, b, 0.7, c)}
         for name, form in forms.items():
             together = form(b_1, b_2, s)
             self.assertEqual(together["loss"].shape, (3,))
@@ -175,14 +172,14 @@ class Batches(unittest.TestCase):
     def test_collapse_thresholds(self):
         """A unit has information just below its threshold and none just above it; never means never."""
         theta = torch.tensor([3.0, 2.0, 1.2, 0.6, 0.1], dtype=torch.float64)
-        forms = [("", lambda beta: common.vae_optimum(theta, 6, beta, 0.7, 0.9)),
-                 ("", lambda beta: common.cvae_optimum(theta, 4, beta, 0.7, 0.9)),
-                 ("", lambda beta: common.vae_optimum_fixed_sigma(theta, torch.tensor([2.0, 0.5, 1.0, 0.2]), beta, 0.7, 0.9))]
+        forms = [("", lambda beta: theory.vae_optimum(theta, 6, beta, 0.7, 0.9)),
+                 ("", lambda beta: theory.cvae_optimum(theta, 4, beta, 0.7, 0.9)),
+                 ("", lambda beta: theory.vae_optimum_fixed_sigma(theta, torch.tensor([2.0, 0.5, 1.0, 0.2]), beta, 0.7, 0.9))]
         for sigma_1, beta_1, d_2 in ((0.5, 1.0, 5), (1.5, 0.4, 5), (1.1, 2.0, 3)):
             for level in ("_1", "_2"):
-                forms.append((level, lambda beta, a=(sigma_1, beta_1), d_2=d_2: common.hvae_optimum(
+                forms.append((level, lambda beta, a=(sigma_1, beta_1), d_2=d_2: theory.hvae_optimum(
                     theta, 4, d_2, a[0], a[1], beta, 0.7, 0.9)))
-                forms.append((level, lambda beta, a=(sigma_1, beta_1), d_2=d_2: common.hvae_optimum_fixed_sigma_2(
+                forms.append((level, lambda beta, a=(sigma_1, beta_1), d_2=d_2: theory.hvae_optimum_fixed_sigma_2(
                     theta, 4, d_2, a[0], 0.6, a[1], beta, 0.7, 0.9)))
         seen = set()
         for level, form in forms:
@@ -211,14 +208,14 @@ class Spectra(unittest.TestCase):
     def test_second_moment(self):
         x, y = self.normal(1300, 3), self.normal(1300, 2)
         v = torch.cat([x, y], 1)
-        torch.testing.assert_close(common.second_moment(x, y), torch.einsum("ni,nj->ij", v, v) / 1300, rtol=0, atol=1e-13)
-        self.assertEqual(common.second_moment(x.float()).dtype, torch.float64)
+        torch.testing.assert_close(theory.second_moment(x, y), torch.einsum("ni,nj->ij", v, v) / 1300, rtol=0, atol=1e-13)
+        self.assertEqual(theory.second_moment(x.float()).dtype, torch.float64)
 
     def test_root(self):
-        moment = common.second_moment(self.normal(40, 6) @ self.normal(6, 6))
-        R = common.root(moment)
+        moment = theory.second_moment(self.normal(40, 6) @ self.normal(6, 6))
+        R = theory.root(moment)
         torch.testing.assert_close(R @ R.T, moment)
-        self.assertTrue((common.spectrum(moment).diff() <= 0).all())
+        self.assertTrue((theory.spectrum(moment).diff() <= 0).all())
 
     def test_residual_is_that_of_least_squares(self):
         """Also where x is singular: a pixel that is always 0, one that repeats another, fewer rows than columns."""
@@ -227,41 +224,36 @@ class Spectra(unittest.TestCase):
             x[:, 2], x[:, 4] = 0, 3 * x[:, 1]
             y = self.normal(rows, 5) + x @ self.normal(6, 5)
             explained = x @ (torch.linalg.pinv(x) @ y)
-            E = common.residual(common.second_moment(x, y), 6)
-            torch.testing.assert_close(E, common.second_moment(y - explained), rtol=0, atol=1e-12)
-            self.assertTrue((common.spectrum(E) >= 0).all())
+            E = theory.residual(theory.second_moment(x, y), 6)
+            torch.testing.assert_close(E, theory.second_moment(y - explained), rtol=0, atol=1e-12)
+            self.assertTrue((theory.spectrum(E) >= 0).all())
 
     def test_what_x_tells_wholly_collapses(self):
         x = self.normal(300, 4)
-        E = common.residual(common.second_moment(x, x @ self.normal(4, 3)), 4)
-        self.assertTrue((common.cvae_optimum(common.spectrum(E), 3, 1e-9, 1.0, 1.0)["kl"] == 0).all())
+        E = theory.residual(theory.second_moment(x, x @ self.normal(4, 3)), 4)
+        self.assertTrue((theory.cvae_optimum(theory.spectrum(E), 3, 1e-9, 1.0, 1.0)["kl"] == 0).all())
 
     def test_awkward_data(self):
         """Zeros, a constant feature, fewer rows than columns, more units than modes: finite and right, everywhere."""
         constant = self.normal(50, 4)
         constant[:, 2] = 7.0
         for x in (torch.zeros(9, 4, dtype=torch.float64), constant, self.normal(2, 4)):
-            theta = common.spectrum(common.second_moment(x)).sqrt()
+            theta = theory.spectrum(theory.second_moment(x)).sqrt()
             singular = torch.nn.functional.pad(torch.linalg.svdvals(x / len(x)**0.5), (0, max(0, 4 - len(x))))
             torch.testing.assert_close(theta, singular, rtol=0, atol=1e-7)
-            for optimum in (common.vae_optimum(theta, 6, 0.5, 1.0, 0.5),
-                            common.vae_optimum_fixed_sigma(theta, torch.full((6,), 0.3), 0.5, 1.0, 0.5),
-                            common.hvae_optimum(theta, 6, 5, 0.5, 0.5, 2.0, 1.0, 0.5),
-                            common.hvae_optimum_fixed_sigma_2(theta, 5, 6, 0.5, 0.5, 0.5, 2.0, 1.0, 0.5)):
+            for optimum in (theory.vae_optimum(theta, 6, 0.5, 1.0, 0.5),
+                            theory.vae_optimum_fixed_sigma(theta, torch.full((6,), 0.3), 0.5, 1.0, 0.5),
+                            theory.hvae_optimum(theta, 6, 5, 0.5, 0.5, 2.0, 1.0, 0.5),
+                            theory.hvae_optimum_fixed_sigma_2(theta, 5, 6, 0.5, 0.5, 0.5, 2.0, 1.0, 0.5)):
                 for name, values in optimum.items():
                     self.assertFalse(values.isnan().any(), name)
             rank = int((singular > 1e-7).sum())
-            self.assertTrue((common.vae_optimum(theta, 6, 1e-9, 1.0, 1.0)["kl"][rank:] == 0).all())
+            self.assertTrue((theory.vae_optimum(theta, 6, 1e-9, 1.0, 1.0)["kl"][rank:] == 0).all())
 
 
-class Verdicts(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
+class Verdicts(small.InFolder):
     def run_script(self, script, *argv):
-        with mock.patch.object(common, "STARTS", 2):
+        with mock.patch.object(theory, "STARTS", 2):
             return small.call(script.main, "--out_dir", self.folder, *argv)
 
     def assert_verified(self, out, status):
@@ -306,7 +298,7 @@ class Verdicts(unittest.TestCase):
 
     def test_a_broken_formula_fails(self):
         """Each theorem with a mistake, the first ones those of the authors' released code."""
-        forms = {name: getattr(common, name) for name in ("vae_optimum", "cvae_optimum", "vae_optimum_fixed_sigma",
+        forms = {name: getattr(theory, name) for name in ("vae_optimum", "cvae_optimum", "vae_optimum_fixed_sigma",
                                                           "hvae_optimum", "hvae_optimum_fixed_sigma_2")}
 
         def changed(name, change):
@@ -339,7 +331,7 @@ class Verdicts(unittest.TestCase):
              lambda o, theta, d, beta, enc, dec: forms["vae_optimum"](theta, d, beta, 1.1 * enc, dec)),
         ]
         for mistake, script, argv, name, change in cases:
-            with self.subTest(mistake), mock.patch.object(common, name, changed(name, change)):
+            with self.subTest(mistake), mock.patch.object(theory, name, changed(name, change)):
                 status, out, _ = self.run_script(script, *argv)
                 self.assertRegex(out.strip().split("\n")[-1], "^FAILED max error ")
                 self.assertEqual(status, 1)
@@ -347,7 +339,7 @@ class Verdicts(unittest.TestCase):
     def test_an_optimiser_that_stops_early_fails(self):
         def early(loss, starts, **more):
             return [(starts[0], loss(starts[0]).item())]
-        with mock.patch.object(common, "minimise", early):
+        with mock.patch.object(theory, "minimise", early):
             status, out, _ = self.run_script(matrix_VAE)
         self.assertEqual((status, out.strip().split("\n")[-1].split()[0]), (1, "FAILED"))
 
@@ -366,10 +358,10 @@ class Verdicts(unittest.TestCase):
 
     def test_ties_are_told(self):
         theta = torch.tensor([2.0, 2.0, 0.5], dtype=torch.float64)
-        theory = common.compare(common.vae_optimum(theta, 3, 1.0, 1.0, 1.0), {}, 0.0)
-        self.assertIn("units 1 and 2 have the same theta", common.notes(theory)[0])
-        theory = common.compare(common.hvae_optimum(theta, 3, 3, 2.0, 1.0, 1.0, 1.0, 1.0), {}, 0.0)
-        self.assertIn("nothing but the noise of z1", common.notes(theory)[-1])
+        beside = theory.compare(theory.vae_optimum(theta, 3, 1.0, 1.0, 1.0), {}, 0.0)
+        self.assertIn("units 1 and 2 have the same theta", theory.notes(beside)[0])
+        beside = theory.compare(theory.hvae_optimum(theta, 3, 3, 2.0, 1.0, 1.0, 1.0, 1.0), {}, 0.0)
+        self.assertIn("nothing but the noise of z1", theory.notes(beside)[-1])
 
     def test_refused(self):
         for argv, flag in ((("--beta", 0), "--beta"), (("--sigma", "1/2"), "--sigma"), (("--sigma", "1/-2/1/1/1"), "--sigma"),

@@ -1,12 +1,20 @@
-"""Flags: what a command line means, and what is refused."""
+"""Flags: what a command line means, and what is refused; densities; the noise of many processes; how a script ends."""
+import contextlib
+import errno
+import io
+import math
+import os
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.distributions import Independent, Normal
 
 import common
+import datasets
+import files
 import MNIST_HVAE_Relu
 import MNIST_VAE_Linear_nonlearnable_sigma
 from tests.small import call
@@ -59,7 +67,7 @@ class Values(unittest.TestCase):
     def test_help_names_every_flag_with_default(self):
         status, out, _ = call(MNIST_HVAE_Relu.main, "--help")
         self.assertEqual(status, 0)
-        for name in common.what(MNIST_HVAE_Relu.Flags(), common.Data("mnist", (), (), None, None)):
+        for name in files.what(MNIST_HVAE_Relu.Flags(), datasets.Data("mnist", (), (), None, None)):
             self.assertIn(f"--{name}=VALUE", out)
         self.assertIn("default 0.5", out)
 
@@ -68,7 +76,7 @@ class Refused(unittest.TestCase):
     """Exit status 2, one line that names the flag, what came and what is allowed; nothing is trained."""
 
     def refuse(self, argv, *parts):
-        with mock.patch("common.train", side_effect=AssertionError("trained")):
+        with mock.patch("training.train_group", side_effect=AssertionError("trained")):
             status, out, err = call(MNIST_HVAE_Relu.main, *argv)
         self.assertEqual(status, 2, err)
         self.assertEqual(out, "")
@@ -139,6 +147,58 @@ class Refused(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             for device in ("gpu", "cuda:99", "meta", "cpu:x"):
                 self.refuse(["--device", device, "--out_dir", folder], "--device", device, "auto, cpu")
+
+
+class Densities(unittest.TestCase):
+    def test_log_normal(self):
+        random = torch.Generator().manual_seed(0)
+        x, mean = torch.rand(5, 784, generator=random).double(), torch.randn(3, 5, 784, generator=random).double()
+        std = torch.tensor(0.37).double()
+        torch.testing.assert_close(common.log_normal(x, mean, std), Independent(Normal(mean, std), 1).log_prob(x))
+
+    def test_log_normal_in_float32(self):
+        """Within 1e-4 nats of float64, at MNIST's size and the smallest published std."""
+        random = torch.Generator().manual_seed(0)
+        x, mean = torch.rand(5, 784, generator=random), torch.rand(9, 5, 784, generator=random)
+        exact = Independent(Normal(mean.double(), torch.tensor(0.25).double()), 1).log_prob(x.double())
+        found = common.log_normal(x, mean, torch.tensor(0.25))
+        self.assertLess((found - exact).abs().max().item(), 1e-6 * exact.abs().max().item())
+
+    def test_std_head(self):
+        prior = torch.tensor(0.5)
+        raw = torch.tensor([-1e4, -3.0, 0.0, 2.0, 1e4])
+        std = common.std_head(raw, prior)
+        self.assertAlmostEqual(std[2].item(), 0.5, places=6)
+        self.assertTrue((std > 0).all() and (std.diff() > 0).all())
+        self.assertAlmostEqual(std[1].item(), 0.5 * math.log1p(math.exp(-3)) / math.log(2), places=6)
+
+
+class Run(unittest.TestCase):
+    def test_a_full_disk_is_one_line(self):
+        for number, status in ((errno.ENOSPC, 1), (errno.EDQUOT, 1)):
+            with contextlib.redirect_stderr(io.StringIO()) as err, self.assertRaises(SystemExit) as end:
+                common.run(mock.Mock(side_effect=OSError(number, os.strerror(number), "runs/x/model.pt")))
+            self.assertEqual(end.exception.code, status)
+            self.assertIn("runs/x/model.pt could not be written", err.getvalue())
+        with self.assertRaises(OSError):                      # others are no full disk
+            common.run(mock.Mock(side_effect=OSError(errno.EACCES, "no")))
+
+
+class Noise(unittest.TestCase):
+    def test_rows_of_the_noise(self):
+        """Each of three processes draws its rows of what one draws for all."""
+        x = torch.zeros(4, 2, 3)
+        for draw, all_of in ((common.normal_like, torch.randn), (common.uniform_like, torch.rand)):
+            torch.manual_seed(1)
+            whole = all_of(12, 2, 3)
+            for rank in range(3):
+                torch.manual_seed(1)
+                with common.noise_of(rank, 3):
+                    self.assertTrue(torch.equal(draw(x), whole[4 * rank:4 * rank + 4]))
+            torch.manual_seed(1)
+            alone = draw(x)                                   # of one process
+            torch.manual_seed(1)
+            self.assertTrue(torch.equal(alone, all_of(4, 2, 3)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """fit: the same numbers as a plain loop, alone or in a grid, or twice; what is finished, diverged or interrupted."""
+import contextlib
 import dataclasses
+import errno
+import io
 import json
 import math
+import os
 import tempfile
 import unittest
 from pathlib import Path
@@ -9,7 +13,11 @@ from unittest import mock
 
 import torch
 
-import common
+import MNIST_HVAE_Ladder
+import Synthetic_CVAE_Relu_correlation
+import datasets
+import files
+import training
 import MNIST_HVAE_Relu
 from tests import small
 
@@ -20,7 +28,7 @@ def flags(Flags=small.Flags, **values):
 
 def train(Model, group, data):
     with mock.patch("sys.stderr"):
-        return common.train(Model, group, data)
+        return training.train_group(Model, group, data)
 
 
 def states(trained):
@@ -57,6 +65,9 @@ class SameNumbers(unittest.TestCase):
 
             def forward(self, x, f, sample_shape=()):
                 return {"log_px_z": self.scale * x[:, 0], "kl_1": self.scale * x[:, 1:3].abs()}
+
+            def loss(self, terms, f):
+                return -terms["log_px_z"] + f.beta_1 * terms["kl_1"].sum(-1)
 
         data = small.gaussian_data(100)
         [x], f = data.train, flags(beta_1=3.0, lr=1e-30)
@@ -95,9 +106,9 @@ class SameNumbers(unittest.TestCase):
         found = []
         for side_by_side in (True, False):
             with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stderr"), \
-                    mock.patch("common.train", wraps=common.train) as spy:
+                    mock.patch("training.train_group", wraps=training.train_group) as spy:
                 placed = [dataclasses.replace(f, out_dir=folder) for f in settings]
-                found.append(common.fit(small.LinearHVAE, placed, [data] * 3, side_by_side=side_by_side))
+                found.append(training.fit(small.LinearHVAE, placed, [data] * 3, side_by_side=side_by_side))
             self.assertEqual(spy.call_count, 1 if side_by_side else 3)
         for a, b in zip(*found):
             self.assert_close(a.state_dict(), b.state_dict(), 1e-9)
@@ -118,13 +129,6 @@ class SameNumbers(unittest.TestCase):
         train(small.LinearHVAE, [flags()], small.gaussian_data())
         self.assertTrue(torch.equal(torch.rand(3), expected))
 
-    def test_released_objective_counts_the_reconstruction_twice(self):
-        terms = {"log_px_z": torch.tensor([-3.0, -5.0]), "kl_1": torch.tensor([[1.0, 2.0], [0.5, 0.0]]),
-                 "kl_2": torch.tensor([[4.0], [1.0]])}
-        f = flags(MNIST_HVAE_Relu.Flags, beta_1=2.0, beta_2=0.5)
-        self.assertEqual(common.beta_elbo_loss(terms, f).tolist(), [3 + 2 * 3 + 0.5 * 4, 5 + 2 * 0.5 + 0.5])
-        f.released_objective = True
-        self.assertEqual(common.beta_elbo_loss(terms, f).tolist(), [6 + 2 * 3 + 0.5 * 4, 10 + 2 * 0.5 + 0.5])
 
 
 class Clipping(unittest.TestCase):
@@ -142,7 +146,7 @@ class Clipping(unittest.TestCase):
                 p.grad = of.grad[g].clone()
             torch.nn.utils.clip_grad_norm_(alone, 0.5)
             expected.append([p.grad for p in alone])
-        common.clip(stacked, 0.5, 3)
+        training.clip(stacked, 0.5, 3)
         for g in range(3):
             norm = math.sqrt(sum(p.grad[g].square().sum().item() for p in stacked))
             self.assertAlmostEqual(norm, 0.5, places=4) if g < 2 else self.assertLess(norm, 0.01)
@@ -184,17 +188,15 @@ class Divergence(unittest.TestCase):
                 torch.testing.assert_close(value, alone[0].state_dict()[name], rtol=0, atol=1e-4)
 
 
-class Finished(unittest.TestCase):
+class Finished(small.InFolder):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.addCleanup(common.unlock)
+        super().setUp()
         self.data = [small.gaussian_data()] * 2
-        self.settings = [flags(beta_1=beta, out_dir=folder.name) for beta in (0.5, 1.0)]
+        self.settings = [flags(beta_1=beta, out_dir=str(self.folder)) for beta in (0.5, 1.0)]
 
     def fit(self, settings):
-        with mock.patch("sys.stderr"), mock.patch("common.train", wraps=common.train) as spy:
-            models = common.fit(small.LinearHVAE, settings, self.data[:len(settings)])
+        with mock.patch("sys.stderr"), mock.patch("training.train_group", wraps=training.train_group) as spy:
+            models = training.fit(small.LinearHVAE, settings, self.data[:len(settings)])
         return models, [len(call.args[1]) for call in spy.call_args_list]
 
     def test_not_trained_again(self):
@@ -214,7 +216,7 @@ class Finished(unittest.TestCase):
         [f] = self.settings[:1]
         self.fit([f])
         self.assertEqual(self.fit([dataclasses.replace(f, num_epochs=3)])[1], [1])
-        training = common.run_dir(f, self.data[0]) / "training.json"
+        training = files.run_dir(f, self.data[0]) / "training.json"
         text = training.read_text()
         for broken in (text[:-20], "", text.replace('"d_1": 3', '"d_1": 4')):
             training.write_text(broken)
@@ -223,7 +225,7 @@ class Finished(unittest.TestCase):
     def test_a_model_that_cannot_be_read_is_trained_again(self):
         [f] = self.settings[:1]
         self.fit([f])
-        model = common.run_dir(f, self.data[0]) / "model.pt"
+        model = files.run_dir(f, self.data[0]) / "model.pt"
         whole = model.read_bytes()
         for content in (whole[:-200], b"", b"no model at all", None):
             model.unlink() if content is None else model.write_bytes(content)
@@ -235,7 +237,7 @@ class Finished(unittest.TestCase):
     def test_overwriting_leaves_nothing_of_the_old_run(self):
         [f] = self.settings[:1]
         self.fit([f])
-        folder = common.run_dir(f, self.data[0])
+        folder = files.run_dir(f, self.data[0])
         for name in ("result.json", "units.npz", "collapse.png"):
             (folder / name).write_text("old")
         self.fit([dataclasses.replace(f, overwrite=True)])
@@ -244,39 +246,205 @@ class Finished(unittest.TestCase):
     def test_interrupted_in_the_second_group(self):
         """Ctrl-C: what was finished stays."""
         settings = [self.settings[0], dataclasses.replace(self.settings[0], seed=1)]
-        real = common.train
+        real = training.train_group
 
-        def interrupted(Model, group, data, checkpoint):
+        def interrupted(Model, group, data, *more):
             if group[0].seed == 1:
                 raise KeyboardInterrupt
-            return real(Model, group, data, checkpoint)
+            return real(Model, group, data, *more)
 
-        with mock.patch("sys.stderr"), mock.patch("common.train", interrupted), self.assertRaises(KeyboardInterrupt):
-            common.fit(small.LinearHVAE, settings, self.data)
+        with mock.patch("sys.stderr"), mock.patch("training.train_group", interrupted), self.assertRaises(KeyboardInterrupt):
+            training.fit(small.LinearHVAE, settings, self.data)
         self.assertEqual(self.fit(settings)[1], [1])
 
-    def test_files_are_whole_or_absent(self):
-        path = Path(self.settings[0].out_dir, "deep", "file")
-        common.write(path, lambda file: file.write(b"first"))
 
-        def breaks(file):
-            file.write(b"half")
-            raise OSError("disk full")
-        with self.assertRaises(OSError):
-            common.write(path, breaks)
-        with mock.patch("os.replace", side_effect=OSError("killed")), self.assertRaises(OSError):
-            common.write(path, lambda file: file.write(b"second"))
-        self.assertEqual([p.name for p in path.parent.iterdir()], ["file"])
-        self.assertEqual(path.read_bytes(), b"first")
+class Checkpoints(small.InFolder):
+    def settings(self, count, **values):
+        return [MNIST_HVAE_Relu.Flags(d_hidden=8, d_1=3, d_2=2, batch_size=32, num_epochs=3, num_samples=0, device="cpu",
+                                      out_dir=str(self.folder), beta_1=0.5 + k, **values) for k in range(count)]
 
-    def test_run_names(self):
-        data = self.data[0]
-        self.assertEqual(common.run_name(small.Flags(), dataclasses.replace(data, name="mnist")), "default")
-        self.assertEqual(common.run_name(small.Flags(beta_1=0.1, seed=2, device="cpu"), data),
-                         "beta_1=0.1,seed=2,dataset=gaussian")
-        long = {f"flag_{k}": 0.123456789 for k in range(30)}
-        self.assertLess(len(common.spell(long)), 256)
-        self.assertNotEqual(common.spell(long), common.spell(long | {"flag_29": 1}))
+    def fit(self, settings, data, stop_after=None):
+        """training.fit, stopped after so many checkpoints, which are written at every step; the models and stderr."""
+        written, write = [], training.Checkpoint.write
+
+        def counted(checkpoint, state):
+            write(checkpoint, state)
+            written.append(checkpoint.path)
+            if len(written) == stop_after:
+                raise SystemExit
+
+        with mock.patch("training.Checkpoint.write", counted), contextlib.redirect_stderr(io.StringIO()) as err:
+            with contextlib.suppress(SystemExit):
+                settings = [dataclasses.replace(f, checkpoint_seconds=0.0) for f in settings]
+                return training.fit(MNIST_HVAE_Relu.HVAE, settings, [data] * len(settings)), err.getvalue()
+        return written[-1], err.getvalue()
+
+    def curves(self, f, data):
+        return {name: of for name, of in files.read_result(f, data, "training.json").items() if name != "seconds"}
+
+    def test_same_numbers_from_every_place(self):
+        """Stopped in an epoch, before its small last batch, at its end and after all: bit by bit as if not."""
+        data = small.digit_data(100, 4, torch.float32)        # four batches an epoch, the last of 4 examples
+        for count, schedule in ((1, "constant"), (1, "cosine"), (3, "constant")):
+            settings = self.settings(count, lr_schedule=schedule, overwrite=True)
+            expected, _ = self.fit(settings, data)
+            curves = [self.curves(f, data) for f in settings]
+            for stop_after in (1, 3, 4, 6, 12) + ((13,) if count > 1 else ()):
+                self.fit(settings, data, stop_after)
+                found, err = self.fit(settings, data)
+                self.assertIn("going on in epoch", err)
+                for a, b in zip(expected, found):
+                    for name, value in a.state_dict().items():
+                        self.assertTrue(torch.equal(value, b.state_dict()[name]), (count, stop_after, name))
+                self.assertEqual([self.curves(f, data) for f in settings], curves)
+                self.assertFalse((self.folder / "MNIST_HVAE_Relu" / "checkpoints").exists())
+
+    def test_killed_between_the_results_of_a_group(self):
+        """The finished ones stay as they are, the others come from the checkpoint of all."""
+        data, settings = small.digit_data(100, 4, torch.float32), self.settings(3)
+        expected, _ = self.fit(settings, data)
+        again, begun = [dataclasses.replace(f, seed=1) for f in settings], []
+        real = files.write_json
+
+        def second_fails(path, value):
+            begun.append(path)
+            if len(begun) == 2:
+                raise SystemExit
+            real(path, value)
+
+        with mock.patch("files.write_json", second_fails):
+            self.fit(again, data)
+        undisturbed = [dataclasses.replace(f, out_dir=f"{self.folder}/other") for f in again]
+        expected, _ = self.fit(undisturbed, data)
+        with mock.patch("training.train_group", wraps=training.train_group) as spy:
+            found, err = self.fit(again, data)
+        self.assertEqual(len(spy.call_args.args[1]), 3)
+        self.assertIn("going on in epoch 4 of 3", err)
+        self.assertEqual(err.count("already trained"), 1)
+        for a, b in zip(expected, found):
+            for name, value in a.state_dict().items():
+                self.assertTrue(torch.equal(value, b.state_dict()[name]))
+
+    def test_refused(self):
+        """Truncated, of another version, or of other settings: named, and training starts over."""
+        data, [f, other] = small.digit_data(100, 4, torch.float32), self.settings(2)
+        path, _ = self.fit([f], data, 5)
+        whole = path.read_bytes()
+        saved = torch.load(path, weights_only=True)
+        elsewhere, _ = self.fit([other], data, 5)
+
+        def of_another(**values):
+            buffer = io.BytesIO()
+            torch.save(saved | {"of": saved["of"] | values}, buffer)
+            return buffer.getvalue()
+
+        for content, says in ((whole[:-300], "it is not whole"), (b"", "it is not whole"), (b"no checkpoint", "it is not whole"),
+                              (of_another(torch="1.0"), "it is of another torch"),
+                              (of_another(format=0), "it is of another format"),
+                              (of_another(device="cuda (NVIDIA H200)"), "it is of another device"),
+                              (of_another(script="0"), "it is of another script"),
+                              (elsewhere.read_bytes(), "it is of another settings")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            _, err = self.fit([dataclasses.replace(f, overwrite=True)], data)
+            self.assertIn(f"checkpoint {path} is refused, training starts over: {says}", err)
+            self.assertNotIn("going on", err)
+            self.assertFalse(path.exists())
+
+    def test_no_pickle_is_executed(self):
+        data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
+        path, _ = self.fit([f], data, 5)
+        harmed = self.folder / "harmed"
+
+        class Harm:
+            def __reduce__(self):
+                return Path.touch, (harmed,)
+
+        torch.save({"of": Harm(), "state": {}}, path)
+        _, err = self.fit([f], data)
+        self.assertIn("is refused", err)
+        self.assertFalse(harmed.exists())
+
+    def test_another_evaluation_trains_nothing(self):
+        """Other draws take over the trained weights, not so anything else; nor are they taken over where they are broken."""
+        data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
+        [model], _ = self.fit([f], data)
+        more = dataclasses.replace(f, num_samples=7)
+        (again, *_), err = self.fit([more, dataclasses.replace(more, num_samples=8)], data)
+        self.assertEqual((err.count("already trained"), err.count("training: ")), (2, 0))
+        for name, weights in model.state_dict().items():
+            self.assertTrue(torch.equal(again.state_dict()[name], weights), name)
+        self.assertEqual(self.curves(more, data) | {"settings": 0}, self.curves(f, data) | {"settings": 0})
+        self.assertEqual(files.read_result(more, data, "training.json")["settings"]["num_samples"], 7)
+        self.assertTrue((files.run_dir(more, data) / "model.pt").exists())
+        for other in (dataclasses.replace(f, seed=1), dataclasses.replace(more, d_2=3), dataclasses.replace(more, lr=2e-3)):
+            _, err = self.fit([other], data)
+            self.assertNotIn("already trained", err)
+        for draws in (0, 7):                                  # a diverged training, too, is not made twice
+            [lost], err = self.fit([dataclasses.replace(f, lr=1e6, num_samples=draws)], data)
+            self.assertEqual((lost, "already trained" in err), (None, draws == 7))
+        broken = dataclasses.replace(f, d_1=4)
+        self.fit([broken], data)
+        (files.run_dir(broken, data) / "model.pt").write_bytes(b"")
+        _, err = self.fit([dataclasses.replace(broken, num_samples=7)], data)
+        self.assertIn("training again", err)
+        self.assertNotIn("already trained", err)
+
+    def test_where_there_are_no_locks(self):
+        """Some network file systems have none: said, and trained all the same."""
+        data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
+        with mock.patch("fcntl.lockf", side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))):
+            [model], err = self.fit([f], data)
+        self.assertIsNotNone(model)
+        self.assertIn("warning: no locks in ", err)
+
+    def test_results_of_before_a_flag_was_new(self):
+        """A finished run's settings may lack a flag: it counts as at its default."""
+        data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
+        self.fit([f], data)
+        path = files.run_dir(f, data) / "training.json"
+        training = json.loads(path.read_text())
+        del training["settings"]["matmul"]
+        path.write_text(json.dumps(training))
+        self.assertIsNotNone(files.read_result(f, data, "training.json"))
+        self.assertIsNone(files.read_result(dataclasses.replace(f, matmul="tf32"), data, "training.json"))
+        del training["settings"]["d_hidden"]                  # not at its default here
+        path.write_text(json.dumps(training))
+        self.assertIsNone(files.read_result(f, data, "training.json"))
+
+    def test_rows_are_no_draws(self):
+        """Where --num_samples is the number of rows, other rows train anew, other draws do not."""
+        argv = ("--dim_x", 3, "--dim_y", 3, "--dim_z", 2, "--num_epochs", 1, "--device", "cpu", "--out_dir", self.folder)
+        for flags, trained in (((40, 0), True), ((40, 5), False), ((50, 5), True)):
+            status, _, err = small.call(Synthetic_CVAE_Relu_correlation.main, *argv, "--num_samples", flags[0], "--num_draws", flags[1])
+            self.assertEqual((status, "training: epoch" in err, "already trained" in err), (0, trained, not trained), err)
+
+
+class Together(small.InFolder):
+    """One setting by all processes: the loop of the deep scripts."""
+
+    def test_of_another_number_of_processes(self):
+        """Their steps are other ones: the checkpoint is refused."""
+        f = MNIST_HVAE_Ladder.Flags(num_epochs=1, out_dir=str(self.folder), device="cpu", batch_size=8)
+        images = torch.rand(32, 1, 28, 28)
+        data = datasets.Data("digits", (images,), (images,))
+        training.Checkpoint([f], data, processes=2).write({"": {}})
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertIsNone(training.Checkpoint([f], data).state)
+        self.assertIn("it is of another processes", err.getvalue())
+
+    def test_divergence(self):
+        """A loss that is not finite ends the training; its epoch and the last finite loss are told."""
+        with tempfile.TemporaryDirectory() as folder:
+            f = MNIST_HVAE_Ladder.Flags(num_epochs=5, out_dir=folder, device="cpu", batch_size=8)
+            images = torch.rand(16, 1, 28, 28)
+            loop = training.Training([f], datasets.Data("digits", (images,), (images,)), together=True)
+            losses = iter([3.0, 1.0, 2.5, float("nan"), 1.0, 1.0])
+            with contextlib.redirect_stderr(io.StringIO()):
+                for _ in loop.batches():
+                    loop.record({"loss": torch.tensor(next(losses))})
+        self.assertEqual(loop.diverged, [{"epoch": 2, "last_finite_loss": 2.5}])
+        self.assertEqual(loop.results()[0]["curves"], {"loss": [2.0]})
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "no CUDA device")
@@ -297,7 +465,7 @@ class Cuda(unittest.TestCase):
         for schedule in ("constant", "cosine"):
             group = [flags(MNIST_HVAE_Relu.Flags, d_hidden=20, beta_1=beta, lr_schedule=schedule) for beta in (0.1, 1.0)]
             captured = train(MNIST_HVAE_Relu.HVAE, group, data)
-            with mock.patch("common.Replayed.EAGER", 10**9):
+            with mock.patch("training.Replayed.EAGER", 10**9):
                 launched = train(MNIST_HVAE_Relu.HVAE, group, data)
             for (a, of_a), (b, of_b) in zip(captured, launched):
                 for name, value in b.state_dict().items():

@@ -1,20 +1,26 @@
 """Evaluation: the importance-sampling estimator against exact log-likelihoods, the metrics against their definitions."""
 import math
+import os
+import subprocess
+import sys
+import textwrap
 import unittest
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributions import Independent, Normal
 
 import common
+import datasets
+import report
+import training
 from tests import small
 
 
 def evaluate(model, f, data):
     with mock.patch("sys.stderr"):
-        return common.evaluate(model.eval(), f, data)
+        return report.evaluate(model.eval(), f, data)
 
 
 class ImportanceSampling(unittest.TestCase):
@@ -25,10 +31,10 @@ class ImportanceSampling(unittest.TestCase):
         cls.data = small.gaussian_data(2048, 300)
         cls.f = small.Flags(device="cpu", eta_enc=0.8, eta_dec=0.6, num_epochs=20, lr=1e-2, grad_clip=10.0)
         with mock.patch("sys.stderr"):
-            [(trained, _)] = common.train(small.LinearHVAE, [cls.f], cls.data)
+            [(trained, _)] = training.train_group(small.LinearHVAE, [cls.f], cls.data)
         # Weights so small that the untrained q is not far from the posterior: else a thousand draws are too few, and
         # the bias of a logarithm's estimate is larger than its standard error.
-        untrained = common.build(small.LinearHVAE, cls.f, cls.data).eval()
+        untrained = training.build(small.LinearHVAE, cls.f, cls.data).eval()
         with torch.no_grad():
             for p in untrained.parameters():
                 p *= 0.1
@@ -89,7 +95,7 @@ class ImportanceSampling(unittest.TestCase):
         data = common.dataclasses.replace(self.data, test=(x,))
         exact = model.exact_log_px(x, self.f).mean().item()
         for room in (48 * 70, 48 * 300, 48 * 7000):           # 70 draws of an image at a time; 300; 7 images' draws
-            with mock.patch.dict(common.CHUNK_BYTES, cpu=room):
+            with mock.patch.dict(report.CHUNK_BYTES, cpu=room):
                 found, examples = evaluate(model, f, data)
             self.assertEqual(examples["log_px"].shape, (60,))
             self.assertEqual(examples["unit_kl_2"].shape, (60, 2))
@@ -111,6 +117,74 @@ class ImportanceSampling(unittest.TestCase):
             np.testing.assert_array_equal(once[1][name], again[1][name])
 
 
+class Interface(small.InFolder):
+    def test_a_model_of_nothing_but_what_the_docstring_asks_for(self):
+        """A nineteenth script, written from report.py's docstring: a table, a result, curves and weights; alone and in a grid."""
+        (self.folder / "MNIST_VAE_Tanh.py").write_text(textwrap.dedent('''
+            """A VAE with a tanh layer: how beta collapses its units."""
+            from dataclasses import dataclass
+
+            import torch
+            from torch import nn
+            from torch.distributions import Normal, kl_divergence
+
+            import common
+            import datasets
+            import report
+            import training
+
+
+            @dataclass
+            class Flags(common.TrainFlags):
+                beta: float = common.scalar(1.0, "weight of the KL", low=0)
+
+
+            class VAE(nn.Module):
+                def __init__(self, f):
+                    super().__init__()
+                    self.x_to_z, self.z_to_x = nn.Linear(784, 6), nn.Linear(3, 784)
+
+                def forward(self, x, f, sample_shape=()):
+                    mean, raw_std = self.x_to_z(x).chunk(2, dim=-1)
+                    one = torch.ones_like(f.beta)
+                    q_z, p_z = Normal(mean.tanh(), common.std_head(raw_std, one)), Normal(0 * one, one)
+                    z = q_z.rsample(sample_shape)
+                    terms = {"log_px_z": common.log_normal(x, self.z_to_x(z), one), "kl": kl_divergence(q_z, p_z)}
+                    if not self.training:
+                        terms["log_w"] = terms["log_px_z"] + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)
+                        terms["mean"] = q_z.mean
+                    return terms
+
+                def loss(self, terms, f):
+                    return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+
+
+            def main(argv=None):
+                settings = common.parse_flags(Flags, argv)
+                data = datasets.load_mnist(settings)
+                models = training.fit(VAE, settings, data)
+                return report.report(models, settings, data)
+
+
+            if __name__ == "__main__":
+                common.run(main)
+            '''))
+        small.write_mnist(self.folder / "data")
+        ended = subprocess.run([sys.executable, "MNIST_VAE_Tanh.py", "--beta", "0.5,50", "--num_epochs", "20", "--num_samples", "20",
+                                "--device", "cpu", "--lr", "0.01"], cwd=self.folder, capture_output=True, text=True, timeout=120,
+                               env=os.environ | {"PYTHONPATH": str(small.ROOT), "OMP_NUM_THREADS": "1"})
+        self.assertEqual(ended.returncode, 0, ended.stderr)
+        names, *rows = (line.split() for line in ended.stdout.strip().split("\n")[1:])
+        self.assertEqual(names, ["beta", "log_px", "elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"])
+        self.assertEqual([row[0] for row in rows], ["0.5", "50.0"])
+        light, heavy = (float(row[names.index("kl")]) for row in rows)
+        self.assertGreater(light, 10 * heavy)
+        for run in ("beta=0.5", "beta=50.0"):
+            [folder] = self.folder.glob(f"runs/MNIST_VAE_Tanh/{run},*")
+            self.assertEqual({path.name for path in folder.iterdir()},
+                             {"result.json", "training.json", "model.pt", "units.npz", "collapse.png", "training.png"})
+
+
 class Metrics(unittest.TestCase):
     """A model without randomness, whose KLs and means are chosen: every metric can be counted by hand."""
 
@@ -130,7 +204,7 @@ class Metrics(unittest.TestCase):
                 log_px_z = torch.full((*sample_shape, len(x)), -7.0).double()
                 return {"log_px_z": log_px_z, "kl": kl, "mean": mean, "log_w": log_px_z}
 
-        data = common.Data("chosen", (x,), (x,), None, None)
+        data = datasets.Data("chosen", (x,), (x,), None, None)
         f = small.Flags(num_samples=8)
         metrics, examples = evaluate(Chosen(), f, data)
         expected = dict(log_px=-7, elbo=-7 - 0.502, reconstruction=7, kl=0.502, AU=2, AU_kl=1, active_share=1.1 / 3)
@@ -139,39 +213,6 @@ class Metrics(unittest.TestCase):
             self.assertAlmostEqual(metrics[name], value, places=6, msg=name)
         self.assertEqual(examples["unit_kl"].shape, (n, 3))
 
-    def test_collapse_curve_by_its_definition(self):
-        kl = np.random.default_rng(0).gamma(0.3, 0.2, (400, 12))
-        kl[:, 3] = 0
-        kl[:, 4] = 0.1                                        # on the grid of epsilons: P[KL < 0.1] is 0
-        epsilon = np.array([0, 1e-6, 1e-3, 0.05, 0.1, 0.2, 1, 10])
-        for delta in (0.05, 0.5, 0.0025):
-            expected = [np.mean([(kl[:, i] < e).mean() >= 1 - delta - 1e-12 for i in range(12)]) for e in epsilon]
-            np.testing.assert_allclose(common.collapse_curve(kl, epsilon, delta), expected)
-        self.assertEqual(common.collapse_curve(kl, epsilon)[-1], 1)
-
-
-class Densities(unittest.TestCase):
-    def test_log_normal(self):
-        random = torch.Generator().manual_seed(0)
-        x, mean = torch.rand(5, 784, generator=random).double(), torch.randn(3, 5, 784, generator=random).double()
-        std = torch.tensor(0.37).double()
-        torch.testing.assert_close(common.log_normal(x, mean, std), Independent(Normal(mean, std), 1).log_prob(x))
-
-    def test_log_normal_in_float32(self):
-        """Within 1e-4 nats of float64, at MNIST's size and the smallest published std."""
-        random = torch.Generator().manual_seed(0)
-        x, mean = torch.rand(5, 784, generator=random), torch.rand(9, 5, 784, generator=random)
-        exact = Independent(Normal(mean.double(), torch.tensor(0.25).double()), 1).log_prob(x.double())
-        found = common.log_normal(x, mean, torch.tensor(0.25))
-        self.assertLess((found - exact).abs().max().item(), 1e-6 * exact.abs().max().item())
-
-    def test_std_head(self):
-        prior = torch.tensor(0.5)
-        raw = torch.tensor([-1e4, -3.0, 0.0, 2.0, 1e4])
-        std = common.std_head(raw, prior)
-        self.assertAlmostEqual(std[2].item(), 0.5, places=6)
-        self.assertTrue((std > 0).all() and (std.diff() > 0).all())
-        self.assertAlmostEqual(std[1].item(), 0.5 * math.log1p(math.exp(-3)) / math.log(2), places=6)
 
 
 if __name__ == "__main__":

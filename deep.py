@@ -1,0 +1,168 @@
+"""What only the deep models have: their flags, schedule, average of the weights, precision and processes, in the order in which
+a script's loop uses them; then the two further measurements of --evaluate, compression and attack. The loop itself is
+training.py's `Training`, its body each script's own.
+"""
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+import files
+import pictures
+
+
+@dataclass
+class DeepFlags(common.TrainFlags):
+    """The flags of the experiments with deep models, each trained by all of torchrun's processes together."""
+    beta: float = common.scalar(1.0, "weight of all KLs", low=0)
+    batch_size: int = common.flag(250, "examples per gradient step and process", low=1)
+    num_epochs: int = common.flag(300, "passes over the training set", low=1)
+    lr: float = common.flag(0.01, "Adamax's learning rate", above=0)
+    lr_end: float = common.flag(1e-5, "the learning rate that a cosine ends at", low=0)
+    lr_schedule: str = common.flag("cosine", "after the warm-up", choices=("constant", "cosine"))
+    warmup_epochs: float = common.flag(2.0, "epochs in which the learning rate rises from 0", low=0)
+    weight_decay: float = common.flag(1e-6, "Adamax's weight decay", low=0)
+    grad_clip: float = common.flag(5.0, "largest gradient norm", above=0)
+    ema: float = common.flag(0.999, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
+    autocast: str = common.flag("none", "precision of the networks in training", choices=("none", "bf16"))
+    num_test: int = common.flag(0, "test examples, the first ones; 0 for all", low=0, evaluation=True)
+    dataset: str = common.flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
+                               choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"))
+
+
+def warmup_cosine(optimizer, f, steps):
+    """The learning rate over so many steps: it rises from 0 over --warmup_epochs, and falls to --lr_end as a cosine."""
+    warmup = f.warmup_epochs * steps / f.num_epochs
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if f.lr_schedule == "constant":
+            return 1.0
+        end, along = f.lr_end / f.lr, (step - warmup) / max(1.0, steps - warmup)
+        return end + (1 - end) * (1 + math.cos(math.pi * min(1.0, along))) / 2
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def weight_average(model, f):
+    """The exponential average of a model's weights, to be updated after each step; its `module` is what is evaluated."""
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(f.ema))
+    return average.requires_grad_(False)
+
+
+def parallel(model):
+    """The model, of torchrun's processes each with the mean of all their gradients."""
+    # static_graph: which parameters a step uses is the same in all steps.
+    return torch.nn.parallel.DistributedDataParallel(model, static_graph=True) if common.processes()[1] > 1 else model
+
+
+def autocast(f):
+    """The precision of the networks in training, as --autocast says."""
+    cuda = torch.cuda.is_available() and f.device != "cpu"
+    return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=f.autocast == "bf16")
+
+
+FURTHER_EXAMPLES = 200                                    # the first test examples
+RADII = (0.0, 0.02, 0.05, 0.1, 0.2)                       # of the attack, in pixel values
+ATTACK_STEPS = 30
+
+
+def evaluate_further(models, settings, data):
+    """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder."""
+    for model, f, d in zip(models, settings, data):
+        for name in filter(None, f.evaluate.split(",")) if common.processes()[0] == 0 and model is not None else []:
+            with common.seeded(f.seed, "evaluation", d.test[0].device):
+                FURTHER[name](model, common.on_device(f, d.test[0]), f, d)
+
+
+def check_further(settings):
+    """Ends the program where --evaluate asks for what there is not."""
+    for word in settings[0].evaluate.split(","):
+        if word and word not in FURTHER:
+            common.stop(settings[0], f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
+
+
+@torch.no_grad()
+def compression(model, scalars, f, data):
+    """Rate and distortion when only the top k levels are sent and the levels below are the means of their priors: bits of KL
+    an image, and the mean squared error of a pixel, for k = 0 to all levels. One draw of the latents, FURTHER_EXAMPLES images."""
+    x = data.test[0][:FURTHER_EXAMPLES]
+    terms = model(x, scalars, sample_shape=(1,))
+    kls = [terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item() / math.log(2) for level in common.levels(terms)[::-1]]     # top first
+    images = [model.reconstruct(x, scalars, keep) for keep in range(len(kls) + 1)]
+    result = {"bits": np.cumsum([0.0, *kls]).tolist(), "squared_error": [(x - of).square().mean().item() for of in images]}
+    files.write_json(files.run_dir(f, data) / "compression.json", files.describe(f, data) | result)
+    caption = f"{files.caption_of([f], [data])} seed={f.seed}, {len(x)} test images"
+
+    def draw(axes):
+        axes[0][0].plot(result["bits"], result["squared_error"], "o-")
+        labels = {}                                       # one for all that a collapsed level leaves where they were
+        for k, (bits, error) in enumerate(zip(result["bits"], result["squared_error"])):
+            labels.setdefault((round(bits), round(error, 3)), []).append(str(k))
+        for point, ks in labels.items():
+            axes[0][0].annotate(", ".join(ks), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes[0][0].set(xlabel="KL of the top k levels (bits per image)", ylabel="mean squared error per pixel", ylim=(0, None))
+        pictures.show_images(axes[0][1], f"test images, then with the top 0 to {len(kls)} levels",
+                             torch.cat([x[:12], *(of[:12] for of in images)]), 12, fontsize=8)
+    pictures.save_figure(files.run_dir(f, data) / "compression.png", 2, 1, 5.0, 4.4, caption, draw)
+    print(f"\n{caption}: top levels kept, bits of KL, squared error per pixel")
+    common.print_rows([["levels", "bits", "squared error"], *([str(k), f"{bits:.2f}", f"{error:.4f}"] for k, (bits, error) in enumerate(
+        zip(result["bits"], result["squared_error"])))])
+
+
+def attack(model, scalars, f, data):
+    """Projected gradient search within an L-infinity ball around x, in [0, 1], for the largest symmetric KL between the
+    posteriors of the top half of the levels at x and at the moved x (after Kuzina, Welling and Tomczak 2022). Of
+    each radius: that KL in nats, and the distance (L2, per image) between the reconstructions of both, beside the same for
+    a random corner of the ball."""
+    x = data.test[0][:FURTHER_EXAMPLES]
+    count = max(1, model.learned_levels // 2)
+    model.requires_grad_(False)
+    before = model.top_posterior(x, scalars, count)
+    whole = model.reconstruct(x, scalars, model.levels)
+
+    def symmetric_kl(moved):
+        return sum((torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).flatten(1).sum(1)
+                   for p, q in zip(before, model.top_posterior(moved, scalars, count)))
+
+    rows, shown = [], {"test images": x, "their reconstructions": whole}
+    for radius in RADII:
+        corner = (x + radius * (2 * torch.rand_like(x) - 1).sign()).clamp(0, 1)
+        moved = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+        best, most = moved, symmetric_kl(moved).detach()
+        for _ in range(ATTACK_STEPS if radius else 0):
+            moved = moved.detach().requires_grad_()
+            gradient, = torch.autograd.grad(symmetric_kl(moved).sum(), moved)
+            moved = (moved + 2.5 * radius / ATTACK_STEPS * gradient.sign()).detach()
+            moved = torch.minimum(torch.maximum(moved, x - radius), x + radius).clamp(0, 1)
+            now = symmetric_kl(moved).detach()
+            best = torch.where((now > most).view(-1, 1, 1, 1), moved, best)
+            most = torch.maximum(now, most)
+        with torch.no_grad():
+            after, by_chance = (model.reconstruct(of, scalars, model.levels) for of in (best, corner))
+            rows.append({"radius": radius, "symmetric_kl": most.mean().item(),
+                         "symmetric_kl_random": symmetric_kl(corner).mean().item(),
+                         "distance": (after - whole).flatten(1).norm(dim=1).mean().item(),
+                         "distance_random": (by_chance - whole).flatten(1).norm(dim=1).mean().item()})
+    shown |= {f"moved by at most {radius}": best, "reconstructions of those": after}
+    model.requires_grad_(True)
+    files.write_json(files.run_dir(f, data) / "attack.json", files.describe(f, data) | {"levels": count, "rows": rows})
+    caption = f"{files.caption_of([f], [data])} seed={f.seed}, {len(x)} test images, the top {count} learned levels"
+
+    def draw(axes):
+        for ax, name, label in zip(axes[0], ("symmetric_kl", "distance"), (
+                "symmetric KL of the top latents (nats)", "L2 distance of the reconstructions")):
+            for which, word, style in ((name, "attack", "o-"), (f"{name}_random", "random", "s--")):
+                ax.plot(RADII, [row[which] for row in rows], style, label=word)
+            ax.set(xlabel="radius of the L∞ ball (pixel values)", xticks=RADII, ylabel=label, ylim=(0, None))
+            ax.legend(fontsize=7)
+        for ax, (title, images) in zip(axes[1:].flat, shown.items()):
+            pictures.show_images(ax, title, images[:50], fontsize=8)
+    pictures.save_figure(files.run_dir(f, data) / "attack.png", 2, 3, 4.4, 3.0, caption, draw)
+    print(f"\n{caption}: mean symmetric KL (nats) and L2 distance of the reconstructions, attacked and moved at random")
+    common.print_rows([list(rows[0]), *([f"{value:.4g}" for value in row.values()] for row in rows)])
+
+
+FURTHER = {"compression": compression, "attack": attack}

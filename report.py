@@ -1,0 +1,271 @@
+"""What a trained model is worth: first its evaluation, then `report`, which leaves its result, then the tables.
+
+A model, as `training.fit` and `report` want it, is an nn.Module built from one setting f, an instance of its script's flags.
+In its methods the scalars of f (beta, eta, sigma: `common.scalar`) are 0-d tensors on the device. With a batch of B examples
+and S = sample_shape draws:
+
+    forward(*batch, f, sample_shape=())    the terms of the ELBO, in nats, per example, a dict of
+        log_px_z (S, B)      log p(x|z) at a draw of z
+        kl*      (S, B, d)   per latent unit: the ELBO's KL term of this level ("kl", or "kl_1", "kl_2", ...)
+      and in eval mode also
+        log_w    (S, B)      log p(x, z) - log q(z|x), the log importance weight
+        mean*    (S, B, d)   E_q[z|x] of each level, in standard deviations of its prior
+        unit_kl* (S, B, d)   the level's KL where the ELBO's term is no divergence (may be left out otherwise)
+      a term other than log_w that does not depend on the draw may lack S; further terms (S, B) become metrics
+    loss(terms, f)                         (B,): what training minimises, the negative beta-ELBO
+
+What a model may have besides:
+
+    reconstructions(*batch, f)             {caption: images (B, 784) or (B, C, H, W)}, for pictures
+    samples(n, f)                          images from the prior, n of them, or {caption: images}, for pictures
+    linear_optimum(f, data)                the closed form of its linear twin on the same data, one of theory.py's (static, f's
+                                           scalars are numbers); None where no optimum is finite
+    predicted(f, data)                     of a linear model: the closed form of this very one (static, f's scalars are numbers),
+    units(f, data)                         the same quantities of the model as it is, in float64,
+    exact_log_px(*batch, f)                and log p(x), (B,)
+    widest_layer                           numbers per example, where a layer is wider than the data
+    elbo_draws                             draws per example where no log-likelihood is asked for
+
+The shortest script is MNIST_VAE_Relu_nonlearnable_sigma.py: copy it to begin another.
+"""
+import copy
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+
+import common
+import files
+import pictures
+import theory
+
+
+MANY_LEVELS = 2                                           # more have a table of their own
+ELBO_DRAWS = 16                                           # draws per example where no log-likelihood is asked for
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU
+
+
+@torch.no_grad()
+def evaluate(model, f, data, split="test"):
+    """The metrics of a model on the test split (or on "train"), in nats per example, and what they are made of.
+
+    Returns (metrics, examples). metrics: log_px, log p(x) by importance sampling with num_samples draws from q (Burda
+    et al. 2016, eq. 8; absent for 0), elbo (at beta 1), reconstruction -E_q[log p(x|z)], and per level kl, AU (units
+    with Var_x(E_q[z|x]) > 0.01 of the prior's variance), AU_kl (units with mean KL > 0.01), active_share (share of
+    pairs of example and unit with KL > 0.01). examples: numpy arrays, log_px (n,) and unit_kl per level (n, d).
+    """
+    common.use_precision(f)
+    split = getattr(data, split)
+    like, asked = split[0], getattr(f, "num_draws", f.num_samples)    # where num_samples are rows, draws have their own
+    draws = asked or getattr(model, "elbo_draws", ELBO_DRAWS)
+    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
+    rows = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))      # images x draws at a time
+    images, scalars = max(1, rows // draws), common.on_device(f, like)
+    progress, terms = common.Progress("evaluating", len(like), "examples"), {}
+    with common.seeded(f.seed, "evaluation", like.device):
+        for start in range(0, len(like), images):
+            here = slice(start, start + images)
+            batch = [t[here] for t in split]
+            for drawn in range(0, draws, rows):
+                S = min(rows, draws - drawn)
+                for name, value in model(*batch, scalars, sample_shape=(S,)).items():
+                    if name == "log_w":
+                        value = value.logsumexp(0)
+                    else:                                 # this part of the mean over draws, which a term may lack
+                        drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
+                        value = (value.mean(0) if drawn_from else value) * (S / draws)
+                    if name not in terms:                 # of all rows at once: many small tensors scatter the memory
+                        start_at = -math.inf if name == "log_w" else 0
+                        terms[name] = value.new_full((len(like), *value.shape[1:]), start_at)
+                    so_far = terms[name][here]
+                    so_far.copy_(torch.logaddexp(so_far, value) if name == "log_w" else so_far + value)
+            progress.update(start + len(batch[0]))
+    progress.update(len(like), end=True)
+    terms = {name: value.double().cpu() for name, value in terms.items()}
+
+    metrics, examples = {}, {}
+    if asked:
+        log_px = terms["log_w"] - math.log(draws)
+        metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy()
+    if hasattr(model, "exact_log_px"):
+        exact = in_double(model, f, split, lambda double, batch, f: double.exact_log_px(*batch, f))
+        metrics["exact_log_px"], examples["exact_log_px"] = exact.mean().item(), exact.numpy()
+    kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in common.levels(terms)}
+    reconstruction = -terms["log_px_z"].mean().item()
+    metrics |= {"elbo": -reconstruction - sum(kls.values()), "reconstruction": reconstruction} | kls
+    metrics |= {name: value.mean().item() for name, value in terms.items()
+                if name not in ("log_w", "log_px_z") and not name.startswith(("kl", "unit_kl", "mean"))}
+    if len(kls) > MANY_LEVELS:                            # all units together, as a level without a name
+        metrics["kl"] = sum(kls.values())
+        terms |= {name: torch.cat([terms[f"{name}{level}"] for level in common.levels(terms)], 1) for name in ("mean", "kl")}
+    for level in common.levels(terms):
+        unit_kl = terms.get(f"unit_kl{level}", terms[f"kl{level}"])
+        metrics[f"AU{level}"] = (terms[f"mean{level}"].var(0) > 0.01).sum().item()
+        metrics[f"AU_kl{level}"] = (unit_kl.mean(0) > 0.01).sum().item()
+        metrics[f"active_share{level}"] = (unit_kl > 0.01).double().mean().item()
+        examples[f"unit_kl{level}"] = unit_kl.numpy().astype("float32")
+    return metrics, examples
+
+
+@torch.no_grad()
+def in_double(model, f, split, work):
+    """work(model, batch, f) over all rows of a split, batch by batch, in float64: its (B, ...) joined, on the CPU."""
+    double = copy.deepcopy(model).double()
+    f = common.on_device(f, split[0][:0].double())
+    return torch.cat([work(double, [t.double() for t in batch], f).cpu() for batch in zip(*(t.split(2048) for t in split))])
+
+
+@torch.no_grad()
+def check(model, f, data, examples):
+    """`compare` a trained linear model with its closed form: `predicted(f, data)` gives that, `units(f, data)` the same of
+    the model; the loss is the exact mean over the training rows. examples are those of `evaluate`: if it sampled,
+    "importance_sampling" has the mean over test examples of (estimated p(x)) / (exact p(x)), which is 1 in expectation,
+    its standard error, and what rounding may add: log p(x) is sampled in data's precision."""
+    model = copy.deepcopy(model).train()
+    loss = in_double(model, f, data.train, lambda double, batch, f: double.loss(double(*batch, f), f)).mean().item()
+    units = model.cpu().double().units(common.on_device(f, data.moment[:0]), data)
+    beside = theory.compare(model.predicted(f, data), units, loss)
+    if "log_px" in examples:
+        ratio = np.exp(examples["log_px"] - examples["exact_log_px"])
+        rounding = torch.finfo(data.test[0].dtype).eps * np.abs(examples["exact_log_px"]).mean()
+        beside["importance_sampling"] = {"mean_ratio": ratio.mean(), "standard_error": ratio.std() / len(ratio)**0.5,
+                                         "rounding": rounding}
+    return beside
+
+
+def report(models, settings, data, counterpart=None):
+    """Evaluate what is not evaluated yet, leave each run's files, draw the grid's pictures and print the table.
+
+    counterpart is the script to compare with: where it has a run of the same flags, the collapse curves of both are drawn
+    on one picture. Returns the exit status: 1 if a setting diverged, else 0.
+    """
+    for i in common.share(settings):
+        model, f, d = models[i], settings[i], data[i]
+        folder, result = files.run_dir(f, d), files.read_result(f, d, "result.json")
+        if result is None:
+            trained = files.read_result(f, d, "training.json")
+            result = files.describe(f, d) | {name: trained[name] for name in ("diverged", "side_by_side", "curves")}
+            result |= {"seconds": {"train": trained["seconds"]}, "metrics": None}
+            if model is not None:
+                start = time.monotonic()
+                result["parameters"] = sum(p.numel() for p in model.parameters())
+                result["metrics"], examples = evaluate(model, f, d)
+                if d.also_train:
+                    result["metrics"] |= {f"{name}_train": value for name, value in evaluate(model, f, d, "train")[0].items()}
+                if hasattr(model, "linear_optimum"):
+                    optimum = model.linear_optimum(f, d)
+                    result["linear"] = optimum and theory.per_unit(optimum)
+                if hasattr(model, "predicted"):
+                    result["theory"] = check(model, f, d, examples)
+                result["seconds"]["evaluate"] = time.monotonic() - start
+                files.write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
+                pictures.draw_run(folder, model, f, d, trained["curves"], examples)
+            files.write_json(folder / "result.json", result)
+        print(f"files: {folder}", file=sys.stderr)
+        both = [folder, folder.parents[1] / (counterpart or "") / folder.name]
+        if counterpart and all((of / "units.npz").exists() for of in both):
+            pictures.draw_collapse(folder / "collapse_beside.png", {of.parent.name: np.load(of / "units.npz") for of in both},
+                                   files.caption_of([f], [d]).partition(" on ")[2] + f" seed={f.seed}")
+    files.unlock()
+    common.meet()                                         # the first process shows what all have done
+    if common.processes()[0] > 0:
+        return 0
+    results = [files.read_result(f, d, "result.json") for f, d in zip(settings, data)]
+    pictures.draw_grid(models, settings, data)
+    print_table(results, settings, data)
+    print_theory(results, settings, data)
+    print_linear(results, settings, data)
+    return int(any(result["diverged"] for result in results))
+
+
+def print_table(results, settings, data):
+    """One row a setting; rows that differ in nothing but the seed are one, mean ± standard deviation."""
+    flags, seeds = list(files.varying(settings, data)), len({f.seed for f in settings})
+    measured = next((result["metrics"] for result in results if result["metrics"]), {})
+    by_level = [name for name in common.levels(measured)[::-1] if name]     # the top first
+    by_level = by_level if len(by_level) > MANY_LEVELS else []
+    metrics = [name for name in measured if not any(name.endswith(level) for level in by_level)]
+    rows, notes = {}, []
+    for result in results:
+        key = tuple(str(result["settings"][name]) for name in flags)
+        rows.setdefault(key, []).append(result["metrics"])
+        if result["diverged"]:
+            of = files.spell(dict(zip(flags, key)) | {"seed": result["settings"]["seed"]})
+            notes.append(f"{of} diverged in epoch {result['diverged']['epoch']}; the last finite loss was "
+                         f"{result['diverged']['last_finite_loss']:.6g}")
+    table = [flags + (metrics or ["metrics"])]
+    for key, repeats in rows.items():
+        finished = [m for m in repeats if m]
+        cells = [_cell([m[name] for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
+        table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
+    train, test = (" to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)})) for counts in zip(
+        *((len(d.train[0]), len(d.test[0])) for d in data)))
+    print(f"\n{files.caption_of(settings, data)}: {train} training and {test} test examples, "
+          f"{common.device_name(data[0].train[0].device)}, nats per test example, "
+          f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
+    common.print_rows(table)
+    print("".join(f"{note}\n" for note in notes), end="")
+    if by_level:
+        kinds = ("kl", "AU", "AU_kl", "active_share")
+        table = [flags + ["level", *kinds]]
+        for key, repeats in rows.items():
+            finished = [m for m in repeats if m]
+            for level in by_level if finished else []:
+                table.append([*key, level[1:], *(_cell([m[name + level] for m in finished], len(repeats)) for name in kinds)])
+        print()
+        common.print_rows(table)
+
+
+def _cell(values, repeats):
+    """A metric's text; over seeds mean ± standard deviation."""
+    if repeats == 1:
+        return common.cell(values[0])
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}" + (f" ({len(values)} of {repeats})" if len(values) < repeats else "")
+
+
+def print_theory(results, settings, data):
+    """What the closed form predicts of each setting beside what was trained, if there is one, and where they differ."""
+    results = [result for result in results if result.get("theory")]
+    if not results:
+        return
+    if len(settings) == 1:
+        theory.print_units(results[0]["theory"], "trained")
+        print("".join(f"{note}\n" for note in theory.notes(results[0]["theory"])), end="")
+    flags, rows, differ = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else []), [], []
+    for result in results:
+        beside, key = result["theory"], {name: str(result["settings"][name]) for name in flags}
+        of = theory.active_units(beside, "trained")
+        row = key | {f"active{level}": f"{count} ({of[level]})" for level, count in theory.active_units(beside).items()}
+        row |= {"singular values": f"{theory.singular_value_error(beside):.2%}", "optimal loss": f"{beside['optimal_loss']:.4f}",
+                "trained": f"{beside['loss']:.4f}", "gap": f"{beside['gap']:.4f}"}
+        if "importance_sampling" in beside:
+            row["sampled / exact p"] = "{mean_ratio:.6f} ± {standard_error:.0e}".format(**beside["importance_sampling"])
+        rows.append(row)
+        differ += [f"{files.spell(key) + ': ' if key else ''}{what}" for what in theory.disagreements(beside)]
+    print("\npredicted (trained): active units; largest error of a singular value over the largest predicted one; nats per "
+          "training example")
+    common.print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    print("\n".join(f"DIFFERS {line}" for line in differ) or "trained as predicted")
+
+
+def print_linear(results, settings, data):
+    """What the closed form of the linear twin predicts of each setting beside what was trained, and, where there are
+    settings enough, how far the two order them alike."""
+    results = [result for result in results if theory.closed_form(result)]
+    flags = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else [])
+    rows = []
+    for result in results if results and "linear" in results[0] else []:
+        row = {name: str(result["settings"][name]) for name in flags}
+        for metric, predicted, trained in theory.beside_linear(result):
+            word = metric.replace("AU_kl", "AU")          # the same units are predicted active for both
+            row |= {f"linear {word}": common.cell(predicted), metric: common.cell(trained)}
+        rows.append(row)
+    if rows:
+        print("\nlinear: what the closed form of the linear model predicts from the same training data, beside what was trained")
+        common.print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    if len(results) > 2:
+        print(f"rank correlation of predicted and trained over {len(results)} settings: "
+              + ", ".join(f"{metric} {correlation:.2f}" for metric, correlation in theory.linear_correlations(results).items()))
