@@ -1,14 +1,19 @@
 """How fast it is, measured on this machine. `python -m tests.benchmark` prints ratios, each of works timed in turn in one
-process, so that a slow moment of the machine falls on both sides, medians over several turns; for every training script
+process, so that a slow moment of the machine falls on both sides, medians of several turns; for every training script the
+milliseconds of an epoch of training, "fit", and
 
-    plain    an epoch of fit / of the shortest plain PyTorch loop over the same model, data on the device
-    usual    an epoch the usual way, a DataLoader over torchvision's data set and loss.item() each batch / of fit
+    plain    fit / an epoch of the shortest plain PyTorch loop over the same model, data on the device
+    usual    an epoch the usual way, a DataLoader over torchvision's data set and loss.item() each batch / fit
     grid     an epoch of a grid of 4 / of its settings one by one, as the script itself would train them
     eval     evaluation's matrix products and convolutions alone / evaluation
 
-`python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, `... whole` the time of
-MNIST_CVAE_Relu.py from start to table beside a straightforward script's, both with any flags given (--data_dir), and
-`... cuda` what only a GPU can show.
+A deep script, one with a loop of its own, is small here (DEEP), sees an eighth of the examples, and has no usual way; of
+MNIST_VAE_Delta.py both loops take an epoch of each of its two phases. Nor is there a grid where the script trains its settings
+one by one: the deep ones do, and on a CPU those with convolutions.
+
+`python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, with the flags that it was given, `...
+whole` the time of MNIST_CVAE_Relu.py from start to table beside a straightforward script's, both with any flags added
+(--data_dir), and `... cuda` what only a GPU can show.
 """
 import collections
 import contextlib
@@ -23,19 +28,28 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import datasets
+import deep
+import report
+import training
 import MNIST_CVAE_Relu
 import MNIST_HVAE_Relu
-import Synthetic_CVAE_Relu_correlation
 from tests import small
 
 TURNS = 5
 EXAMPLES = 6_400                                          # fifty batches: an "epoch" here
+IMAGES = {"cpu": 20, "cuda": 1000}                        # that are evaluated
+EPOCHS = 3                                                # of a script, and of the grid on a GPU
+MNIST = 60_000, 10_000                                    # images to train on, and to test
 SCRIPTS = sorted([*small.ROOT.glob("MNIST_*.py"), *small.ROOT.glob("Synthetic_*.py")])
+# What makes a deep script one for a small machine, where at its defaults it would take hours; each takes the flags it has.
+DEEP = {"latents": "2,2", "num_ch": 8, "batch_size": 100, "num_epochs": 1, "auxiliary_epochs": 1, "num_samples": 100}
 
 
 def quietly():
@@ -54,31 +68,76 @@ def seconds(work, device):
         return time.perf_counter() - start
 
 
-def medians(works, device, turns=TURNS):
-    """The median seconds of each of {name: work}, taken in turn, after one turn to warm up."""
+def in_turn(works, device):
+    """The seconds of each of {name: work} in TURNS turns, after one to warm up: {name: list}."""
     times = {name: [] for name in works}
-    for turn in range(turns + 1):
+    for _ in range(TURNS + 1):
         for name, work in works.items():
-            elapsed = seconds(work, device)
-            if turn:
-                times[name].append(elapsed)
-    return {name: statistics.median(of) for name, of in times.items()}
+            times[name].append(seconds(work, device))
+    return {name: of[1:] for name, of in times.items()}
+
+
+def deep_flags(module):
+    """{flag: value} of DEEP that a deep script's module has, {} of another's."""
+    return {name: value for name, value in DEEP.items() if hasattr(module, "train") and hasattr(module.Flags, name)}
 
 
 def model_of(script):
-    """(module, model class, flags at their defaults for one epoch, data of EXAMPLES rows) of a script."""
+    """(module, model class, flags for one epoch, else at their defaults or DEEP, data) of a script."""
     module = importlib.import_module(script.stem)
-    Model = next(getattr(module, name) for name in ("VAE", "CVAE", "HVAE") if hasattr(module, name))
-    f = module.Flags(num_epochs=1)
+    [Model] = [of for name, of in vars(module).items() if name.endswith("VAE")]
+    f = module.Flags(**{"num_epochs": 1} | deep_flags(module))
     device = common.device_of(f)
-    if module is Synthetic_CVAE_Relu_correlation:
-        with quietly():
-            [data] = module.correlated([dataclasses.replace(f, num_samples=EXAMPLES)])
-        return module, Model, f, data
-    data = small.digit_data(EXAMPLES, 1000, torch.float32)
-    data = small.as_quarters(data) if Model.__name__ == "CVAE" else data
+    n_test = IMAGES[device.type]
+    if hasattr(module, "correlated"):
+        [data] = module.correlated([dataclasses.replace(f, num_samples=EXAMPLES)])
+    elif hasattr(module, "train"):
+        data = small.digit_data(EXAMPLES // 8, n_test, torch.float32)
+        train, test = (t[0].view(-1, *datasets.image_shape(f.dataset)) for t in (data.train, data.test))
+        data = dataclasses.replace(data, train=(train,), test=(test.round(),))
+    else:
+        data = small.digit_data(EXAMPLES, n_test, torch.float32)
+        data = small.as_quarters(data) if Model.__name__ == "CVAE" else data
     return module, Model, f, dataclasses.replace(data, train=tuple(t.to(device) for t in data.train),
-                                                 test=tuple(t.to(device) for t in data.test))
+                                                 test=tuple(t[:n_test].to(device) for t in data.test))
+
+
+def plain_deep(Model, f, data):
+    """The shortest plain PyTorch loop that trains what a deep script's own loop trains, over one epoch: data on the device."""
+    x = data.train[0]
+    with common.seeded(f.seed, "init", torch.device("cpu")):
+        model = Model(f).to(x.device, x.dtype)
+    for part in model.children():
+        if hasattr(part, "fit"):                          # a context
+            part.fit(x)
+    g, average, order = common.on_device(f, x), deep.weight_average(model, f), common.generator(f.seed, "batches", x.device)
+
+    def steps(trained, weight_decay, loss_of):
+        optimizer = torch.optim.Adamax(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
+        schedule = deep.warmup_cosine(optimizer, f, len(x) // f.batch_size)
+        for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
+            loss = loss_of(common.binarise(x[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), f.grad_clip)
+            optimizer.step()
+            schedule.step()
+            yield
+
+    def rate(x):
+        """What the auxiliary prior of a DeltaVAE minimises."""
+        with torch.no_grad():
+            q_z = average.module.q_z(x)
+            z = q_z.sample()
+        return (q_z.log_prob(z).sum((-2, -1)) - average.module.auxiliary(z)).mean()
+
+    with common.seeded(f.seed, "noise", x.device):
+        for _ in steps(model, f.weight_decay, lambda x: model.loss(model(x, g), g).mean()):
+            average.update_parameters(model)
+        if hasattr(model, "auxiliary"):
+            for _ in steps(average.module.auxiliary.requires_grad_(), 0, rate):
+                pass
+    return average.module
 
 
 def usual_way(Model, f, images):
@@ -93,8 +152,8 @@ def usual_way(Model, f, images):
         if isinstance(images, torch.utils.data.TensorDataset):
             inputs = [t.to(device) for t in batch]
         else:
-            inputs = common.quarters(x.view(-1, 784)) if Model.__name__ == "CVAE" else [x.view(-1, 784)]
-        loss = common.beta_elbo_loss(model(*inputs, g), g).mean()
+            inputs = datasets.quarters(x.view(-1, 784)) if Model.__name__ == "CVAE" else [x.view(-1, 784)]
+        loss = model.loss(model(*inputs, g), g).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -129,7 +188,7 @@ class Products(TorchDispatchMode):
 def ratios():
     device = common.device_of(MNIST_HVAE_Relu.Flags())
     print(f"{common.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; an epoch of "
-          f"{EXAMPLES:,} examples; medians of {TURNS} turns; ms of fit, ratios as `--help` of this module has them")
+          f"{EXAMPLES:,} examples, of a deep script {EXAMPLES // 8:,}; medians of {TURNS} turns; what is what says tests/benchmark.py")
     print(f"{'':42} {'fit ms':>7} {'plain':>6} {'usual':>6} {'grid':>6} {'eval':>6}")
     with tempfile.TemporaryDirectory() as folder:
         small.write_mnist(folder, EXAMPLES, 1)
@@ -137,24 +196,28 @@ def ratios():
         mnist = torchvision.datasets.MNIST(folder, transform=torchvision.transforms.ToTensor())
         for script in SCRIPTS:
             module, Model, f, data = model_of(script)
-            images = torch.utils.data.TensorDataset(*data.train) if module is Synthetic_CVAE_Relu_correlation else mnist
-            flag = "beta_1" if hasattr(f, "beta_1") else "beta"
-            grid = [dataclasses.replace(f, **{flag: 0.5 * (k + 1)}) for k in range(4)]
-            together = [[g] for g in grid] if "CNN" in script.stem and device.type == "cpu" else [grid]
-            few = dataclasses.replace(data, test=tuple(t[:20 if device.type == "cpu" else 1000] for t in data.test))
-            model = common.build(Model, f, data).eval()
+            model = training.build(Model, f, data).eval()
             with Products() as products, quietly():
-                common.evaluate(model, f, few)
-            train = medians({
-                "fit": lambda: common.train(Model, [f], data), "plain": lambda: small.plain_train(Model, f, data),
-                "usual": lambda: usual_way(Model, f, images)}, device)
-            many = medians({
-                "grid": lambda: [common.train(Model, group, data) for group in together],
-                "one by one": lambda: [common.train(Model, [g], data) for g in grid]}, device, 3)
-            evaluation = medians({"products": products.again, "all": lambda: common.evaluate(model, f, few)}, device)
-            print(f"{script.name:42} {1e3 * train['fit']:7.0f} {train['fit'] / train['plain']:6.2f} "
-                  f"{train['usual'] / train['fit']:6.2f} {many['grid'] / many['one by one']:6.2f} "
-                  f"{evaluation['products'] / evaluation['all']:6.2f}", flush=True)
+                report.evaluate(model, f, data)
+            works = {"products": products.again, "evaluation": lambda: report.evaluate(model, f, data)}
+            if hasattr(module, "train"):
+                works |= {"plain": lambda: plain_deep(Model, f, data),
+                          "fit": lambda: training.train_group(Model, [f], data, train=module.train)}
+            else:
+                images = torch.utils.data.TensorDataset(*data.train) if hasattr(module, "correlated") else mnist
+                works |= {"plain": lambda: small.plain_train(Model, f, data),
+                          "fit": lambda: training.train_group(Model, [f], data), "usual": lambda: usual_way(Model, f, images)}
+                if device.type == "cuda" or "CNN" not in script.stem:
+                    flag = "beta_1" if hasattr(f, "beta_1") else "beta"
+                    grid = [dataclasses.replace(f, **{flag: 0.5 * (k + 1)}) for k in range(4)]
+                    works |= {"grid": lambda: training.train_group(Model, grid, data),
+                              "one by one": lambda: [training.train_group(Model, [g], data) for g in grid]}
+            times = in_turn(works, device)
+            row = f"{script.name:42} {1e3 * statistics.median(times['fit']):7.0f}"
+            for one, other in (("fit", "plain"), ("usual", "fit"), ("grid", "one by one"), ("products", "evaluation")):
+                of_turns = [a / b for a, b in zip(times.get(one, []), times.get(other, []))]
+                row += f" {statistics.median(of_turns):6.2f}" if of_turns else f" {'-':>6}"
+            print(row, flush=True)
     fixed_costs(device)
 
 
@@ -164,81 +227,89 @@ def fixed_costs(device):
     subprocess.run([sys.executable, str(small.ROOT / "MNIST_HVAE_Relu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
     print(f"start to --help (imports): {time.perf_counter() - start:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
-        small.write_mnist(folder, 60_000, 10_000)
+        small.write_mnist(folder, *MNIST)
         f = MNIST_HVAE_Relu.Flags(data_dir=folder, num_epochs=1, dataset="mnist")
-        print(f"MNIST from disk to the device: {seconds(lambda: common.load_mnist([f]), device):.1f} s")
+        print(f"MNIST from disk to the device: {seconds(lambda: datasets.load_mnist([f]), device):.1f} s")
     _, Model, f, data = model_of(small.ROOT / "MNIST_HVAE_Relu.py")
     one_batch = dataclasses.replace(data, train=tuple(t[:f.batch_size] for t in data.train))
-    steps = [seconds(lambda: common.train(Model, [f], one_batch), device) for _ in range(3)]
+    steps = [seconds(lambda: training.train_group(Model, [f], one_batch), device) for _ in range(3)]
     print(f"building a model, and its first step: {1e3 * steps[0]:.0f} ms, again {1e3 * steps[-1]:.0f} ms")
 
 
-def of_scripts(argv, epochs=3):
-    """Each training script at its defaults, from its command line: seconds per epoch, and peak memory of the process, its
+def of_scripts(argv):
+    """Each training script from its command line, at its defaults or DEEP: seconds per epoch, and peak memory of the process, its
     evaluation without a log-likelihood included."""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of {epochs} epochs, the first included")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of all epochs, the first included")
     for path in SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
-            no_draws, data = ("--num_draws", []) if path.stem.startswith("Synthetic") else ("--num_samples", argv)
-            process = subprocess.Popen([sys.executable, str(path), "--num_epochs", str(epochs), no_draws, "0",
-                                        "--out_dir", folder, *data], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            error = process.stderr.read()
-            _, status, usage = os.wait4(process.pid, 0)
+            module = importlib.import_module(path.stem)
+            no_draws, data = ("num_draws", []) if hasattr(module, "correlated") else ("num_samples", argv)
+            flags = {"num_epochs": EPOCHS} | deep_flags(module) | {no_draws: 0}
+            words = [f"--{name}={value}" for name, value in flags.items()] + data
+            with subprocess.Popen([sys.executable, str(path), "--out_dir", folder, *words], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True) as process:
+                error = process.stderr.read()
+                _, status, usage = os.wait4(process.pid, 0)
             if status:
-                sys.exit(error.decode())
+                sys.exit(error)
             [training] = Path(folder).rglob("training.json")
-            per_epoch = json.loads(training.read_text())["seconds"] / epochs
-            print(f"{path.name:45} {per_epoch:8.2f} s per epoch, {usage.ru_maxrss / 2**20:5.2f} GiB", flush=True)
+            per_epoch = json.loads(training.read_text())["seconds"] / flags["num_epochs"]
+            print(f"{path.name:42} {per_epoch:8.2f} s per epoch, {usage.ru_maxrss / 2**20:5.2f} GiB, {' '.join(words)}", flush=True)
 
 
 def whole(argv):
-    """MNIST_CVAE_Relu.py, 100 epochs and 1000 draws for 10,000 test images, from start to table; and a straightforward
-    script, of which an epoch over a sixth of the images and the log-likelihood of 50 images are measured and scaled up."""
-    device = common.device_of(MNIST_CVAE_Relu.Flags())
+    """MNIST_CVAE_Relu.py, at its defaults 100 epochs and 1000 draws for 10,000 test images, from start to table; and a
+    straightforward script, of which an epoch over a sixth of the images and the log-likelihood of 50 images are measured and
+    scaled up."""
     with tempfile.TemporaryDirectory() as folder:
+        argv = ["--out_dir", folder, *argv]
+        [f], models = common.parse_flags(MNIST_CVAE_Relu.Flags, argv), []
+        device = common.device_of(f)
         start = time.perf_counter()
-        subprocess.run([sys.executable, str(small.ROOT / "MNIST_CVAE_Relu.py"), "--out_dir", folder, *argv],
+        subprocess.run([sys.executable, str(small.ROOT / "MNIST_CVAE_Relu.py"), *argv],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
         ours = time.perf_counter() - start
-        small.write_mnist(folder, 10_000, 1)
+        small.write_mnist(folder, MNIST[0] // 6, 1)
         import torchvision
         images = torchvision.datasets.MNIST(folder, transform=torchvision.transforms.ToTensor())
-        f, models = MNIST_CVAE_Relu.Flags(), []
-        training = seconds(lambda: models.append(usual_way(MNIST_CVAE_Relu.CVAE, f, images)), device) * 6 * 100
+        training = seconds(lambda: models.append(usual_way(MNIST_CVAE_Relu.CVAE, f, images)), device) * 6 * f.num_epochs
 
         @torch.no_grad()
         def one_by_one():
             g = common.on_device(f, torch.zeros(0, device=device))
             for k in range(50):
-                x, y = common.quarters(images[k][0].to(device).view(1, 784))
-                log_w = models[0].eval()(x, y, g, sample_shape=(1000,))["log_w"]
-                (log_w.logsumexp(0) - torch.tensor(1000.0).log()).item()
+                x, y = datasets.quarters(images[k][0].to(device).view(1, 784))
+                log_w = models[0].eval()(x, y, g, sample_shape=(f.num_samples,))["log_w"]
+                (log_w.logsumexp(0) - torch.tensor(float(f.num_samples)).log()).item()
 
-        evaluation = seconds(one_by_one, device) / 50 * 10_000
+        evaluation = seconds(one_by_one, device) / 50 * MNIST[1]
     print(f"MNIST_CVAE_Relu.py from start to table: {ours:.0f} s; a straightforward script, scaled up: training {training:.0f} s, "
           f"log-likelihood {evaluation:.0f} s; {(training + evaluation) / ours:.1f} times as long")
 
 
-def on_cuda():
-    """What only a GPU can show: the main job's epoch alone and as a 5x5 grid of 60,000, captured and launched step by step."""
-    f, device = MNIST_HVAE_Relu.Flags(num_epochs=5), torch.device("cuda")
-    data = small.digit_data(60_000, 10, torch.float32)
+def on_cuda(device="cuda"):
+    """What only a GPU can show: the main job's epoch alone and as a 5x5 grid, captured and launched step by step."""
+    f = MNIST_HVAE_Relu.Flags(num_epochs=EPOCHS, device=device)
+    device = common.device_of(f)
+    data = small.digit_data(MNIST[0], 10, torch.float32)
     data = dataclasses.replace(data, train=(data.train[0].to(device),), test=(data.test[0].to(device),))
     values = (0.1, 1.0, 2.0, 4.0, 6.0)
     sheet = [dataclasses.replace(f, beta_1=a, beta_2=b) for a in values for b in values]
+
+    def train(group, eager):
+        with mock.patch.object(training.Replayed, "EAGER", eager):
+            training.train_group(MNIST_HVAE_Relu.HVAE, group, data)
+
     for name, group in (("one setting", [f]), ("5x5 grid", sheet)):
-        of = {}
-        for captured in (True, False):
-            eager = common.Replayed.EAGER
-            common.Replayed.EAGER = eager if captured else sys.maxsize
-            of[captured] = medians({name: lambda: common.train(MNIST_HVAE_Relu.HVAE, group, data)}, device, 3)[name] / 5
-            common.Replayed.EAGER = eager
-        print(f"{name}: {1e3 * of[True]:.0f} ms an epoch captured, {1e3 * of[False]:.0f} ms launched step by step: "
-              f"{1 - of[True] / of[False]:.0%} of that is launching")
+        times = in_turn({"captured": lambda: train(group, training.Replayed.EAGER),
+                         "step by step": lambda: train(group, sys.maxsize)}, device)
+        captured, stepwise = (statistics.median(times[how]) / EPOCHS for how in ("captured", "step by step"))
+        print(f"{name}: {1e3 * captured:.0f} ms an epoch captured, {1e3 * stepwise:.0f} ms launched step by step: "
+              f"{1 - captured / stepwise:.0%} of that is launching", flush=True)
 
 
-def main():
-    what, *argv = sys.argv[1:] or ["ratios"]
+def main(argv=None):
+    what, *argv = (sys.argv[1:] if argv is None else argv) or ["ratios"]
     works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "cuda": on_cuda}
     if what not in works:
         sys.exit(f"python -m tests.benchmark {what}: wants one of {', '.join(works)}")
@@ -246,4 +317,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

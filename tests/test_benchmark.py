@@ -1,0 +1,130 @@
+"""tests/benchmark.py: every mode once at its smallest, and that a deep script's plain loop is an equal to compare with."""
+import contextlib
+import dataclasses
+import re
+import unittest
+from unittest import mock
+
+import torch
+
+import training
+from tests import benchmark, small
+
+DEEP = {"latents": "1,1", "num_ch": 4, "num_layers": 2, "d_hidden": 8, "batch_size": 8, "num_epochs": 1, "auxiliary_epochs": 1,
+        "num_samples": 2}
+
+
+class Modes(small.InFolder):
+    def setUp(self):
+        super().setUp()
+        patches = contextlib.ExitStack()
+        self.addCleanup(patches.close)
+        for name, value in dict(TURNS=1, EXAMPLES=128, IMAGES={"cpu": 2, "cuda": 2}, EPOCHS=1, MNIST=(300, 64), DEEP=DEEP).items():
+            patches.enter_context(mock.patch.object(benchmark, name, value))
+
+    def printed(self, *argv, scripts=None):
+        """The lines that a mode prints on stdout."""
+        chosen = [path for path in benchmark.SCRIPTS if path.name in scripts] if scripts else benchmark.SCRIPTS
+        with mock.patch.object(benchmark, "SCRIPTS", chosen):
+            status, out, err = small.call(benchmark.main, *argv)
+        self.assertEqual(status, None, err)
+        return out.strip().split("\n")
+
+    def assert_positive(self, words):
+        for word in words:
+            self.assertTrue(0 < float(word) < 1e6, word)  # neither is nan
+
+    def test_every_script_that_trains_is_measured(self):
+        trains = {path for path in small.ROOT.glob("*_*.py") if " = training.fit(" in path.read_text()}
+        self.assertEqual(set(benchmark.SCRIPTS), trains)
+        self.assertEqual(len(trains), 18)
+
+    def test_ratios(self):
+        first, names, *rows, imports, loading, step = self.printed()
+        self.assertIn("128 examples, of a deep script 16; medians of 1 turns", first)
+        self.assertEqual(names.split(), ["fit", "ms", "plain", "usual", "grid", "eval"])
+        self.assertEqual([row.split()[0] for row in rows], [path.name for path in benchmark.SCRIPTS])
+        for row in rows:
+            script, fit, plain, usual, grid, products = row.split()
+            self.assert_positive((fit, plain, products))
+            deep = "\ndef train(" in (small.ROOT / script).read_text()
+            one_by_one = deep or "CNN" in script and not torch.cuda.is_available()
+            for cell, left_out in ((usual, deep), (grid, one_by_one)):
+                self.assertEqual(cell == "-", left_out, row)
+                self.assert_positive([] if left_out else [cell])
+        self.assert_positive(re.search(r"imports\): (\S+) s$", imports).groups())
+        self.assertRegex(loading, r"to the device: \d+\.\d s$")
+        self.assert_positive(re.search(r"first step: (\d+) ms, again (\d+) ms$", step).groups())
+
+    def test_scripts(self):
+        """One that makes its own data, and a deep one, which has flags that make it small."""
+        small.write_mnist(self.folder)
+        first, ladder, synthetic = self.printed("scripts", "--data_dir", self.folder, scripts=(
+            "MNIST_HVAE_Ladder.py", "Synthetic_CVAE_Relu_correlation.py"))
+        self.assertRegex(first, r"^\d+ threads, torch ")
+        for row, flags in ((ladder, "--num_epochs=1 --latents=1,1 --num_ch=4 --batch_size=8 --num_samples=0 "
+                                    f"--data_dir {self.folder}"),
+                           (synthetic, "--num_epochs=1 --num_draws=0")):
+            found = re.fullmatch(r"\S+\.py +(\S+) s per epoch, +(\S+) GiB, (.*)", row)
+            self.assertEqual(found[3], flags)
+            self.assert_positive(found.groups()[:2])
+
+    def test_a_script_that_fails(self):
+        with mock.patch.object(benchmark, "SCRIPTS", benchmark.SCRIPTS[:1]):
+            status, out, _ = small.call(benchmark.main, "scripts", "--no_such_flag", "1")
+        self.assertIn("--no_such_flag: no such flag", status)
+        self.assertNotIn("GiB", out)
+
+    def test_whole(self):
+        small.write_mnist(self.folder)
+        with mock.patch.object(benchmark, "MNIST", (300, 10_000)):
+            [line] = self.printed("whole", "--data_dir", self.folder, "--num_epochs", "1", "--num_samples", "3")
+        self.assertRegex(line, r"^MNIST_CVAE_Relu.py from start to table: \d+ s; .* training \d+ s, log-likelihood \d+ s; \d")
+        self.assert_positive(re.search(r"table: (\d+) s; .* (\S+) times as long$", line).groups())
+
+    def test_cuda_on_any_device(self):
+        with mock.patch.object(benchmark, "MNIST", (32, 8)):
+            status, out, err = small.call(lambda argv: benchmark.on_cuda("cpu"))
+        self.assertEqual(status, None, err)
+        self.assert_cuda(out.strip().split("\n"))
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+    def test_cuda(self):
+        self.assert_cuda(self.printed("cuda"))
+
+    def assert_cuda(self, lines):
+        self.assertEqual([line.split(":")[0] for line in lines], ["one setting", "5x5 grid"])
+        for line in lines:
+            self.assert_positive(re.search(r": (\d+) ms an epoch captured, (\d+) ms launched step by step: ", line).groups())
+
+    @unittest.skipIf(torch.cuda.is_available(), "needs a machine without a GPU")
+    def test_cuda_without_a_gpu(self):
+        status, out, err = small.call(benchmark.main, "cuda")
+        self.assertEqual((status, out), (2, ""))
+        self.assertRegex(err, r"^.*--device: got 'cuda'.*\n$")
+
+    def test_no_such_mode(self):
+        status, out, _ = small.call(benchmark.main, "speed")
+        self.assertEqual((status, out), ("python -m tests.benchmark speed: wants one of ratios, scripts, whole, cuda", ""))
+
+
+class PlainDeep(unittest.TestCase):
+    def test_trains_what_the_script_trains(self):
+        """In double precision, three batches of one epoch, and a model that did move."""
+        deep_ones = [path for path in benchmark.SCRIPTS if "\ndef train(" in path.read_text()]
+        self.assertEqual(len(deep_ones), 4)
+        for script in deep_ones:
+            with self.subTest(script=script.name), mock.patch.object(benchmark, "DEEP", DEEP), \
+                    mock.patch.object(benchmark, "EXAMPLES", 8 * 24), benchmark.quietly():
+                module, Model, f, data = benchmark.model_of(script)
+                data = dataclasses.replace(data, train=(data.train[0].double(),))
+                [(model, _)] = training.train_group(Model, [f], data, train=module.train)
+                plain = benchmark.plain_deep(Model, f, data).state_dict()
+                for name, value in model.state_dict().items():
+                    self.assertTrue(torch.allclose(value, plain[name], rtol=0, atol=1e-9), name)
+                start = training.build(Model, f, data).state_dict()
+                self.assertGreater(sum(not torch.equal(value, start[name]) for name, value in plain.items()), len(plain) // 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
