@@ -40,6 +40,13 @@ class CommandLines(unittest.TestCase):
                     moments[shapes] = theory.second_moment(*data.train)
                 return moments[shapes]
 
+            draw_digits = datasets.draw_digits
+            for where, name, value in ((datasets.Data, "moment", property(moment)),
+                                       (datasets, "draw_digits", lambda n, seed: draw_digits(n // 200, seed)),
+                                       (datasets, "_any_answers", lambda urls: False)):       # no waiting for a network
+                patch = mock.patch.object(where, name, value)
+                patch.start()
+                self.addCleanup(patch.stop)
             ended = {0: 0, 1: 0, 2: 0}
             for case in range(500):
                 [script] = draw.choices(SCRIPTS, [6, 2, 8, 1])      # the last take longest
@@ -59,8 +66,7 @@ class CommandLines(unittest.TestCase):
                 argv = [word for name, value in flags.items() for word in (f"--{name}", value)] + argv
                 with self.subTest(script=script.__name__, argv=argv):
                     # Drawing takes most of the time, so that few cases draw.
-                    with mock.patch("pictures.save_figure") if case % 10 else contextlib.nullcontext(), \
-                            mock.patch.object(datasets.Data, "moment", property(moment)):
+                    with mock.patch("pictures.save_figure") if case % 10 else contextlib.nullcontext():
                         status, out, err = small.call(script.main, *argv)
                     self.assertIn(status, (0, 1, 2))
                     ended[status] += 1
