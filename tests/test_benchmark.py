@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import re
+import sys
 import unittest
 from unittest import mock
 
@@ -19,7 +20,7 @@ class Modes(small.InFolder):
         super().setUp()
         patches = contextlib.ExitStack()
         self.addCleanup(patches.close)
-        for name, value in dict(TURNS=1, EXAMPLES=128, IMAGES={"cpu": 2, "cuda": 2}, EPOCHS=1, MNIST=(300, 64), DEEP=DEEP).items():
+        for name, value in dict(TURNS=1, EXAMPLES=64, IMAGES={"cpu": 2, "cuda": 2}, EPOCHS=1, MNIST=(300, 64), DEEP=DEEP).items():
             patches.enter_context(mock.patch.object(benchmark, name, value))
 
     def printed(self, *argv, scripts=None):
@@ -41,7 +42,7 @@ class Modes(small.InFolder):
 
     def test_ratios(self):
         first, names, *rows, imports, loading, step = self.printed()
-        self.assertIn("128 examples, of a deep script 16; medians of 1 turns", first)
+        self.assertIn("64 examples, of a deep script 8; medians of 1 turns", first)
         self.assertEqual(names.split(), ["fit", "ms", "plain", "usual", "grid", "eval"])
         self.assertEqual([row.split()[0] for row in rows], [path.name for path in benchmark.SCRIPTS])
         for row in rows:
@@ -70,9 +71,12 @@ class Modes(small.InFolder):
             self.assert_positive(found.groups()[:2])
 
     def test_a_script_that_fails(self):
-        with mock.patch.object(benchmark, "SCRIPTS", benchmark.SCRIPTS[:1]):
-            status, out, _ = small.call(benchmark.main, "scripts", "--no_such_flag", "1")
-        self.assertIn("--no_such_flag: no such flag", status)
+        python = self.folder / "python"
+        python.write_text("#!/bin/sh\necho what is wrong >&2\nexit 1\n")
+        python.chmod(0o755)
+        with mock.patch.object(sys, "executable", str(python)):
+            status, out, _ = small.call(benchmark.main, "scripts")
+        self.assertEqual(status, "what is wrong\n")
         self.assertNotIn("GiB", out)
 
     def test_whole(self):
