@@ -2,7 +2,6 @@
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -14,37 +13,25 @@ import time
 import unittest
 from pathlib import Path
 
-import torch
 
-import common
 import pictures
 import training
-import MNIST_CVAE_Relu
 from tests import small
 from tests.small import ROOT
 
-# A process that has imported everything and started no thread, to fork from: a child starts in milliseconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "matplotlib.figure", "torchvision.utils", "common", "MNIST_CVAE_Relu"])
-
 
 def child(argv, output, file_size=None, die_at=None, counted=None):
-    """Run MNIST_CVAE_Relu.py as from the command line, with its output in a file.
+    """Run MNIST_CVAE_Relu.py as from the command line, with its output in a file, in a child of small.FORKS.
 
     With die_at or counted it counts moments: the training's steps, each tenth of which then leaves a checkpoint, and what it does
     to files; it draws no pictures, which take most of the time and are not compared. It kills itself just before moment die_at;
     counted is a file to write the number of all moments to.
     """
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if die_at or counted:
         at_moments(die_at, counted)
-    sys.argv = ["MNIST_CVAE_Relu.py", *map(str, argv)]
-    common.run(MNIST_CVAE_Relu.main)
+    small.as_command("MNIST_CVAE_Relu.py", argv, ".", output, output)
 
 
 def at_moments(die_at, counted):
@@ -78,7 +65,7 @@ class Processes(small.WithMnist):
                 "--num_epochs", 100, "--beta", "0.2,1", "--checkpoint_seconds", 0.05, *more]
 
     def start(self, out_dir, *more, **limits):
-        process = FORKS.Process(target=child, args=(self.argv(out_dir, *more), self.folder / f"{out_dir}.log"), kwargs=limits)
+        process = small.FORKS.Process(target=child, args=(self.argv(out_dir, *more), self.folder / f"{out_dir}.log"), kwargs=limits)
         process.start()
         self.addCleanup(process.kill)
         return process
@@ -191,21 +178,29 @@ class Dealt(small.InFolder):
         super().setUp()
         small.write_mnist(self.folder / "data")
 
-    def start(self, out_dir, processes, *more):
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
+    def argv(self, out_dir, more):
+        return ["--data_dir", "data", "--out_dir", out_dir, "--d_hidden", "32", "--num_samples", "20", "--device", "cpu",
+                "--beta_1", "0.1,1,3", "--beta_2", "0.5,2", *map(str, more)]
+
+    def start(self, out_dir, *more):
+        """Two processes."""
         return subprocess.Popen(
-            [sys.executable, *launcher, str(small.ROOT / "MNIST_HVAE_Relu.py"), "--data_dir", "data", "--out_dir", out_dir,
-             "--d_hidden", "32", "--num_samples", "20", "--device", "cpu", "--beta_1", "0.1,1,3", "--beta_2", "0.5,2",
-             *map(str, more)],
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "MNIST_HVAE_Relu.py"),
+             *self.argv(out_dir, more)], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+
+    def alone(self, out_dir, *more):
+        """One process, to its end; what it printed."""
+        out, err = self.folder / f"{out_dir}.out", self.folder / f"{out_dir}.err"
+        process = small.FORKS.Process(target=small.as_command, args=("MNIST_HVAE_Relu.py", self.argv(out_dir, more), self.folder, out, err))
+        process.start()
+        process.join(120)
+        self.assertEqual(process.exitcode, 0, err.read_text())
+        return out.read_text()
 
     def test_over_two_processes(self):
         """The table of one process; then one of two killed midway, and the same command: every row, none trained twice."""
-        alone = self.start("alone", 0, "--num_epochs", 3)
-        table, err = alone.communicate(timeout=120)
-        self.assertEqual(alone.returncode, 0, err)
-        dealt = self.start("dealt", 2, "--num_epochs", 3)
+        table, dealt = self.alone("alone", "--num_epochs", 3), self.start("dealt", "--num_epochs", 3)
         of_two, err = dealt.communicate(timeout=120)
         self.assertEqual(dealt.returncode, 0, err)
         self.assertEqual(of_two, table)
@@ -214,10 +209,8 @@ class Dealt(small.InFolder):
         self.assertEqual(len(list((self.folder / "dealt").rglob("result.json"))), 6)
 
         # Every second setting, those with beta_2 = 2, is process 1's; process 0's are finished beforehand.
-        short = self.start("killed", 0, "--num_epochs", 200, "--beta_2", "0.5")
-        _, err = short.communicate(timeout=120)
-        self.assertEqual(short.returncode, 0, err)
-        killed = self.start("killed", 2, "--num_epochs", 200, "--checkpoint_seconds", 0.05)
+        self.alone("killed", "--num_epochs", 200, "--beta_2", "0.5")
+        killed = self.start("killed", "--num_epochs", 200, "--checkpoint_seconds", 0.05)
         while not list((self.folder / "killed" / "MNIST_HVAE_Relu").glob("checkpoints/*.pt")):
             self.assertIsNone(killed.poll())
             time.sleep(0.01)
@@ -225,7 +218,7 @@ class Dealt(small.InFolder):
         out, err = killed.communicate(timeout=120)
         self.assertNotEqual(killed.returncode, 0)
         self.assertEqual(out, "")
-        again = self.start("killed", 2, "--num_epochs", 200)
+        again = self.start("killed", "--num_epochs", 200)
         out, err = again.communicate(timeout=120)
         self.assertEqual(again.returncode, 0, err)
         self.assertEqual(err.count("already trained"), 3)
