@@ -91,7 +91,7 @@ class CVAE(nn.Module):
         """Theorem 2: the units of the linear CVAE at its optimum on the same data."""
         if f.beta == 0:                                                  # no optimum is finite
             return None
-        beta = f.beta / 2 if f.released_objective else f.beta            # which weighs 2 reconstruction + beta KL
+        beta = f.beta / 2 if f.released_objective else f.beta            # a reconstruction counted twice halves beta
         E = theory.residual(data.moment, 196)
         return theory.cvae_optimum(theory.spectrum(E), f.dim_z, beta, f.eta_enc, f.eta_dec)
 

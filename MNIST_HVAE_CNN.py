@@ -107,9 +107,9 @@ class HVAE(nn.Module):
         """Theorem 3: the units of the linear HVAE at its optimum on the same data."""
         if f.beta_1 == 0 or f.beta_2 == 0:                               # no optimum is finite
             return None
-        half = 2 if f.released_objective else 1                          # which weighs 2 reconstruction + beta KL
+        weight = 2 if f.released_objective else 1                        # of the reconstruction, as halving both betas
         theta = theory.spectrum(data.moment).sqrt()
-        return theory.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1 / half, f.beta_2 / half, f.eta_enc, f.eta_dec)
+        return theory.hvae_optimum(theta, f.d_1, f.d_2, f.sigma_1, f.beta_1 / weight, f.beta_2 / weight, f.eta_enc, f.eta_dec)
 
     def reconstructions(self, x, f):
         z1 = self.q_z1(x, f).mean

@@ -67,7 +67,7 @@ class VAE(nn.Module):
         """Theorem 1: the units of the linear VAE at its optimum on the same data."""
         if f.beta == 0:                                                  # no optimum is finite
             return None
-        beta = f.beta / 2 if f.released_objective else f.beta            # which weighs 2 reconstruction + beta KL
+        beta = f.beta / 2 if f.released_objective else f.beta            # a reconstruction counted twice halves beta
         return theory.vae_optimum(theory.spectrum(data.moment).sqrt(), f.d_1, beta, f.eta_dec / f.c, f.eta_dec)
 
     def reconstructions(self, x, f):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 here = Path(__file__).parent
 sys.path.insert(0, str(here.parent))
-LONGEST = ("test_going_on", "test_scripts", "test_fuzz", "test_deep", "test_reproduce", "test_training")  # begin first
+LONGEST = ("test_going_on", "test_deep", "test_scripts", "test_linear", "test_reproduce", "test_theory")  # begin first
 
 
 class Result(unittest.TextTestResult):

@@ -164,7 +164,6 @@ class ManyProcesses(OfScripts):
                 np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4, err_msg=f"{script.__name__} {name}")
 
 
-
 class Steps(unittest.TestCase):
     def test_schedule(self):
         """A line up over the warm-up, then a cosine from lr down to lr_end."""
@@ -191,7 +190,6 @@ class Steps(unittest.TestCase):
             expected = value if expected is None else 0.9 * expected + 0.1 * value
         self.assertAlmostEqual(average.module.weight.item(), expected, places=12)
         self.assertFalse(average.module.weight.requires_grad)
-
 
 
 class LinearTop(torch.nn.Module):

@@ -214,6 +214,5 @@ class Metrics(unittest.TestCase):
         self.assertEqual(examples["unit_kl"].shape, (n, 3))
 
 
-
 if __name__ == "__main__":
     unittest.main()

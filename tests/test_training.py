@@ -130,7 +130,6 @@ class SameNumbers(unittest.TestCase):
         self.assertTrue(torch.equal(torch.rand(3), expected))
 
 
-
 class Clipping(unittest.TestCase):
     def test_per_setting(self):
         """A setting with a huge gradient does not shrink its neighbour's."""
