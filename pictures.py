@@ -15,7 +15,6 @@ import common
 import files
 import theory
 
-
 EPSILON = np.geomspace(1e-4, 1e2, 241)                    # of collapse curves, in nats
 
 

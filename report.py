@@ -41,7 +41,6 @@ import files
 import pictures
 import theory
 
-
 MANY_LEVELS = 2                                           # more have a table of their own
 ELBO_DRAWS = 16                                           # draws per example where no log-likelihood is asked for
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU

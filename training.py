@@ -87,7 +87,7 @@ def leave(model, training, f, data):
 
 
 def read_trained(Model, f, data):
-    """(model, training, folder) of a setting that was trained before, the first two as `train` gives them: by its run, whose
+    """(model, training, folder) of a setting that was trained before, the first two as `train_group` gives them: by its run, whose
     files are in the folder, or by one that differs from it only in its evaluation. None if there is none, whole."""
     own = files.run_dir(f, data)
     for folder in (None, *sorted(other for other in own.parent.glob("*/") if other != own)):

@@ -119,7 +119,7 @@ class ImportanceSampling(unittest.TestCase):
 
 class Interface(small.InFolder):
     def test_a_model_of_nothing_but_what_the_docstring_asks_for(self):
-        """A nineteenth script, written from report.py's docstring: a table, a result, curves and weights; alone and in a grid."""
+        """A nineteenth script, written from report.py's docstring: a table, a result, curves and weights."""
         (self.folder / "MNIST_VAE_Tanh.py").write_text(textwrap.dedent('''
             """A VAE with a tanh layer: how beta collapses its units."""
             from dataclasses import dataclass
