@@ -25,6 +25,7 @@ class Flags(common.TrainFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
     eta_enc: float = common.scalar(0.5, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    start_std: float = common.scalar(1.0, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10)
     dim_z: int = common.flag(16, "units of z", low=1)
     released_objective: bool = common.flag(False, "count the reconstruction twice, as the authors' released code does")
 
@@ -60,7 +61,7 @@ class CVAE(nn.Module):
     def q_z(self, x, y, f):
         blanked = datasets.whole_images(torch.zeros_like(x), y)
         mean, raw_std = (self.f_x(x.view(-1, 1, 14, 14)) + self.f_y(blanked.view(-1, 1, 28, 28))).chunk(2, dim=-1)
-        return Normal(mean, common.std_head(raw_std, f.eta_enc))
+        return Normal(mean, common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z(self, f):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
@@ -85,6 +86,12 @@ class CVAE(nn.Module):
         """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
         return reconstruction + f.beta * terms["kl"].sum(-1)
+
+    def unexplained(self, x, y, f, draws):
+        """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
+        z = self.q_z(x, y, f).sample((draws,))
+        return {"": dict(reads=(x, y), mean=[(None, self.y_mean(x, z).mean(0))],
+                         beta=f.beta, weight=2 if f.released_objective else 1, std=f.eta_dec)}
 
     @staticmethod
     def linear_optimum(f, data):

@@ -71,6 +71,11 @@ class CVAE(nn.Module):
         """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
 
+    def unexplained(self, x, y, f, draws):
+        """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
+        return {"": dict(reads=(x, y), mean=[(self.U1, self.q_z(x, y, f).mean), (self.U2, x)],
+                         beta=f.beta, weight=1, std=f.eta_dec)}
+
     def exact_log_px(self, x, y, f):
         """log p(y|x), (B,): y|x ~ N(U2 x, eta_enc^2 U1 U1^T + eta_dec^2 I)."""
         return common.log_normal_low_rank(y - self.U2(x), f.eta_enc * self.U1.weight, f.eta_dec)

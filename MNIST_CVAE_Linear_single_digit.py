@@ -26,6 +26,7 @@ class Flags(common.LinearFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", above=0)
     eta_enc: float = common.scalar(0.5, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    start_std: float = common.scalar(1.0, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10)
     dim_z: int = common.flag(16, "units of z", low=1)
     d_hidden: int = common.flag(196, "units between the two layers of a map", low=1)
     num_epochs: int = common.flag(300, "passes over the training set", low=1)
@@ -49,7 +50,7 @@ class CVAE(nn.Module):
         self.std = nn.Linear(784, f.dim_z)
 
     def q_z(self, x, y, f):
-        return Normal(self.f_x(x) + self.f_y(y), common.std_head(self.std(torch.cat([x, y], dim=-1)), f.eta_enc))
+        return Normal(self.f_x(x) + self.f_y(y), common.std_head(self.std(torch.cat([x, y], dim=-1)), f.eta_enc, f.start_std))
 
     def p_z(self, f):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
@@ -78,6 +79,12 @@ class CVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+
+    def unexplained(self, x, y, f, draws):
+        """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
+        hidden = (self.g_z[0](self.q_z(x, y, f).mean), self.g_x[0](x))
+        return {"": dict(reads=(x, y), mean=[(self.g_z[1], hidden[0]), (self.g_x[1], hidden[1])],
+                         beta=f.beta, weight=1, std=f.eta_dec)}
 
     def exact_log_px(self, x, y, f):
         """log p(y|x), (B,): y|x ~ N(G_x x, eta_enc^2 G_z G_z^T + eta_dec^2 I)."""

@@ -27,6 +27,7 @@ class Flags(common.TrainFlags):
     eta_enc: float = common.scalar(0.5, "std of the prior p(z2)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(z1|z2) and of p(x|z1)", above=0)
     sigma_1: float = common.scalar(0.5, "std of q(z1|x)", above=0)
+    start_std: float = common.scalar(1.0, "std of q(z2|z1) that training starts from, as a share of the prior's", low=0.01, high=10)
     d_1: int = common.flag(16, "units of z1", low=1)
     d_2: int = common.flag(16, "units of z2", low=1)
     d_hidden: int = common.flag(64, "units of each hidden layer between z1 and z2", low=1)
@@ -64,7 +65,7 @@ class HVAE(nn.Module):
 
     def q_z2(self, z1, f):
         mean, raw_std = self.z1_to_z2(z1).chunk(2, dim=-1)
-        return Normal(mean.tanh(), common.std_head(raw_std, f.eta_enc))
+        return Normal(mean.tanh(), common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z1(self, z2, f):
         return Normal(self.z2_to_z1(z2).tanh(), f.eta_dec)
@@ -101,6 +102,13 @@ class HVAE(nn.Module):
         """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
         return reconstruction + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+
+    def unexplained(self, x, f, draws):
+        """For headroom: the z1 that z2 is inferred from, and its mean expected over z2; see report.py."""
+        z1 = self.q_z1(x, f).sample()
+        z2 = self.q_z2(z1, f).sample((draws,))
+        return {"_2": dict(reads=(z1,), mean=[(None, self.p_z1(z2, f).mean.mean(0))],
+                           beta=f.beta_2, weight=f.beta_1, std=f.eta_dec)}
 
     @staticmethod
     def linear_optimum(f, data):

@@ -95,6 +95,11 @@ class HVAE(nn.Module):
         """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
 
+    def unexplained(self, x, f, draws):
+        """For headroom: the z1 that z2 is inferred from, and its mean expected over z2; see report.py."""
+        z1 = self.q_z1(x, f).sample()
+        return {"_2": dict(reads=(z1,), mean=[(self.U2, self.W2(z1))], beta=f.beta_2, weight=f.beta_1, std=f.eta_dec)}
+
     def exact_log_px(self, x, f):
         """log p(x), (B,): x ~ N(0, U1 (eta_enc^2 U2 U2^T + eta_dec^2 I) U1^T + eta_dec^2 I)."""
         U1, U2 = self.U1.weight, self.U2.weight

@@ -62,6 +62,10 @@ class VAE(nn.Module):
         """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
 
+    def unexplained(self, x, f, draws):
+        """For headroom: what z is inferred from, and the mean of x expected over z; see report.py."""
+        return {"": dict(reads=(x,), mean=[(self.U, self.W(x))], beta=f.beta, weight=1, std=f.eta_dec)}
+
     def exact_log_px(self, x, f):
         """log p(x), (B,): x ~ N(0, eta_enc^2 U U^T + eta_dec^2 I)."""
         return common.log_normal_low_rank(x, f.eta_dec / f.c * self.U.weight, f.eta_dec)

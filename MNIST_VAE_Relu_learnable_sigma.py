@@ -62,6 +62,12 @@ class VAE(nn.Module):
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
         return reconstruction + f.beta * terms["kl"].sum(-1)
 
+    def unexplained(self, x, f, draws):
+        """For headroom: what z is inferred from, and the mean of x expected over z; see report.py."""
+        z = self.q_z(x, f).sample((draws,))
+        return {"": dict(reads=(x,), mean=[(self.g[-1], self.g[:-1](z).mean(0))],
+                         beta=f.beta, weight=2 if f.released_objective else 1, std=f.eta_dec)}
+
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 1: the units of the linear VAE at its optimum on the same data."""

@@ -29,6 +29,7 @@ class Flags(common.FitFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
     eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    start_std: float = common.scalar(1.0, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10)
     dim_x: int = common.flag(128, "dimension of x, that of y", low=1)
     dim_y: int = common.flag(128, "dimension of y", low=1)
     dim_z: int = common.flag(128, "units of z", low=1)
@@ -75,7 +76,7 @@ class CVAE(nn.Module):
 
     def q_z(self, x, y, f):
         mean, raw_std = (self.f_x(x) + self.f_y(y)).chunk(2, dim=-1)
-        return Normal(mean, common.std_head(raw_std, f.eta_enc))
+        return Normal(mean, common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z(self, f):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
@@ -95,6 +96,12 @@ class CVAE(nn.Module):
         """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
         return reconstruction + f.beta * terms["kl"].sum(-1)
+
+    def unexplained(self, x, y, f, draws):
+        """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
+        z = self.q_z(x, y, f).sample((draws,))
+        return {"": dict(reads=(x, y), mean=[(self.g_x[-1], self.g_x[:-1](x)), (self.g_z[-1], self.g_z[:-1](z).mean(0))],
+                         beta=f.beta, weight=2 if f.released_objective else 1, std=f.eta_dec)}
 
     @staticmethod
     def linear_optimum(f, data):

@@ -380,10 +380,11 @@ def log_normal_low_rank(x, factor, std):
         torch.zeros_like(x[0]), factor, (std**2).expand(len(factor))).log_prob(x)
 
 
-def std_head(raw, prior_std, floor=1e-3):
-    """A positive standard deviation from a network's free output: a softplus, floored, that is the prior's at raw = 0,
-    so that training starts near the prior."""
-    return prior_std * (torch.nn.functional.softplus(raw) / math.log(2)).clamp(min=floor)
+def std_head(raw, prior_std, start=torch.ones(()), floor=1e-3):
+    """A positive standard deviation from a network's free output: a softplus, floored, that is `start` (a 0-d tensor) of the
+    prior's at raw = 0, where training starts."""
+    softplus = torch.nn.functional.softplus(raw + (start * math.log(2)).expm1().log())
+    return prior_std * (softplus / math.log(2)).clamp(min=floor)
 
 
 def levels(terms):

@@ -38,6 +38,12 @@ class Data:
         """The second moment of the training rows, all columns of train joined: (d, d), see `second_moment`."""
         return theory.second_moment(*self.train)
 
+    @functools.cached_property
+    def moment_with_one(self):
+        """`moment` with a row and a column more: that of the training rows with a 1 at their end, (d + 1, d + 1)."""
+        mean = torch.cat([t.flatten(1).mean(0, dtype=torch.float64) for t in self.train] + [torch.ones(1, device=self.train[0].device)])
+        return torch.cat([torch.cat([self.moment, mean[None, :-1].cpu()]), mean[:, None].cpu()], dim=1)
+
 
 def load_mnist(settings):
     """The data of each setting: a list of `Data`, shared where the settings share --dataset.

@@ -29,15 +29,19 @@ def save_figure(path, columns, rows, width, height, caption, draw):
     files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def draw_run(folder, model, f, data, curves, examples):
-    """The pictures of one run: collapse.png, training.png and, of images, reconstructions.png and samples.png."""
+def draw_run(folder, model, f, data, result, examples):
+    """The pictures of one run: collapse.png, training.png, headroom.png of a model that has one and, of images,
+    reconstructions.png and samples.png."""
     caption = f"{files.caption_of([f], [data])} seed={f.seed}"
     draw_collapse(folder / "collapse.png", {"": examples}, caption)
+    if result.get("headroom"):
+        panels = {f"{z}: {theory.verdict(of['units'], of['collapsed'], of['headroom'])}": of for z, of in result["headroom"].items()}
+        draw_panels(folder / "headroom.png", panels, 4.6, 3.6, caption, plot_headroom)
 
     def draw_curve(ax, name, curve):
         ax.plot(range(1, len(curve) + 1), curve)
         ax.set(title=name, xlabel="epoch", ylabel="nats per training example")
-    draw_panels(folder / "training.png", curves, 3.4, 3, caption, draw_curve)
+    draw_panels(folder / "training.png", result["curves"], 3.4, 3, caption, draw_curve)
 
     if hasattr(model, "reconstructions"):
         with common.seeded(f.seed, "evaluation", data.test[0].device):            # some are drawn
@@ -99,6 +103,22 @@ def plot_collapse(ax, runs, kl):
     ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
     if len(runs) > 1:
         ax.legend(fontsize=7)
+
+
+def plot_headroom(ax, title, found):
+    """What the active units of a level describe, and what more units could, against the level above which a unit pays."""
+    active, idle = found["theta"], found["tau"]
+    if active:
+        ax.plot(range(1, 1 + len(active)), active, "o", label="active units: θ², by their KL")
+    ax.plot(range(1 + len(active), 1 + len(active) + len(idle)), np.maximum(idle, 1e-300), "x", color="C1",
+            label="what is left: τ, of more units")
+    if found["level"]:
+        ax.axhline(found["level"], color="0.5", linestyle="--", linewidth=1, label="level: above it a unit pays")
+        ax.set(ylim=(found["level"] / 100, 2 * max([found["level"], *active, *idle])))
+    ax.axvline(found["units"] + 0.5, color="0.8", linewidth=1, label="the model's units")
+    ax.set(yscale="log", xlabel="unit", ylabel="variance")
+    ax.set_title(title.replace(": idle", ":\nidle"), fontsize=9)
+    ax.legend(fontsize=7)
 
 
 def collapse_curve(unit_kl, epsilon, delta=0.05):

@@ -3,9 +3,11 @@
     python predict_collapse.py --x features.npy --eta_dec 0.5 --active 12
     python predict_collapse.py --model cvae --x inputs.npy --y targets.npy --beta 0.5,1,2
     python predict_collapse.py --model hvae --dataset mnist --eta_enc 0.5 --eta_dec 0.5
+    python predict_collapse.py --x u.npy --residual r.npy --eta_dec 0.5 --beta 1.0 --collapsed 9
 
 Of a linear VAE, CVAE or two-level HVAE at its optimum (Dang et al. 2024, arXiv 2306.05023, theorems 1, 2, 3 and 5). All they
-need of the data are its second moments: rows of an .npy, .npz, .csv or .pt file, read once, chunk by chunk.
+need of the data are its second moments: rows of an .npy, .npz, .csv or .pt file, read once, chunk by chunk. With --residual
+instead: did the objective collapse the units of a VAE that you have trained, of whatever kind, or did training?
 """
 import dataclasses
 import math
@@ -45,12 +47,16 @@ class Flags:
     sigma_2: float = common.flag(0.0, "hvae: std of q(z2|z1), fixed; 0 for a learnable one", low=0)
     d_1: int = common.flag(0, "units of z, of z1 in an hvae; 0 for as many as the data has modes", low=0)
     d_2: int = common.flag(0, "hvae: units of z2; 0 for as many as z1 has", low=0)
+    residual: str = common.flag("", "file with what a trained model leaves of its target, a row for each row of --x, which its encoder reads")
+    collapsed: int = common.flag(0, "with --residual: how many units of the trained model are collapsed", low=0)
     active: int = common.flag(0, "the number of active units to recommend a beta for (hvae: of z2, beta_2)", low=0)
     out_dir: str = common.flag("runs", "where results go")
 
 
 SWEPT = {"vae": "beta", "cvae": "beta", "hvae": "beta_2"}    # by which units collapse one after another
 CHUNK = 4096                                              # rows at a time
+RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)                # of which the best counts: whatever units gain on other rows is to be had
+LARGEST = 1e100                                           # of a number in a file
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -100,30 +106,40 @@ def _pt(path):
     return lambda start, stop: array[start:stop], array
 
 
-def moments(f):
-    """(second moment (d, d) of x, or of x and y joined, float64; number of rows; columns of x). One pass over the rows."""
+def chunks(f, flags):
+    """The rows that f's flags, --x and perhaps another, stand for, float64, chunk by chunk: (number of all rows, number of the first
+    one here, [(rows, d) of each flag]). Ends the program if they are not as many, or not finite."""
     if f.dataset != "none":
         [data] = (datasets.load_mnist_quarters if f.model == "cvae" else datasets.load_mnist)([f])
-        files = [((lambda start, stop, t=t: t[start:stop].cpu().numpy()), len(t)) for t in data.train]
+        sources = [((lambda start, stop, t=t: t[start:stop].cpu().numpy()), len(t)) for t in data.train]
     else:
-        files = [opened(f, flag) for flag in (("x", "y") if f.model == "cvae" else ("x",))]
-    n = files[0][1]
-    if len(files) == 2 and files[1][1] != n:
-        common.stop(f, f"--y: {files[1][1]:,} rows, wants as many as --x: {n:,}")
+        sources = [opened(f, flag) for flag in flags]
+    n = sources[0][1]
+    if sources[-1][1] != n:
+        common.stop(f, f"--{flags[-1]}: {sources[-1][1]:,} rows, wants as many as --x: {n:,}")
     if n < 2:
         common.stop(f, "--x: one row, wants at least 2")
-    moment, total, progress = 0, 0, common.Progress("reading", n, "rows")
+    progress = common.Progress("reading", n, "rows")
     for start in range(0, n, CHUNK):
-        parts = [rows(start, start + CHUNK).reshape(min(CHUNK, n - start), -1) for rows, _ in files]
-        for flag, part in zip("xy", parts):
+        parts = [rows(start, start + CHUNK).reshape(min(CHUNK, n - start), -1).astype(np.float64) for rows, _ in sources]
+        for flag, part in zip(flags, parts):
             if not np.isfinite(part).all():
                 row = start + int(np.argmax(~np.isfinite(part).all(1)))
                 common.stop(f, f"--{flag}: row {row:,} (from 0) holds {part[row - start][~np.isfinite(part[row - start])][0]}, "
                                "wants finite numbers")
-        chunk = np.concatenate(parts, axis=1, dtype=np.float64)
-        moment, total = moment + chunk.T @ chunk, total + chunk.sum(0)      # numpy computes half of a symmetric product
+            if np.abs(part).max() > LARGEST:
+                common.stop(f, f"--{flag}: got {np.abs(part).max():.3g}, wants numbers up to {LARGEST:g}, whose squares can be summed")
+        yield n, start, parts
         progress.update(min(n, start + CHUNK))
     progress.update(n, end=True)
+
+
+def moments(f):
+    """(second moment (d, d) of x, or of x and y joined, float64; number of rows; columns of x). One pass over the rows."""
+    moment, total = 0, 0
+    for n, _, parts in chunks(f, ("x", "y") if f.model == "cvae" else ("x",)):
+        chunk = np.concatenate(parts, axis=1)
+        moment, total = moment + chunk.T @ chunk, total + chunk.sum(0)      # numpy computes half of a symmetric product
     moment, mean = moment / n, total / n
     if f.center:
         moment = moment - np.outer(mean, mean)
@@ -137,6 +153,19 @@ def moments(f):
     if n < len(moment):
         warn(f"{n:,} rows are few for {len(moment):,} columns: there are at most {n:,} modes, and on fresh rows they hold less")
     return torch.from_numpy(moment), n, dim_x
+
+
+def halves(f):
+    """(number of rows, [(C, A) of the even rows, (C, A) of the odd ones]): the means of r u^T (D, p) and of u u^T (p, p), u a row of
+    --x with a 1 at its end, r one of --residual. One pass over the rows."""
+    sums = [[0, 0], [0, 0]]
+    for n, start, (u, r) in chunks(f, ("x", "residual")):
+        u = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
+        for half in (0, 1):
+            of_u, of_r = u[half::2], r[half::2]           # a chunk begins with an even row
+            sums[half] = [sums[half][0] + of_r.T @ of_u, sums[half][1] + of_u.T @ of_u]
+    rows = (n + 1) // 2, n // 2
+    return n, [tuple(torch.from_numpy(total / count) for total in of) for of, count in zip(sums, rows)]
 
 
 def warn(words):
@@ -260,9 +289,56 @@ def draw(path, f, variances, collapse, predicted, top):
     pictures.save_figure(path, 1, 2, 5.2, 3.2, files.spell(files.changed(f, None)), panels)
 
 
+def gain_on_the_other_half(moments, ridge, count, *weights):
+    """What units found on one half of the rows gain on the other, in nats per row; the mean of both ways. A ridge, as a share of all
+    variance of u, keeps them from relying on what few rows of their half say: without one a column that is all but 0 in one
+    half makes an enormous z of the other's."""
+    return sum(theory.gain(theory.idle_units(cross, moment, count, *weights, ridge=ridge * moment.trace()), *other, *weights)
+               for (cross, moment), other in (moments, moments[::-1])) / 2
+
+
+def report_headroom(f, n, moments):
+    """Print and draw whether the objective or training collapsed the units of a trained model, from the moments of `halves`."""
+    weights, shares = (f.beta, 1, f.eta_dec), ((n + 1) // 2 / n, n // 2 / n)
+    cross, moment = (sum(share * of[i] for share, of in zip(shares, moments)) for i in (0, 1))
+    tau, level = theory.spectrum(theory.linear_part(cross, moment)), theory.level_of(*weights)
+    nats = theory.headroom(tau, f.collapsed, *weights)
+    held_out = max(gain_on_the_other_half(moments, ridge, f.collapsed, *weights) for ridge in RIDGES)
+    verdict = theory.verdict(None, f.collapsed, nats)
+    if (nats > theory.ACTIVE) != (held_out > theory.ACTIVE):
+        verdict = verdict.partition(",")[0] + ": too few rows to tell by what"
+    print(f"\n{f.x}, {f.residual}: {n:,} rows, beta = {f.beta:g}, eta_dec {f.eta_dec:g}, level {level:g}; nats per row")
+    paying = int((tau[:f.collapsed] > level).sum())
+    rows = [["idle unit", "tau", "tau / level", "would pay"]]
+    for i in range(min(f.collapsed, len(tau), paying + 3)):
+        gain = theory.headroom(tau[i:i + 1], 1, *weights)
+        rows.append([str(i + 1), f"{tau[i]:.4f}", f"{tau[i] / level:.4f}", f"{gain:.4f}"])
+    common.print_rows(rows)
+    print(f"headroom {nats:.4f} nats; of units found on one half of the rows, measured on the other: {held_out:.4f}\n{verdict}")
+    folder = files.run_dir(f, None)
+    found = {"units": f.collapsed, "collapsed": f.collapsed, "headroom": nats, "level": level,
+             "tau": tau[:f.collapsed].tolist(), "theta": []}
+    pictures.draw_panels(folder / "headroom.png", {verdict: found}, 5.2, 3.6, files.spell(files.changed(f, None)), pictures.plot_headroom)
+    files.write_json(folder / "headroom.json", files.describe(f, None) | {
+        "dataset": f.x, "rows": n, **found, "held_out": held_out, "verdict": verdict})
+    print(f"files: {folder}", file=sys.stderr)
+
+
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     f = settings[0]
+    if f.residual:
+        for name in ("y", "dataset", "model", "center", "sigma", "active"):
+            if any(getattr(g, name) != getattr(Flags, name) for g in settings):
+                common.stop(f, f"--{name}: has no meaning beside --residual")
+        if not f.x or not all(g.collapsed for g in settings):
+            common.stop(f, "--residual: wants --x, what the encoder reads, and --collapsed, at least 1")
+        n, moments_of_halves = halves(f)
+        for f in settings:
+            report_headroom(f, n, moments_of_halves)
+        return 0
+    if any(g.collapsed for g in settings):
+        common.stop(f, "--collapsed: wants --residual, what a trained model leaves of its target")
     if (f.dataset == "none") == (not f.x):
         common.stop(f, "--x: wants a file with an example a row, or --dataset for images instead")
     if (f.model == "cvae") != bool(f.y) and f.dataset == "none":

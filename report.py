@@ -23,6 +23,12 @@ What a model may have besides:
     predicted(f, data)                     of a linear model: the closed form of this very one (static, f's scalars are numbers),
     units(f, data)                         the same quantities of the model as it is, in float64,
     exact_log_px(*batch, f)                and log p(x), (B,)
+    unexplained(*batch, f, draws)          of each level with a learnable posterior and a Gaussian target t, for its headroom, by so
+                                           many draws of z where there is no closed form: {level: {
+        reads    what the level's encoder reads, a tuple of (B, ...), t the last of them
+        mean     the mean of p(t|z), expected over q(z|reads): a list of (layer, hidden (B, h)) that add up to it, the layers
+                 nn.Linear, or None for hidden as it is
+        beta, weight, std                  the KL's weight in the loss, that of -log p(t|z), and the std of p(t|z) }}
     widest_layer                           numbers per example, where a layer is wider than the data
     elbo_draws                             draws per example where no log-likelihood is asked for
 
@@ -35,6 +41,7 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 
 import common
 import files
@@ -43,6 +50,7 @@ import theory
 
 MANY_LEVELS = 2                                           # more have a table of their own
 ELBO_DRAWS = 16                                           # draws per example where no log-likelihood is asked for
+HEADROOM_DRAWS = 8                                        # draws per example of what a model leaves unexplained
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU
 
 
@@ -134,6 +142,84 @@ def check(model, f, data, examples):
     return beside
 
 
+@torch.no_grad()
+def unexplained(model, f, data):
+    """What a trained model leaves of its Gaussian targets, from all training rows: {level: (cross (D, p), moment (p, p), beta,
+    weight, std)}, the arguments of `theory.headroom`. Sums are in float64, products of a few thousand rows in data's precision."""
+    like, sums, found = data.train[0], {}, {}
+    f = common.on_device(f, like[:0].double())            # 0-d: they leave the precision of what they meet
+    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in data.train))
+    rows = max(1, 2**26 // (width * like.element_size() * HEADROOM_DRAWS) // 2 * 2)
+    for start in range(0, len(like), rows):
+        batch = [t[start:start + rows] for t in data.train]
+        for level, of in model.unexplained(*batch, f, HEADROOM_DRAWS).items():
+            u = torch.cat([*of["reads"], torch.ones_like(like[:len(batch[0]), :1])], dim=1)
+            moments = [hidden.T @ u for _, hidden in of["mean"]]
+            of_data = len(of["reads"]) == len(batch) and all(a is b for a, b in zip(of["reads"], batch))
+            moments += [] if of_data else [u.T @ u]       # else it is known
+            so_far = sums.setdefault(level, [0] * len(moments))
+            sums[level] = [total + moment.double() for total, moment in zip(so_far, moments)]
+            found[level] = of                             # but for hidden it is the same for all batches
+    for level, of in found.items():
+        hidden = [total.cpu() / len(like) for total in sums[level]]
+        moment = data.moment_with_one if len(hidden) == len(of["mean"]) else hidden.pop()
+        cross = moment[-1 - of["reads"][-1].shape[1]:-1]  # E[t u^T]
+        for (layer, _), by_u in zip(of["mean"], hidden):
+            if layer is not None:
+                by_u = layer.weight.double().cpu() @ by_u
+                if layer.bias is not None:
+                    by_u = by_u + layer.bias.double().cpu()[:, None] * moment[-1]
+            cross = cross - by_u
+        found[level] = (cross, moment, *(float(of[name]) for name in ("beta", "weight", "std")))
+    return found
+
+
+def headroom(model, f, data, metrics, examples):
+    """Of each level with a learnable posterior and a Gaussian target {"z" or "z2": {"units", "collapsed", "headroom" (nats),
+    "level", "tau", "theta"}}; theta, of the active units, is the variance that a linear unit of their KL describes."""
+    found = {}
+    with common.seeded(f.seed, "evaluation", data.train[0].device):
+        for level, (cross, moment, *weights) in unexplained(model, f, data).items():
+            kl, active = examples[f"unit_kl{level}"].mean(0), metrics[f"AU_kl{level}"]
+            tau, at = theory.spectrum(theory.linear_part(cross, moment))[:len(kl)], theory.level_of(*weights)
+            found[f"z{level.removeprefix('_')}"] = {
+                "units": len(kl), "collapsed": len(kl) - active, "headroom": theory.headroom(tau, len(kl) - active, *weights),
+                "level": at if at < math.inf else None, "tau": tau.tolist(),
+                "theta": (at * np.exp(2 * np.sort(kl)[::-1][:active])).tolist() if at < math.inf else []}
+    return found
+
+
+@torch.no_grad()
+def dead_units(model, f, data):
+    """{network: [hidden units that fire for no test example, hidden units]} of each of a model's networks with ReLUs; a channel
+    of a convolution is a unit."""
+    fires, of_networks = {}, {}
+
+    def note(name):
+        def hook(relu, inputs, output):
+            unit = 1 if output.ndim == 4 else output.ndim - 1
+            fired = (output > 0).transpose(0, unit).flatten(1).any(1)
+            fires[name] = fires.get(name, False) | fired
+        return hook
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.ReLU)]
+    with common.seeded(f.seed, "evaluation", data.test[0].device):
+        for batch in zip(*(t.split(1000) for t in data.test)) if hooks else ():
+            model(*batch, common.on_device(f, batch[0]))
+    for hook in hooks:
+        hook.remove()
+    for name, fired in fires.items():
+        of_network = of_networks.setdefault(name.split(".")[0], [0, 0])
+        of_network[0] += (~fired).sum().item()
+        of_network[1] += len(fired)
+    return of_networks
+
+
+def last_change(curve):
+    """The change of a curve over the last tenth of its epochs, one at least; None if there are no earlier ones."""
+    tenth = max(1, len(curve) // 10)
+    return curve[-1] - curve[-1 - tenth] if len(curve) > tenth else None
+
+
 def report(models, settings, data, counterpart=None):
     """Evaluate what is not evaluated yet, leave each run's files, draw the grid's pictures and print the table.
 
@@ -159,8 +245,16 @@ def report(models, settings, data, counterpart=None):
                 if hasattr(model, "predicted"):
                     result["theory"] = check(model, f, d, examples)
                 result["seconds"]["evaluate"] = time.monotonic() - start
+                if hasattr(model, "unexplained"):
+                    start = time.monotonic()
+                    result["headroom"] = headroom(model, f, d, result["metrics"], examples)
+                    result["metrics"] |= {of.replace("z2", "headroom_2").replace("z", "headroom"): found["headroom"]
+                                          for of, found in result["headroom"].items()}
+                    result["dead_units"] = dead_units(model, f, d)
+                    result["loss_change"] = last_change(trained["curves"]["loss"])
+                    result["seconds"]["headroom"] = time.monotonic() - start
                 files.write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
-                pictures.draw_run(folder, model, f, d, trained["curves"], examples)
+                pictures.draw_run(folder, model, f, d, result, examples)
             files.write_json(folder / "result.json", result)
         print(f"files: {folder}", file=sys.stderr)
         both = [folder, folder.parents[1] / (counterpart or "") / folder.name]
@@ -174,6 +268,7 @@ def report(models, settings, data, counterpart=None):
     results = [files.read_result(f, d, "result.json") for f, d in zip(settings, data)]
     pictures.draw_grid(models, settings, data)
     print_table(results, settings, data)
+    print_verdicts(results, settings, data)
     print_theory(results, settings, data)
     print_linear(results, settings, data)
     return int(any(result["diverged"] for result in results))
@@ -215,6 +310,27 @@ def print_table(results, settings, data):
                 table.append([*key, level[1:], *(_cell([m[name + level] for m in finished], len(repeats)) for name in kinds)])
         print()
         common.print_rows(table)
+
+
+def verdicts(result):
+    """Of each level that has a `headroom`: what collapsed it, in words, and what points to the cause if it was training."""
+    dead = [f"{dead} of {units}{' hidden units' if i == 0 else ''} of {network}" for i, (network, (dead, units)) in enumerate(
+        (network, of) for network, of in result["dead_units"].items() if of[0])]
+    for z, of in result["headroom"].items():
+        said = f"{z}: {theory.verdict(of['units'], of['collapsed'], of['headroom'])}"
+        if of["collapsed"] and of["headroom"] > theory.ACTIVE:
+            said += f"; {', '.join(dead)} are dead" if dead else ""
+            fell = -(result["loss_change"] or 0)
+            said += f"; the loss still fell by {fell:.2g} nats in the last tenth of the epochs" if fell > theory.ACTIVE else ""
+        yield said
+
+
+def print_verdicts(results, settings, data):
+    """A line a setting and level: whether the objective or training collapsed its units."""
+    flags = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else [])
+    lines = [(files.spell({name: str(result["settings"][name]) for name in flags}), said)
+             for result in results if result.get("headroom") for said in verdicts(result)]
+    print("".join(f"\n{of + ': ' if of else ''}{said}" for of, said in lines) + "\n" * bool(lines), end="")
 
 
 def _cell(values, repeats):

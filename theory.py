@@ -25,6 +25,8 @@ import torch
 import common
 import files
 
+ACTIVE = 0.01                                             # nats of information that make a unit active
+
 
 def second_moment(*columns):
     """E[v v^T] over rows, float64 (d, d), of v = the columns (n, d_1), (n, d_2), ... joined, d = d_1 + d_2 + ..."""
@@ -58,6 +60,13 @@ def root(moment):
     return directions * variance.sqrt()
 
 
+def whitening(moment, ridge=0):
+    """W (d, d) with E[W^T v (W^T v)^T] = 1 on the modes that vary, 0 on the others: W W^T is the pseudo-inverse of a moment, with a
+    ridge added to the variances."""
+    variance, directions = modes(moment)
+    return torch.where(variance > 0, (variance + ridge).rsqrt(), 0) * directions
+
+
 @functools.lru_cache(maxsize=4)
 def residual(moment, dim_x):
     """E = B - C A^+ C^T, what is left of y's second moment once x has explained what it can: (d_y, d_y).
@@ -65,9 +74,7 @@ def residual(moment, dim_x):
     moment is that of (x, y) joined, with blocks A of x, (dim_x, dim_x), B of y and C = E[y x^T]. Source: theorem 2.
     """
     A, B, C = moment[:dim_x, :dim_x], moment[dim_x:, dim_x:], moment[dim_x:, :dim_x]
-    variance, directions = modes(A)
-    whitening = torch.where(variance > 0, variance.rsqrt(), 0) * directions
-    explained = C @ whitening                             # E[y x~^T], x~ the whitened x
+    explained = C @ whitening(A)                          # E[y x~^T], x~ the whitened x
     left = B - explained @ explained.T
     # What is left of a variance that x explains wholly is rounding.
     return left if left.trace() > len(moment) * torch.finfo(left.dtype).eps * B.trace() else torch.zeros_like(left)
@@ -234,6 +241,66 @@ def _singular_values(matrix, d):
     return _first(torch.linalg.svdvals(matrix), d)
 
 
+# ---------------------------------------------------------------------------------------------- headroom
+
+# What a trained model, linear or not, leaves of a level's Gaussian target t, r = t - E_{z ~ q(z|u)}[mean of p(t|z)], may still be
+# linear in what the level's encoder reads, u (with a 1 at its end). Units that describe it would be those of a linear VAE of the
+# part of r that is linear in u, whose second moment is T = C A^+ C^T; C = E[r u^T], A = E[u u^T]: reverse water-filling of T, as in
+# theorem 2 of E. weight is that of -log p(t|z) in the loss, std is p(t|z)'s, beta the KL's weight.
+
+def level_of(beta, weight, std):
+    """The variance that a mode needs if a unit is to pay for its KL: beta std^2 / weight."""
+    return beta * std**2 / weight if weight else math.inf
+
+
+def linear_part(cross, moment):
+    """T (D, D), the second moment of that part of r which is linear in u: cross (D, p) is C, moment (p, p) is A. Its `spectrum`
+    are the tau of `headroom`."""
+    explained = cross @ whitening(moment)
+    return explained @ explained.T
+
+
+def headroom(tau, count, beta, weight, std):
+    """G_k, in nats of the negative beta-ELBO per example: what k = count more units would gain, if their encoder's means were
+    linear in u, their stds learnable, and their decoder linear, added to the mean of this very model. tau (D,) descending.
+    Where it is 0 the objective does not want them."""
+    level = level_of(beta, weight, std)
+    paying = tau[:count][tau[:count] > level]
+    return (weight / (2 * std**2) * (paying - level - torch.xlogy(level, paying / level)).sum()).item() if len(paying) else 0.0
+
+
+def idle_units(cross, moment, count, beta, weight, std, ridge=0):
+    """The units that gain the `headroom`, k of them at most: encoder (k, p) and std (k,) in stds of the prior, decoder (D, k).
+    With a ridge on the variances of u they rely less on its weak modes, for the sake of other rows."""
+    level, white = level_of(beta, weight, std), whitening(moment, ridge)
+    explained = cross @ white
+    tau, directions = modes(explained @ explained.T)
+    paying = (tau > level) & (torch.arange(len(tau)) < count)
+    tau, directions = tau[paying], directions[:, paying]
+    share = level / tau                                   # of a mode that the unit leaves
+    encoder = ((1 - share).sqrt() / tau.sqrt())[:, None] * directions.T @ explained @ white.T
+    return encoder, share.sqrt(), directions * (tau - level).sqrt()
+
+
+def gain(units, cross, moment, beta, weight, std):
+    """What units such as those of `idle_units` gain, in nats per example, on rows with these moments, which need not be those
+    that they were found on: the fall of the squared error, less the KL."""
+    encoder, sigma, decoder = units
+    mean = decoder @ encoder                              # of r, from u
+    error = -2 * (mean * cross).sum() + (mean @ moment * mean).sum() + (decoder**2 @ sigma**2).sum()
+    kl = ((encoder @ moment * encoder).sum(1) + sigma**2 - 1) / 2 - sigma.log()
+    return (-weight * error / (2 * std**2) - beta * kl.sum()).item()
+
+
+def verdict(units, collapsed, nats):
+    """What collapsed so many of a level's units (None if not known), whose `headroom` is so many nats: the objective or
+    training, in words."""
+    if not collapsed:
+        return f"none of {units} units collapsed"
+    return f"{collapsed}{f' of {units}' if units else ''} unit{'' if (units or collapsed) == 1 else 's'} collapsed, " + (
+        f"by training: idle units would pay at least {nats:.2g} nats" if nats > ACTIVE else "by the objective")
+
+
 def compare(predicted, trained, loss):
     """What a closed form predicts beside what a model is, as lists: {"predicted", "trained", "errors", "optimal_loss",
     "loss", "gap"}; None for a collapse that never comes. The trained values of each kind stand in the order of the
@@ -254,9 +321,6 @@ def per_unit(predicted):
     """What a closed form says of each unit, as lists: {name: [...]}, with None for a collapse that never comes."""
     return {name: [None if value == math.inf else value for value in values.tolist()]
             for name, values in predicted.items() if name != "loss"}
-
-
-ACTIVE = 0.01                                             # nats of information that make a unit active
 
 
 def levels_of(predicted):

@@ -171,6 +171,11 @@ class Densities(unittest.TestCase):
         self.assertAlmostEqual(std[2].item(), 0.5, places=6)
         self.assertTrue((std > 0).all() and (std.diff() > 0).all())
         self.assertAlmostEqual(std[1].item(), 0.5 * math.log1p(math.exp(-3)) / math.log(2), places=6)
+        for start in (0.01, 0.1, 1.0, 10.0):                  # where raw is 0, and from there on the same softplus
+            std = common.std_head(raw, prior, torch.tensor(start))
+            self.assertAlmostEqual(std[2].item(), 0.5 * start, places=6)
+            shift = math.log(math.expm1(start * math.log(2)))
+            self.assertAlmostEqual(std[3].item(), 0.5 * math.log1p(math.exp(2 + shift)) / math.log(2), places=5)
 
 
 class Run(unittest.TestCase):

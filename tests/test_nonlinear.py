@@ -268,11 +268,11 @@ class Twins(unittest.TestCase):
         """Each pair differs in the methods named and in no other."""
         for one, other, differ in (
                 (MNIST_VAE_Relu_learnable_sigma.VAE, MNIST_VAE_Relu_nonlearnable_sigma.VAE,
-                 {"__init__", "q_z", "linear_optimum"}),
+                 {"__init__", "q_z", "linear_optimum", "unexplained"}),
                 (MNIST_HVAE_Relu.HVAE, MNIST_HVAE_CNN.HVAE, {"__init__", "q_z1", "x_mean"}),
-                (MNIST_CVAE_Relu.CVAE, MNIST_CVAE_CNN_single_digit.CVAE, {"__init__", "q_z", "y_mean", "forward"}),
+                (MNIST_CVAE_Relu.CVAE, MNIST_CVAE_CNN_single_digit.CVAE, {"__init__", "q_z", "y_mean", "forward", "unexplained"}),
                 (MNIST_CVAE_Relu.CVAE, Synthetic_CVAE_Relu_correlation.CVAE,
-                 {"__init__", "forward", "linear_optimum", "reconstructions", "y_mean"})):
+                 {"__init__", "forward", "linear_optimum", "reconstructions", "unexplained", "y_mean"})):
             sources = [{name: self.source(method) for name, method in inspect.getmembers(cls, inspect.isfunction)
                         if method.__module__ == cls.__module__} for cls in (one, other)]
             names = set(sources[0]) | set(sources[1])
@@ -413,7 +413,7 @@ class Synthetic(unittest.TestCase):
             names = out.strip().split("\n")[1].split()
             self.assertEqual(names[0], "corr_type")
             self.assertEqual(names[1:7], ["elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"])
-            self.assertEqual([name + "_train" for name in names[1:7]], names[7:])
+            self.assertEqual([name + "_train" for name in names[1:7]] + ["headroom"], names[7:])
             self.assertIn("rank correlation of predicted and trained over 3 settings: kl ", out)
             status, out, err = small.call(Synthetic_CVAE_Relu_correlation.main, *argv, "--dim_x", "3")
             self.assertEqual((status, out), (2, ""))

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 import datasets
+import report
 import theory
+import training
 import MNIST_CVAE_Linear
 import MNIST_HVAE_Linear_learnable_sigma_2
 import MNIST_HVAE_Linear_nonlearnable_sigma_2
@@ -200,6 +202,8 @@ class Wrong(Case):
         x = self.save("x.npy", self.x)
         self.refuse(["--model", "cvae", "--x", x, "--y", self.save("y.npy", self.y[:-1])], "--y", "299 rows", "300")
         self.refuse(["--x", self.save("one.npy", self.x[:1])], "--x", "at least 2")
+        self.refuse(["--x", self.save("vast.npy", self.x * 1e200)], "--x", "up to 1e+100")
+        self.refuse(["--x", x, "--collapsed", 1, "--residual", self.save("r.npy", self.y[1:])], "--residual", "299 rows", "300")
 
     def test_flags_that_do_not_go_together(self):
         x, y = self.save("x.npy", self.x), self.save("y.npy", self.y)
@@ -208,6 +212,13 @@ class Wrong(Case):
         self.refuse(["--model", "cvae", "--x", x], "--y")
         self.refuse(["--x", x, "--y", y], "--y")
         self.refuse(["--x", x, "--active", 7], "--active", "7", "6 units")
+        self.refuse(["--x", x, "--collapsed", 2], "--collapsed", "--residual")
+        beside = ["--x", x, "--residual", y]
+        self.refuse(beside, "--residual", "--collapsed", "at least 1")
+        self.refuse(["--residual", y, "--collapsed", 2], "--residual", "--x")
+        for flag, value in (("--y", y), ("--model", "vae,hvae"), ("--center", "true"), ("--sigma", "0,1"), ("--active", 3),
+                            ("--dataset", "digits")):
+            self.refuse([*beside, "--collapsed", 2, flag, value], flag, "no meaning")
 
     def test_data_that_is_odd_but_has_an_answer(self):
         constant = np.concatenate([self.x, np.full((300, 1), 4.0), np.zeros((300, 2))], axis=1)
@@ -223,6 +234,91 @@ class Wrong(Case):
             self.assertRegex(out, "0 of 1 units.* active")
         more = self.predict("--x", self.save("x.npy", self.x), "--d_1", 9, "--active", 2)[0]["predicted"]
         self.assertEqual(more["kl"][6:], [0.0] * 3)           # more units than modes
+
+
+class OfATrainedModel(Case):
+    """--residual: the headroom of a model of the user's own."""
+
+    def verdict(self, *argv):
+        """(what headroom.json says, stdout)."""
+        status, out, err = self.call(*argv)
+        self.assertEqual(status, 0, err)
+        path = max((self.folder / "runs").rglob("headroom.json"), key=lambda path: path.stat().st_mtime_ns)
+        self.assertTrue((path.parent / "headroom.png").read_bytes().startswith(b"\x89PNG"))
+        return json.loads(path.read_text()), out
+
+    def test_by_hand(self):
+        """On all rows by numpy's regression; held out from the rows themselves, row by row."""
+        beta, eta, k = 0.6, 0.7, 3
+        u, r = np.concatenate([self.x, np.ones((300, 1))], axis=1), self.y.reshape(300, 2, 2)
+        with mock.patch("predict_collapse.CHUNK", 38):
+            found, out = self.verdict("--x", self.save("u.npy", self.x), "--residual", self.save("r.npy", r), "--eta_dec", eta,
+                                      "--beta", beta, "--collapsed", k)
+        fitted = u @ np.linalg.lstsq(u, self.y, rcond=None)[0]
+        tau, level = np.linalg.svd(fitted / 300**0.5, compute_uv=False)**2, beta * eta**2
+        np.testing.assert_allclose(found["tau"], tau[:k], rtol=1e-9)
+        self.assertAlmostEqual(found["level"], level)
+        above = np.maximum(tau[:k] / level, 1)
+        self.assertAlmostEqual(found["headroom"], beta / 2 * (above - 1 - np.log(above)).sum(), places=9)
+        self.assertGreater((above > 1).sum(), 1)
+        held_out = []
+        for ridge in (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+            gained = 0
+            for a in (0, 1):
+                of_u, of_r, other = u[a::2], self.y[a::2], self.y[1 - a::2]
+                A, C = of_u.T @ of_u / 150, of_r.T @ of_u / 150
+                by_u = np.linalg.solve(A + ridge * np.trace(A) * np.eye(7), C.T)
+                size, directions = np.linalg.eigh(C @ by_u)
+                for i in (3, 2, 1):                       # z = mean + noise of variance share, in stds of the prior
+                    share = min(1, level / size[i])
+                    z = (1 - share)**0.5 * (u[1 - a::2] @ by_u @ directions[:, i]) / size[i]**0.5
+                    decoder = max(0, size[i] - level)**0.5 * directions[:, i]
+                    error = (other**2).sum(1) - ((other - np.outer(z, decoder))**2).sum(1) - share * (decoder**2).sum()
+                    gained += (error / (2 * eta**2) - beta / 2 * (z**2 + share - 1 - np.log(share))).mean() / 2
+                    other = other - np.outer(z, decoder)
+            held_out.append(gained)
+        self.assertAlmostEqual(found["held_out"], max(held_out), places=8)
+        self.assertGreater(found["held_out"], 0.01)
+        self.assertIn(f"3 units collapsed, by training: idle units would pay at least {found['headroom']:.2g} nats", out)
+
+    def test_verdicts(self):
+        random = np.random.default_rng(1)
+        u, noise = random.standard_normal((200, 30)), random.standard_normal((200, 8))
+        x, r = self.save("u.npy", u), self.save("noise.npy", noise)
+        found, out = self.verdict("--x", x, "--residual", r, "--eta_dec", 0.3, "--collapsed", 4)       # 31 columns fit 200 rows
+        self.assertGreater(found["headroom"], 0.01)
+        self.assertLess(found["held_out"], 0.01)
+        self.assertIn("4 units collapsed: too few rows to tell by what", out)
+        found, out = self.verdict("--x", x, "--residual", r, "--eta_dec", 1, "--collapsed", 4)
+        self.assertEqual((found["headroom"], found["held_out"]), (0, 0))
+        self.assertIn("4 units collapsed, by the objective", out)
+        _, out = self.verdict("--x", x, "--residual", self.save("r.npy", noise + 3 * u[:, :8]), "--collapsed", 1, "--beta", "0.5,50")
+        self.assertRegex(out, r"(?s)beta = 0.5.*\n1 unit collapsed, by training: .*beta = 50.*\n1 unit collapsed, by the objective")
+
+    def test_rare_columns_are_not_relied_on(self):
+        """A column that is tiny in one row and large in one of the other half would make that one's z enormous."""
+        random = np.random.default_rng(1)
+        u, noise = random.standard_normal((400, 3)), random.standard_normal((400, 2))
+        rare = np.zeros((400, 1))
+        rare[10], rare[11] = 1e-4, 1
+        x, r = self.save("u.npy", np.concatenate([u, rare], 1)), self.save("r.npy", noise + 3 * u[:, :2])
+        found, _ = self.verdict("--x", x, "--residual", r, "--collapsed", 2)
+        without, _ = self.verdict("--x", self.save("u.npy", u), "--residual", r, "--collapsed", 2)
+        self.assertAlmostEqual(found["held_out"], without["held_out"], delta=0.02)
+
+    def test_like_a_script(self):
+        """The headroom that a script reports of its own model, from two arrays."""
+        data = small.digit_data(300, 20)
+        f = MNIST_VAE_Linear_learnable_sigma.Flags(device="cpu", d_1=4, eta_dec=0.5)
+        model = training.build(MNIST_VAE_Linear_learnable_sigma.VAE, f, data).eval()
+        [(cross, moment, *weights)] = report.unexplained(model, f, data).values()
+        of_script = theory.headroom(theory.spectrum(theory.linear_part(cross, moment)), 4, *weights)
+        [x] = data.train
+        left = x - model.U(model.W(x))
+        found, _ = self.verdict("--x", self.save("u.npy", x.numpy()), "--residual", self.save("r.npy", left.detach().numpy()),
+                                "--eta_dec", 0.5, "--collapsed", 4)
+        self.assertGreater(of_script, 0.1)
+        self.assertAlmostEqual(found["headroom"], of_script, places=6)
 
 
 if __name__ == "__main__":

@@ -27,23 +27,25 @@ TWO_LEVELS = ["elbo", "reconstruction", "kl_1", "kl_2"] + [f"{m}_{level}" for le
 EXACT = ["log_px", "exact_log_px"]
 CONDITIONAL = {"reconstructions.png", "collapse.png", "training.png"}
 PICTURES = CONDITIONAL | {"samples.png"}
+HEADROOM = {"headroom.png"}
 SCRIPTS = {
-    "MNIST_HVAE_Relu.py": (["--d_hidden", "32"], ["log_px", *TWO_LEVELS], PICTURES),
-    "MNIST_VAE_Linear_learnable_sigma.py": ([], EXACT + ONE_LEVEL, PICTURES),
+    "MNIST_HVAE_Relu.py": (["--d_hidden", "32"], ["log_px", *TWO_LEVELS, "headroom_2"], HEADROOM | PICTURES),
+    "MNIST_VAE_Linear_learnable_sigma.py": ([], EXACT + ONE_LEVEL + ["headroom"], HEADROOM | PICTURES),
     "MNIST_VAE_Linear_nonlearnable_sigma.py": (["--sigma", "2/1/0.5", "--d_1", "3"], EXACT + ONE_LEVEL, PICTURES),
-    "MNIST_CVAE_Linear.py": (["--dim_z", "8"], EXACT + ONE_LEVEL, CONDITIONAL),
-    "MNIST_CVAE_Linear_single_digit.py": (["--d_hidden", "8", "--digit", "3"], EXACT + ONE_LEVEL, CONDITIONAL),
-    "MNIST_HVAE_Linear_learnable_sigma_2.py": (["--d_1", "4"], EXACT + TWO_LEVELS, PICTURES),
+    "MNIST_CVAE_Linear.py": (["--dim_z", "8"], EXACT + ONE_LEVEL + ["headroom"], HEADROOM | CONDITIONAL),
+    "MNIST_CVAE_Linear_single_digit.py": (["--d_hidden", "8", "--digit", "3"], EXACT + ONE_LEVEL + ["headroom"], HEADROOM | CONDITIONAL),
+    "MNIST_HVAE_Linear_learnable_sigma_2.py": (["--d_1", "4"], EXACT + TWO_LEVELS + ["headroom_2"], HEADROOM | PICTURES),
     "MNIST_HVAE_Linear_nonlearnable_sigma_2.py": (["--d_2", "4"], EXACT + TWO_LEVELS, PICTURES),
-    "MNIST_VAE_Relu_learnable_sigma.py": ([], ["log_px", *ONE_LEVEL], PICTURES),
+    "MNIST_VAE_Relu_learnable_sigma.py": ([], ["log_px", *ONE_LEVEL, "headroom"], HEADROOM | PICTURES),
     "MNIST_VAE_Relu_nonlearnable_sigma.py": (["--c", "2"], ["log_px", *ONE_LEVEL], PICTURES),
-    "MNIST_CVAE_Relu.py": (["--dropout", "0.2"], ["log_px", *ONE_LEVEL], CONDITIONAL),
-    "MNIST_CVAE_Relu_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL], CONDITIONAL),
-    "MNIST_CVAE_CNN_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL], CONDITIONAL),
-    "MNIST_HVAE_CNN.py": (["--released_objective"], ["log_px", *TWO_LEVELS], PICTURES),
+    "MNIST_CVAE_Relu.py": (["--dropout", "0.2"], ["log_px", *ONE_LEVEL, "headroom"], HEADROOM | CONDITIONAL),
+    "MNIST_CVAE_Relu_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL, "headroom"], HEADROOM | CONDITIONAL),
+    "MNIST_CVAE_CNN_single_digit.py": (["--digit", "3"], ["log_px", *ONE_LEVEL, "headroom"], HEADROOM | CONDITIONAL),
+    "MNIST_HVAE_CNN.py": (["--released_objective"], ["log_px", *TWO_LEVELS, "headroom_2"], HEADROOM | PICTURES),
     "Synthetic_CVAE_Relu_correlation.py": (
         ["--dim_x", "8", "--dim_y", "8", "--num_draws", "20"],
-        [name + split for split in ("", "_train") for name in ["log_px", *ONE_LEVEL]], {"collapse.png", "training.png"}),
+        [name + split for split in ("", "_train") for name in ["log_px", *ONE_LEVEL]] + ["headroom"],
+        HEADROOM | {"collapse.png", "training.png"}),
 }
 MODULES = ("common", "files", "theory", "datasets", "training", "pictures", "report", "deep")       # lower ones first
 SYNTHETIC = "Synthetic_CVAE_Relu_correlation.py"
