@@ -21,7 +21,7 @@ import training
 
 
 @dataclass
-class Flags(common.TrainFlags):
+class Flags(common.RemedyFlags, common.TrainFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
     eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
@@ -74,7 +74,7 @@ class CVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
-        return reconstruction + f.beta * terms["kl"].sum(-1)
+        return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
     def unexplained(self, x, y, f, draws):
         """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""

@@ -20,7 +20,7 @@ import training
 
 
 @dataclass
-class Flags(common.TrainFlags):
+class Flags(common.RemedyFlags, common.TrainFlags):
     beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2))", low=0)
     beta_2: float = common.scalar(1.0, "weight of KL(q(z2|z1) || p(z2))", low=0)
     eta_enc: float = common.scalar(0.5, "std of the prior p(z2)", above=0)
@@ -92,7 +92,8 @@ class HVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
-        return reconstruction + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+        kl_2 = common.free_bits(terms["kl_2"], f.free_bits)
+        return reconstruction + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * kl_2.sum(-1)
 
     def unexplained(self, x, f, draws):
         """For headroom: the z1 that z2 is inferred from, and its mean expected over z2; see report.py."""

@@ -20,7 +20,7 @@ import training
 
 
 @dataclass
-class Flags(common.TrainFlags):
+class Flags(common.RemedyFlags, common.TrainFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x) || p(z))", low=0)
     eta_dec: float = common.scalar(1.0, "std of p(x|z)", above=0)
     c: float = common.scalar(1.0, "eta_dec / eta_enc, eta_enc the std of the prior p(z)", above=0)
@@ -60,7 +60,7 @@ class VAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
         reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
-        return reconstruction + f.beta * terms["kl"].sum(-1)
+        return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
     def unexplained(self, x, f, draws):
         """For headroom: what z is inferred from, and the mean of x expected over z; see report.py."""

@@ -93,6 +93,15 @@ class LinearFlags(TrainFlags):
     grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
 
 
+@dataclasses.dataclass
+class RemedyFlags:
+    """The flags of what is said to help against collapse, beside those above; all off."""
+    beta_warmup: float = flag(0.0, "epochs over which every beta rises from 0 (Bowman et al. 2016, Sonderby et al. 2016)", low=0)
+    beta_cycles: int = flag(1, "how often they rise, for half of each cycle if --beta_warmup is 0 (Fu et al. 2019)", low=1)
+    free_bits: float = scalar(0.0, "nats of its batch's mean KL that cost a unit of a learnable posterior nothing (Kingma et al. 2016)",
+                              low=0)
+
+
 MAX_SETTINGS = 10_000                                     # of one command line
 
 
@@ -385,6 +394,12 @@ def std_head(raw, prior_std, start=torch.ones(()), floor=1e-3):
     prior's at raw = 0, where training starts."""
     softplus = torch.nn.functional.softplus(raw + (start * math.log(2)).expm1().log())
     return prior_std * (softplus / math.log(2)).clamp(min=floor)
+
+
+def free_bits(kl, nats):
+    """kl (B, d), a unit's replaced by `nats` (a 0-d tensor) where its mean over the batch is less: their mean is that of max(mean
+    KL, nats), eq. 15 of Kingma et al. (2016, arXiv 1606.04934). 0 leaves all as they are."""
+    return torch.where((kl.mean(0) > nats) | (nats == 0), kl, nats)
 
 
 def levels(terms):

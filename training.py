@@ -36,6 +36,10 @@ def fit(Model, settings, data, side_by_side=True, train=None):
     What is finished is read from its run's folder instead, unless --overwrite; each run's model.pt and training.json are
     written when its group ends, and until then a checkpoint.
     """
+    for f in settings:
+        if getattr(f, "beta_warmup", 0) > f.num_epochs / getattr(f, "beta_cycles", 1):
+            common.stop(f, f"--beta_warmup: got {f.beta_warmup:g}, wants at most --num_epochs / --beta_cycles = "
+                           f"{f.num_epochs / f.beta_cycles:g}")
     print(f"device: {common.device_name(common.device_of(settings[0]))}", file=sys.stderr)
     rank, world = common.processes() if train else (0, 1)
     meet = common.meet if train else lambda: None
@@ -236,6 +240,11 @@ class Training:
         now.update(epoch=now["epoch"] + 1, done=0)
 
     @property
+    def epochs_done(self):
+        """How many epochs are behind the batch that is now trained on, and which part of this one."""
+        return self.now["epoch"] - 1 + self.now["done"] * self.rows / self.n
+
+    @property
     def diverged(self):
         """Of each setting None, or where it diverged: {"epoch", "last_finite_loss"}."""
         return [next(filter(None, of), None) for of in zip(*(now["diverged"] for now in self.phases.values()))]
@@ -263,7 +272,8 @@ def random_states(device, restored=None):
 def train_with_adam(models, group, data, loop):
     """Minimise each setting's own loss with Adam, at --lr and within --grad_clip, those of a group as one batched model."""
     first, G, device = group[0], len(group), data.train[0].device
-    stacked = Stacked(models, group, data.train) if G > 1 else None
+    share = torch.zeros_like(data.train[0][0, 0]) if beta_share(first, 0) < 1 else None
+    stacked = Stacked(models, group, data.train, share) if G > 1 else None
     parameters, f = list((stacked or models[0]).parameters()), common.on_device(first, data.train[0])
     # Where a step is to be captured, the learning rate is to lie on the device.
     lr = torch.tensor(first.lr, device=device) if device.type == "cuda" else first.lr
@@ -279,7 +289,7 @@ def train_with_adam(models, group, data, loop):
             means = stacked(*batch)
         else:
             terms = models[0](*batch, f)
-            means = common.means(models[0].loss(terms, f), terms)
+            means = common.means(models[0].loss(terms, weighted(f, share)), terms)
         optimizer.zero_grad()
         means["loss"].sum().backward()
         clip(parameters, first.grad_clip, G)
@@ -288,6 +298,8 @@ def train_with_adam(models, group, data, loop):
 
     replayed = Replayed(step, first.batch_size, device)
     for rows in loop.batches(**parts):
+        if share is not None:
+            share.fill_(beta_share(first, loop.epochs_done))
         replayed(rows)
         if "schedule" in parts:
             parts["schedule"].step()
@@ -296,18 +308,31 @@ def train_with_adam(models, group, data, loop):
             model.load_state_dict({name: value[g] for name, value in stacked.state_dict().items()})
 
 
+def beta_share(f, epochs):
+    """The share of beta that counts so many epochs after the start: 1, or what --beta_warmup and --beta_cycles let rise from 0."""
+    length = f.num_epochs / getattr(f, "beta_cycles", 1)
+    rise = getattr(f, "beta_warmup", 0) or (length / 2 if length < f.num_epochs else 0)
+    return min(1.0, epochs % length / rise) if rise else 1.0
+
+
+def weighted(f, share):
+    """The setting with all its betas times share, a 0-d tensor (None for 1)."""
+    betas = [field.name for field in dataclasses.fields(f) if field.metadata["scalar"] and field.name.startswith("beta")]
+    return f if share is None else dataclasses.replace(f, **{name: getattr(f, name) * share for name in betas})
+
+
 class Stacked:
     """G models of one class as one, their parameters stacked to (G, ...). Called on a batch it gives the means of each setting's
-    loss and terms, {name: (G,)}."""
+    loss and terms, {name: (G,)}. share (0-d) of every beta counts."""
 
-    def __init__(self, models, group, train):
+    def __init__(self, models, group, train, share=None):
         self.scalars = common.scalars_of(group, train[0])
         self.weights, self.buffers = torch.func.stack_module_state(models)
 
         def of_one(weights, buffers, scalars, *batch):
             f = dataclasses.replace(group[0], **scalars)
             terms = torch.func.functional_call(models[0], (weights, buffers), (*batch, f))
-            return common.means(models[0].loss(terms, f), terms)
+            return common.means(models[0].loss(terms, weighted(f, share)), terms)
 
         self.of_each = torch.vmap(of_one, in_dims=(0, 0, 0) + (None,) * len(train), randomness="same")
 

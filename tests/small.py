@@ -170,8 +170,9 @@ def call(main, *argv):
     return status, out.getvalue(), err.getvalue()
 
 
-def plain_train(Model, f, data):
-    """The shortest plain PyTorch loop that trains what training.fit trains: one setting, data on the device."""
+def plain_train(Model, f, data, share=lambda epochs: 1.0):
+    """The shortest plain PyTorch loop that trains what training.fit trains: one setting, data on the device. share(epochs done)
+    of every beta counts."""
     x = data.train[0]
     with common.seeded(f.seed, "init", torch.device("cpu")):
         model = Model(f).to(x.device, x.dtype)
@@ -181,14 +182,17 @@ def plain_train(Model, f, data):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if f.lr_schedule == "cosine" else None
     order = common.generator(f.seed, "batches", x.device)
     with common.seeded(f.seed, "noise", x.device):
-        for _ in range(f.num_epochs):
-            for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
+        for epoch in range(f.num_epochs):
+            batches = torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size)
+            for done, rows in enumerate(batches):
                 terms = model(*(t[rows] for t in data.train), g)
-                loss = -terms["log_px_z"]
+                loss = -terms["log_px_z"].mean()
                 for beta, kl in (("beta", "kl"), ("beta_1", "kl_1"), ("beta_2", "kl_2")):
                     if kl in terms:
-                        loss = loss + getattr(g, beta) * terms[kl].sum(-1)
-                loss = loss.mean()
+                        of_units = terms[kl].mean(0)
+                        if kl != "kl_1" and getattr(f, "free_bits", 0):
+                            of_units = of_units.clamp(min=f.free_bits)
+                        loss = loss + share(epoch + done * f.batch_size / len(x)) * getattr(g, beta) * of_units.sum()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)

@@ -178,6 +178,17 @@ class Densities(unittest.TestCase):
             self.assertAlmostEqual(std[3].item(), 0.5 * math.log1p(math.exp(2 + shift)) / math.log(2), places=5)
 
 
+class FreeBits(unittest.TestCase):
+    def test_mean_is_the_larger(self):
+        kl = torch.tensor([[0.0, 3.0, -0.5], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True)
+        for nats, mean in ((0.0, [0.05, 1.6, -0.1]), (0.04, [0.05, 1.6, 0.04]), (0.5, [0.5, 1.6, 0.5])):
+            free = common.free_bits(kl, torch.tensor(nats, dtype=torch.float64))
+            torch.testing.assert_close(free.mean(0), torch.tensor(mean, dtype=torch.float64))
+        kl.grad = None
+        free.sum().backward()
+        self.assertEqual(kl.grad.tolist(), [[0, 1, 0], [0, 1, 0]])
+
+
 class Run(unittest.TestCase):
     def test_a_full_disk_is_one_line(self):
         for number, status in ((errno.ENOSPC, 1), (errno.EDQUOT, 1)):

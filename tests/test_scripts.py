@@ -239,7 +239,7 @@ class Grids(small.InFolder):
 class Objectives(unittest.TestCase):
     def test_loss_is_the_negative_beta_elbo(self):
         """Of every script, by hand; --released_objective counts the reconstruction twice."""
-        log_px_z, released_by = torch.tensor([-3.0, -5.0]), set()
+        log_px_z, released_by, with_free_bits = torch.tensor([-3.0, -5.0]), set(), set()
         for path in [*ROOT.glob("MNIST_*.py"), *ROOT.glob("Synthetic_*.py")]:
             script = importlib.import_module(path.stem)
             Model = next(of for of in vars(script).values() if isinstance(of, type) and of.__name__.endswith("VAE"))
@@ -258,6 +258,12 @@ class Objectives(unittest.TestCase):
                 expected = [(2 if released else 1) * of + kls for of, kls in zip((3, 5), weighted)]
                 with self.subTest(script=path.stem, released=released):
                     self.assertEqual(Model.loss(None, terms | {"log_px_z": log_px_z}, f).tolist(), expected)
+            if hasattr(f, "free_bits"):                       # 3 nats are above each unit's mean; z1 has none
+                f.free_bits, with_free_bits = 3.0, with_free_bits | {path.stem}
+                weighted = [2 * 3 + 0.5 * 3, 2 * 0.5 + 0.5 * 3] if "kl_1" in terms else [2 * 6, 2 * 6]
+                expected = [2 * of + kls for of, kls in zip((3, 5), weighted)]
+                self.assertEqual(Model.loss(None, terms | {"log_px_z": log_px_z}, f).tolist(), expected, path.stem)
+        self.assertEqual(with_free_bits, released_by)
         self.assertEqual(released_by, {path.stem for path in ROOT.glob("*.py") if re.search("(Relu|CNN)", path.stem)})
 
 

@@ -56,6 +56,35 @@ class SameNumbers(unittest.TestCase):
             self.assertEqual([len(curve) for curve in training["curves"].values()], [2] * 4)
         self.assertFalse(torch.allclose(ends[0]["z1_to_x.2.weight"], ends[1]["z1_to_x.2.weight"], atol=1e-6))
 
+    def test_remedies_like_a_plain_loop(self):
+        """Beta rises from 0, once or in cycles, and free bits cost nothing: alone and in a grid. After the warm-up the loss is the
+        plain one."""
+        data = small.digit_data(100)
+        cases = ((dict(beta_warmup=1.5), lambda epochs: min(1, epochs / 1.5)),
+                 (dict(beta_cycles=2), lambda epochs: min(1, epochs % 2 / 1)),
+                 (dict(beta_cycles=2, beta_warmup=0.5), lambda epochs: min(1, epochs % 2 / 0.5)),
+                 (dict(free_bits=0.3), lambda epochs: 1))
+        off = small.plain_train(MNIST_HVAE_Relu.HVAE, self.relu(num_epochs=4), data).state_dict()
+        for flags, share in cases:
+            fs = [self.relu(num_epochs=4, beta_1=beta_1, **flags) for beta_1 in (0.5, 2.0)]
+            [(alone, of_training)] = train(MNIST_HVAE_Relu.HVAE, fs[:1], data)
+            expected = [small.plain_train(MNIST_HVAE_Relu.HVAE, f, data, share).state_dict() for f in fs]
+            self.assert_close(alone.state_dict(), expected[0], 1e-12)
+            for state, wanted in zip(states(train(MNIST_HVAE_Relu.HVAE, fs, data)), expected):
+                self.assert_close(state, wanted, 1e-10)
+            self.assertFalse(torch.allclose(off["z2_to_z1.2.weight"], expected[0]["z2_to_z1.2.weight"], atol=1e-6))
+            if "beta_warmup" in flags and "beta_cycles" not in flags:
+                last = {name: curve[-1] for name, curve in of_training["curves"].items()}
+                self.assertAlmostEqual(last["loss"], last["reconstruction"] + 0.5 * last["kl_1"] + last["kl_2"], places=9)
+
+    def test_a_warm_up_that_does_not_fit(self):
+        data = small.digit_data(40)
+        f = self.relu(num_epochs=10, beta_cycles=4, beta_warmup=3.0)
+        with contextlib.redirect_stderr(io.StringIO()) as err, self.assertRaises(SystemExit) as end:
+            training.fit(MNIST_HVAE_Relu.HVAE, [f], [data])
+        self.assertEqual(end.exception.code, 2)
+        self.assertIn("--beta_warmup: got 3, wants at most --num_epochs / --beta_cycles = 2.5", err.getvalue())
+
     def test_curves_are_means_over_examples(self):
         """A small last batch counts by its examples."""
         class Still(torch.nn.Module):
@@ -284,8 +313,8 @@ class Checkpoints(small.InFolder):
     def test_same_numbers_from_every_place(self):
         """Stopped in an epoch, before its small last batch, at its end and after all: bit by bit as if not."""
         data = small.digit_data(100, 4, torch.float32)        # four batches an epoch, the last of 4 examples
-        for count, schedule in ((1, "constant"), (1, "cosine"), (3, "constant")):
-            settings = self.settings(count, lr_schedule=schedule, overwrite=True)
+        for count, flags in ((1, dict(beta_warmup=2.0)), (1, dict(lr_schedule="cosine")), (3, {}), (3, dict(beta_cycles=2, free_bits=0.1))):
+            settings = self.settings(count, overwrite=True, **flags)
             expected, _ = self.fit(settings, data)
             curves = [self.curves(f, data) for f in settings]
             for stop_after in (1, 3, 4, 6, 12) + ((13,) if count > 1 else ()):
