@@ -244,6 +244,59 @@ def levels_in_use(runs):
                + (f"of {len(active)} levels collapsed: {', '.join(collapsed)}." if collapsed else f"each of {len(active)} levels has some."))
 
 
+def collapsed_by(runs):
+    """How many levels with a headroom have collapsed units, by the objective or by training, over all settings and seeds."""
+    levels = [of for run in runs for result in run.results for of in (result.get("headroom") or {}).values()]
+    by_training = [of["headroom"] for of in levels if of["collapsed"] and of["headroom"] > theory.ACTIVE]
+    collapsed = sum(of["collapsed"] > 0 for of in levels)
+    if levels:
+        yield (f"Collapse: of {len(levels)} levels {collapsed} have collapsed units: {collapsed - len(by_training)} by the objective, "
+               f"{len(by_training)} by training"
+               + (f", whose headroom is {min(by_training):.2g} to {max(by_training):.2g} nats." if by_training else "."))
+
+
+def objective(settings, terms):
+    """The plain objective, the negative beta-ELBO, at a setting's betas, from the means of the ELBO's terms: in nats."""
+    return terms["reconstruction"] * (2 if settings["released_objective"] else 1) + sum(
+        settings[f"beta{level}"] * terms[f"kl{level}"] for level in common.levels(terms))
+
+
+def of_remedy(result):
+    """{column: value} of a setting that was trained with a remedy, or without one."""
+    [(z, of)], metrics = result["headroom"].items(), result["metrics"]
+    return {"objective, training": objective(result["settings"], {name: curve[-1] for name, curve in result["curves"].items()}),
+            "test": objective(result["settings"], metrics), "KL": metrics["kl_2" if z == "z2" else "kl"],
+            "active units": float(of["units"] - of["collapsed"]), "headroom": of["headroom"],
+            "dead ReLU units": float(sum(dead for dead, _ in result["dead_units"].values()))}
+
+
+def remedies(runs):
+    """A table of settings and remedies, and where those that act on training alone lowered the plain objective."""
+    cases = {}                                            # {(script, setting): {remedy: {seed: its columns}}}
+    for run, remedy in zip(runs, [remedy for _ in REMEDIED for remedy, _ in REMEDIES]):
+        for f, result in zip(run.settings, run.results):
+            setting = ", ".join(f"{name} = {value}" for name, value in result["settings"].items() if name in ("beta", "beta_1", "beta_2"))
+            if result["metrics"]:
+                cases.setdefault((run.script, setting), {}).setdefault(remedy, {})[f.seed] = of_remedy(result)
+    rows = [(*case, remedy, *(cell(column, [of[column] for of in of_seeds.values()]) for column in next(iter(of_seeds.values()))))
+            for case, of_remedies in cases.items() for remedy, of_seeds in of_remedies.items()]
+    head = ("script", "setting", "remedy", "objective, training", "test", "KL", "active units", "headroom", "dead ReLU units")
+    yield "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+    changes = {}                                          # of the plain training objective: {(acts on training, idle): [...]}
+    for of_remedies in cases.values():
+        without = of_remedies.pop("none", {})
+        for remedy, of_seeds in of_remedies.items():
+            for seed in set(of_seeds) & set(without):
+                changes.setdefault((remedy != "free bits", without[seed]["headroom"] > theory.ACTIVE), []).append(
+                    of_seeds[seed]["objective, training"] - without[seed]["objective, training"])
+    for (acts_on_training, idle), of in sorted(changes.items(), reverse=True):
+        what = "a remedy that acts on training alone" if acts_on_training else "free bits"
+        yield (f"Where headroom was {'above' if idle else 'at most'} {theory.ACTIVE} nats without a remedy, {what} lowered the plain "
+               f"objective of the training images by more than {theory.ACTIVE} nats in {sum(change < -theory.ACTIVE for change in of)} of "
+               f"{len(of)} cases (a setting, a seed and a remedy each), and changed it by {np.mean(of):+.3f} nats on average.")
+
+
 def by_script(runs):
     """{script: the results of its settings with a closed form, each once}."""
     found = {}
@@ -276,6 +329,14 @@ DIGITS = [f"MNIST_CVAE_{kind}_single_digit.py --digit 0:9" for kind in ("Linear"
 CORRELATION = f"Synthetic_CVAE_Relu_correlation.py --corr_type {CORRELATIONS}"
 LINEAR = ["MNIST_CVAE_Linear.py", "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0",
           "MNIST_HVAE_Linear_nonlearnable_sigma_2.py"]
+
+# A name and flags each, the first without; they act on training, but for the last one, which is another objective. {start} is how
+# a script sets the std that q starts from, as a share of the prior's.
+REMEDIES = (("none", "{start} 1.0"), ("start", "{start} 0.1"), ("warm-up", "{start} 1.0 --beta_warmup {quarter}"),
+            ("cycles", "{start} 1.0 --beta_cycles 4"), ("free bits", "{start} 1.0 --free_bits 0.1"))
+REMEDIED = (("MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 1.0,2.0", "--start_std", 100),
+            ("MNIST_HVAE_Relu.py --beta_1 1.0 --beta_2 1,2", "--start_std", 30), ("MNIST_HVAE_Relu.py --beta_1 0.25", "--start_std", 30),
+            ("MNIST_VAE_Relu_learnable_sigma.py", "--sigma", 50))
 
 # What two CPU cores can do in minutes; the scripts' own defaults are the published sizes.
 DEEP = ("--latents 2,2 --num_ch 16 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000 "
@@ -315,6 +376,10 @@ EXPERIMENTS = {
         "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
         ["matrix_VAE.py --learnable_sigma true,false", "matrix_CVAE.py", "matrix_HVAE_learnable_sigma_2.py",
          "matrix_HVAE_nonlearnable_sigma_2.py", *VAES[:2], *LINEAR]),
+    "table_remedies": Experiment(
+        "Which remedy helps where training collapsed a level, and which where the objective did?",
+        [f"{command} {flags.format(start=start, quarter=epochs // 4)} --num_epochs {epochs} --num_samples 0"
+         for command, start, epochs in REMEDIED for _, flags in REMEDIES], says=remedies, rows=False),
     "table_correlation": Experiment("The more x tells about y, the more units collapse?",
                                     both(CORRELATION)),
     "table_deep": Experiment(
@@ -343,6 +408,8 @@ class Run:
         own, shared = common.own_and_shared(self.module.Flags)
         passed = {"seed": ",".join(map(str, seeds)), "device": f.device, "data_dir": f.data_dir, "out_dir": f.out_dir}
         passed |= {"num_epochs": f.num_epochs} if f.num_epochs else {}
+        if f.num_epochs and "--beta_warmup" in self.argv:
+            passed["beta_warmup"] = f.num_epochs / 4
         for name, value in passed.items():
             if name in own | shared and not (name == "device" and self.script.startswith("matrix")):
                 self.argv += [f"--{name}", str(value)]
@@ -418,7 +485,8 @@ def cell(column, values):
     """Of seeds' values mean ± standard deviation; a text as it is, if they agree."""
     if isinstance(values[0], str):
         return " / ".join(dict.fromkeys(values))
-    number = {"max error": "{:.1e}", "gap": "{:.1e}", "singular values off": "{:.2%}"}.get(column, "{:.2f}")
+    number = {"max error": "{:.1e}", "gap": "{:.1e}", "singular values off": "{:.2%}", "headroom": "{:.3f}", "headroom_2": "{:.3f}",
+              "objective, training": "{:.3f}", "test": "{:.3f}"}.get(column, "{:.2f}")
     if len(values) == 1:
         return number.format(values[0]) if isinstance(values[0], float) else str(values[0])
     return f"{number.format(np.mean(values))} ± {number.format(np.std(values, ddof=1))}"
@@ -451,7 +519,7 @@ def tables(name, experiment, runs):
     for commands, head, table, words in parts if experiment.rows else []:
         head, *table = ["| " + " | ".join(row) + " |" for row in (head, *table)]
         lines += ["", *commands, head, "|---" * (head.count(" | ") + 1) + "|", *table, *words]
-    lines += [f"\n{sentence}" for sentence in (experiment.says or directions)(runs)]
+    lines += [f"\n{sentence}" for says in (experiment.says or directions, collapsed_by) for sentence in says(runs)]
     first, epochs = runs[0].results[0], sorted({getattr(f, "num_epochs", 0) for run in runs for f in run.settings} - {0})
     seeds = sorted({f.seed for run in runs for f in run.settings})
     about = (f"{', '.join(dict.fromkeys(r['dataset'] for run in runs for r in run.results))}; {first['device']}; "

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import tempfile
 import unittest
 from unittest import mock
@@ -113,6 +114,35 @@ class Made(small.InFolder):
         self.assertEqual(text.count("| kl from the top |"), 1)        # models of the same columns are rows of one table
         self.assertTrue((self.folder / "results" / "table_deep.png").read_bytes().startswith(b"\x89PNG"))
 
+    def test_remedies(self):
+        """Each row from its results; the objective is the plain one, whatever was trained."""
+        remedied = (("MNIST_CVAE_Relu.py --beta 1.0,2.0", "--start_std", 8), ("MNIST_HVAE_Relu.py --beta_1 0.25 --d_hidden 8", "--start_std", 8))
+        commands = [f"{command} {flags.format(start=start, quarter=epochs // 4)} --num_epochs {epochs} --num_samples 0"
+                    for command, start, epochs in remedied for _, flags in reproduce.REMEDIES]
+        with mock.patch.dict(reproduce.EXPERIMENTS["table_remedies"].__dict__, commands=commands), \
+                mock.patch("reproduce.REMEDIED", remedied), mock.patch("pictures.draw_run"), mock.patch("pictures.draw_grid"):
+            status, _, err = self.call("table_remedies", "--seed", "1,2")
+        self.assertEqual(status, 0, err)
+        text = (self.folder / "results" / "table_remedies.md").read_text()
+        rows = {tuple(row.split(" | ")[:3]): row.strip(" |").split(" | ")[3:] for row in text.replace("\n| ", "\n").splitlines() if " | " in row}
+        self.assertEqual(len(rows), 2 + 5 * 3)
+        results = [json.loads(path.read_text()) for path in (self.folder / "runs").glob("*/*/result.json")]
+        plain = [of["metrics"]["reconstruction"] + 0.25 * of["metrics"]["kl_1"] + of["metrics"]["kl_2"] for of in results
+                 if of["settings"].get("beta_1") == 0.25 and of["settings"]["free_bits"] == 0.1]
+        free = rows["MNIST_HVAE_Relu", "beta_1 = 0.25, beta_2 = 1.0", "free bits"]
+        self.assertEqual(len(plain), 2)
+        self.assertEqual(free[1], f"{np.mean(plain):.3f} ± {np.std(plain, ddof=1):.3f}")
+        warm = [of for of in results if of["settings"].get("beta") == 2 and of["settings"]["beta_warmup"]]
+        plain = [of["curves"]["reconstruction"][-1] + 2 * of["curves"]["kl"][-1] for of in warm]
+        self.assertEqual({of["settings"]["beta_warmup"] for of in warm}, {0.25})      # a quarter of --num_epochs 1
+        row = rows["MNIST_CVAE_Relu", "beta = 2.0", "warm-up"]
+        self.assertEqual(row[0], f"{np.mean(plain):.3f} ± {np.std(plain, ddof=1):.3f}")
+        self.assertEqual(row[4], "{:.3f} ± {:.3f}".format(*(of([r["metrics"]["headroom"] for r in warm], **ddof) for of, ddof in (
+            (np.mean, {}), (np.std, {"ddof": 1})))))
+        cases = [int(of) for of in re.findall(r" nats in \d+ of (\d+) cases", text)]
+        self.assertEqual(sum(cases), 3 * 2 * 4)               # settings, seeds, remedies
+        self.assertIn("Collapse: of 30 levels ", text)
+
     def test_a_diverged_setting_says_so(self):
         with mock.patch.dict(reproduce.EXPERIMENTS["table_vae_sigma"].__dict__, commands=[
                 "MNIST_HVAE_Relu.py --lr 1e6,0.001 --d_hidden 8 --num_samples 0 --batch_size 8"]):
@@ -188,6 +218,14 @@ class Sentences(unittest.TestCase):
         self.assertEqual(list(reproduce.levels_in_use([ladder, dct, diverged])), [
             "MNIST_HVAE_Ladder: 2 of 5 units carry more than 0.01 nats; of 2 levels collapsed: 2.",
             "MNIST_HVAE_DCT: 2 of 3 units carry more than 0.01 nats; each of 2 levels has some."])
+
+    def test_collapsed_by(self):
+        run = self.run_of("MNIST_CVAE_Relu.py --beta 0.5,1,2,4", [{}] * 5)
+        for result, (collapsed, nats) in zip(run.results, [(0, 0.0), (3, 0.0099), (16, 0.5), (2, 0.02), (0, None)]):
+            result |= {"headroom": {"z": {"units": 16, "collapsed": collapsed, "headroom": nats}}} if nats is not None else {}
+        self.assertEqual(list(reproduce.collapsed_by([run])), [
+            "Collapse: of 4 levels 3 have collapsed units: 1 by the objective, 2 by training, whose headroom is 0.02 to 0.5 nats."])
+        self.assertEqual(list(reproduce.collapsed_by([self.run_of("MNIST_CVAE_Relu.py", [{}])])), [])
 
     def test_misplaced_units(self):
         """Active where collapse is predicted or the other way round, and how far beta is from the threshold."""
