@@ -29,6 +29,8 @@ import training
 class Flags(deep.DeepFlags):
     delta: float = common.flag(5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0)
     prior: str = common.flag("ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard"))
+    start_std: float = common.flag(1.0, "std of q(z|x) that training starts from, as a share of the one nearest to the AR(1) prior",
+                                   low=0.01, high=10)
     dim_z: int = common.flag(4, "latent units of each image row", low=1)
     num_ch: int = common.flag(16, "channels of the decoder's convolutions", low=1)
     num_layers: int = common.flag(5, "gated layers of the decoder; from 5 on a pixel sees all pixels before it", low=1)
@@ -181,6 +183,7 @@ class DeltaVAE(nn.Module):
         prior_var[0] = 1
         self.register_buffer("prior_var", prior_var, persistent=False)
         self.register_buffer("closest_std", closest_var.sqrt(), persistent=False)
+        self.register_buffer("start_std", torch.tensor(f.start_std), persistent=False)
         self.rows_to_h = nn.GRU(self.width, f.d_hidden, batch_first=True)
         self.h_to_z = nn.Linear(f.d_hidden, 2 * d)
         self.decoder = Decoder(d, f.num_ch, f.num_layers, self.width)
@@ -190,7 +193,7 @@ class DeltaVAE(nn.Module):
     def q_z(self, x):
         h, _ = self.rows_to_h(x.squeeze(1).flip(1))       # from the last row up
         mean, raw_std = self.h_to_z(h.flip(1)).to(x.dtype).chunk(2, dim=-1)
-        return Normal(mean, common.std_head(raw_std, self.closest_std))
+        return Normal(mean, common.std_head(raw_std, self.closest_std, self.start_std))
 
     def p_z(self, z):
         return Normal(self.alpha * before(z), self.prior_var.sqrt())

@@ -143,6 +143,15 @@ class Model(unittest.TestCase):
             torch.testing.assert_close(terms["smallest_rate"], wanted.expand(2, 4))
 
     @torch.no_grad()
+    def test_start_std(self):
+        """Where the last layer gives 0, q's std is that share of the one nearest to the prior."""
+        for start in (0.1, 1.0):
+            model, f, x = build(start_std=start)
+            model.h_to_z.weight.zero_()
+            model.h_to_z.bias.zero_()
+            torch.testing.assert_close(model.q_z(x).stddev, (start * model.closest_std).expand_as(model.q_z(x).mean).to(x.dtype))
+
+    @torch.no_grad()
     def test_terms_at_given_z(self):
         """Each against densities of the whole sequence; the pixels' against the decoder's probabilities, one by one."""
         for prior, delta in (("ar1", 5.0), ("standard", 5.0)):
