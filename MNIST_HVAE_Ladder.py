@@ -245,11 +245,10 @@ def draw(normal):
 
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. Returns the average of the weights, which is evaluated."""
-    optimizer = torch.optim.Adamax(model.parameters(), lr=f.lr, weight_decay=f.weight_decay)
-    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
-    average = deep.weight_average(model, f)
-    parallel = deep.parallel(model)
-    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    optimizer = deep.adamax(model, f, f.weight_decay)
+    schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
+
+    def step(rows):
         x = data.train[0].index_select(0, rows)
         if f.dataset != "cifar10":
             x = common.binarise(x)                        # afresh at each visit
@@ -260,9 +259,13 @@ def train(model, f, data, loop):
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
         optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
+        average.update(model)
         loop.record(means)
+
+    step = loop.replayed(step)
+    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        step(rows)
+        schedule.step()
     return average.module
 
 

@@ -191,7 +191,8 @@ class DeltaVAE(nn.Module):
         self.widest_layer = 2 * f.num_ch * n * self.width
 
     def q_z(self, x):
-        h, _ = self.rows_to_h(x.squeeze(1).flip(1))       # from the last row up
+        with torch.autocast(x.device.type, enabled=False):                # which makes a cuDNN GRU float16
+            h, _ = self.rows_to_h(x.squeeze(1).flip(1))   # from the last row up
         mean, raw_std = self.h_to_z(h.flip(1)).to(x.dtype).chunk(2, dim=-1)
         return Normal(mean, common.std_head(raw_std, self.closest_std, self.start_std))
 
@@ -240,11 +241,10 @@ def draw(q_z, sample_shape=()):
 def train(model, f, data, loop):
     """The ELBO first; then, with all else frozen, the auxiliary prior on draws of the averaged model's posterior. Returns that
     model."""
-    optimizer = torch.optim.Adamax(model.parameters(), lr=f.lr, weight_decay=f.weight_decay)
-    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
-    average = deep.weight_average(model, f)
-    parallel = deep.parallel(model)
-    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    optimizer = deep.adamax(model, f, f.weight_decay)
+    schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
+
+    def step(rows):
         x = common.binarise(data.train[0].index_select(0, rows))           # afresh at each visit
         with deep.autocast(f):
             terms = parallel(x, f)
@@ -253,26 +253,35 @@ def train(model, f, data, loop):
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
         optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
+        average.update(model)
         loop.record(means)
+
+    step = loop.replayed(step)
+    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        step(rows)
+        schedule.step()
 
     model = average.module
     auxiliary = model.auxiliary.requires_grad_()
-    optimizer = torch.optim.Adamax(auxiliary.parameters(), lr=f.lr)
-    schedule = deep.warmup_cosine(optimizer, f, loop.steps // f.num_epochs * f.auxiliary_epochs)
-    parallel = deep.parallel(auxiliary)
-    for rows in loop.batches("auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer, schedule=schedule):
+    optimizer_2 = deep.adamax(auxiliary, f)
+    schedule_2 = deep.warmup_cosine(optimizer_2, f, loop.steps // f.num_epochs * f.auxiliary_epochs)
+    parallel_2 = deep.parallel(auxiliary)
+
+    def step_2(rows):
         with torch.no_grad():
             q_z = model.q_z(common.binarise(data.train[0].index_select(0, rows)))
             z = draw(q_z)
-        rate = (q_z.log_prob(z).sum((-2, -1)) - parallel(z)).mean()
-        optimizer.zero_grad()
+        rate = (q_z.log_prob(z).sum((-2, -1)) - parallel_2(z)).mean()
+        optimizer_2.zero_grad()
         rate.backward()
         nn.utils.clip_grad_norm_(auxiliary.parameters(), f.grad_clip)
-        optimizer.step()
-        schedule.step()
+        optimizer_2.step()
         loop.record({"loss": rate})
+
+    step_2 = loop.replayed(step_2)
+    for rows in loop.batches("auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer_2, schedule=schedule_2):
+        step_2(rows)
+        schedule_2.step()
     return model
 
 

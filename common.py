@@ -14,6 +14,7 @@ import itertools
 import math
 import optparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -98,8 +99,7 @@ class RemedyFlags:
     """The flags of what is said to help against collapse, beside those above; all off."""
     beta_warmup: float = flag(0.0, "epochs over which every beta rises from 0 (Bowman et al. 2016, Sonderby et al. 2016)", low=0)
     beta_cycles: int = flag(1, "how often they rise, for half of each cycle if --beta_warmup is 0 (Fu et al. 2019)", low=1)
-    free_bits: float = scalar(0.0, "nats of its batch's mean KL that cost a unit of a learnable posterior nothing (Kingma et al. 2016)",
-                              low=0)
+    free_bits: float = scalar(0.0, "nats of mean KL that cost a unit nothing, but for z1's (Kingma et al. 2016)", low=0)
 
 
 MAX_SETTINGS = 10_000                                     # of one command line
@@ -255,20 +255,28 @@ def on_device(f, like):
 
 
 def device_of(f):
-    """The torch.device that --device stands for, of torchrun's processes one each. Ends the program if there is none."""
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    """The torch.device that --device stands for, of torchrun's processes one each; from then on CUDA's current one, with its
+    precision as --matmul says. Ends the program if there is none, or if processes would share one."""
+    local, on_this_machine = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.device_count()
     if f.device == "auto" and not cuda:
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if f.device == "auto" else f.device)
-        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", local % max(1, cuda))
+        shared = 1 if device.index is not None else cuda
+        if device.type == "cuda" and cuda and on_this_machine > shared:
+            stop(f, f"--device: {on_this_machine} processes for {shared} GPU(s), wants one each, or --device cpu")
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", local)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(cuda)]
         stop(f, f"--device: got {f.device!r}, there is {', '.join(there)} here")
+    if device.type == "cuda":                             # before any stream is made: a stream is its device's
+        torch.cuda.set_device(device)
+        use_precision(f)
     return device
 
 
@@ -279,7 +287,7 @@ def device_name(device):
 
 def use_precision(f):
     """Let CUDA round matrix products and convolutions to TF32, or not, as --matmul says."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = f.matmul == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(f, "matmul", None) == "tf32"
 
 
 def processes():
@@ -466,12 +474,17 @@ def run(main):
     try:
         status = main()
     except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)     # a second one changes nothing
         print("\ninterrupted; what was finished stays, and the same command goes on from there", file=sys.stderr)
         status = 128 + next(iter(interrupt.args), signal.SIGINT)
     except (MemoryError, RuntimeError) as wrong:
-        if not isinstance(wrong, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(wrong):
+        if processes()[1] > 1 and re.search("[Cc]onnection (closed|reset)", str(wrong)):
+            what = "another process has ended; what was finished stays, and the same command goes on from there"
+        elif isinstance(wrong, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(wrong):
+            what = "not enough memory for these sizes, or for so many settings side by side"
+        else:
             raise
-        print("\nnot enough memory for these sizes, or for so many settings side by side", file=sys.stderr)
+        print(f"\n{what}", file=sys.stderr)
         status = 1
     except OSError as wrong:
         if wrong.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -2,6 +2,7 @@
 a script's loop uses them; then the two further measurements of --evaluate, compression and attack. The loop itself is
 training.py's `Training`, its body each script's own.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -46,10 +47,33 @@ def warmup_cosine(optimizer, f, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def weight_average(model, f):
-    """The exponential average of a model's weights, to be updated after each step; its `module` is what is evaluated."""
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(f.ema))
-    return average.requires_grad_(False)
+def adamax(model, f, weight_decay=0.0):
+    """The optimiser of a model's weights; on CUDA with whatever a captured step changes on the device, its learning rate too."""
+    parameters = list(model.parameters())
+    cuda = parameters[0].is_cuda
+    lr = torch.tensor(f.lr, device=parameters[0].device) if cuda else f.lr
+    return torch.optim.Adamax(parameters, lr=lr, weight_decay=weight_decay, capturable=cuda)
+
+
+class WeightAverage:
+    """The exponential average of a model's weights, to be updated after each step; its `module` is what is evaluated. The host
+    waits for nothing."""
+
+    def __init__(self, model, f):
+        self.module, self.begun, self.new = copy.deepcopy(model).requires_grad_(False), False, 1 - f.ema
+
+    @torch.no_grad()
+    def update(self, model):
+        """After the first step it is the model itself."""
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), self.new if self.begun else 1.0)
+        self.begun = True
+
+    def state_dict(self):
+        return {"module": self.module.state_dict(), "begun": self.begun}
+
+    def load_state_dict(self, state):
+        self.module.load_state_dict(state["module"])
+        self.begun = state["begun"]
 
 
 def parallel(model):
@@ -72,6 +96,7 @@ ATTACK_STEPS = 30
 def evaluate_further(models, settings, data):
     """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder."""
     for model, f, d in zip(models, settings, data):
+        common.use_precision(f)
         for name in filter(None, f.evaluate.split(",")) if common.processes()[0] == 0 and model is not None else []:
             with common.seeded(f.seed, "evaluation", d.test[0].device):
                 FURTHER[name](model, common.on_device(f, d.test[0]), f, d)

@@ -85,23 +85,24 @@ class HVAE:
 def climb_down(f):
     """Where beta_2 < beta_1: hold Sigma1 = sigma_1^2 I at larger and larger sigma_1, each time at theorem 3's optimum, an
     upper bound of the loss with Sigma1 learnable; then let go of it. Returns whether the loss fell as predicted."""
-    hvae, random = HVAE(f), common.generator(f.seed, "init")
-    theta = theory.spectrum(hvae.A).sqrt()
-    starts = [hvae.start(lambda *shape: 0.5 * torch.randn(shape, dtype=torch.float64, generator=random))
-              for _ in range(theory.STARTS)]
+    device, hvae = common.device_of(f), HVAE(f)
+    theta, starts = theory.spectrum(hvae.A).sqrt(), theory.random_starts(hvae, f, device)
+    hvae = theory.moved(hvae, device)
     rows, errors, losses = [["sigma_1", "optimal loss", "found", "error"]], [], []
     for factor in (1, 2, 4):
         sigma_1 = factor * f.eta_dec
-        held = {"log_sigma_1": torch.full((f.d_1,), math.log(sigma_1), dtype=torch.float64)}
-        found, loss = theory.minimise(lambda p: hvae.loss(p | held), [
-            {name: value for name, value in start.items() if name not in held} for start in starts])[0]
+        held = {"log_sigma_1": torch.full((f.d_1,), math.log(sigma_1), dtype=torch.float64, device=device)}
+        with device:
+            found, loss = theory.minimise(lambda p: hvae.loss(p | held), [
+                {name: value for name, value in start.items() if name not in held} for start in starts])[0]
         optimum = theory.hvae_optimum(theta, f.d_1, f.d_1, sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)["loss"].item()
         rows.append([f"{sigma_1:g}", f"{optimum:.6f}", f"{loss:.6f}", f"{abs(loss - optimum):.1e}"])
         errors.append(abs(loss - optimum))
         losses.append(loss)
         scale = {"W1": 2.0, "U1": 1 / 2, "U2": 2.0, "W2": 1 / 2}             # the next one starts where this one ends
         starts = [{name: value * scale.get(name, 1) for name, value in found.items()}]
-    (_, released), *_ = theory.minimise(hvae.loss, [found | held], blocks=2)
+    with device:
+        (_, released), *_ = theory.minimise(hvae.loss, [found | held], blocks=2)
     print(f"\nbeta_2 = {f.beta_2} < beta_1 = {f.beta_1}, seed {f.seed}: Sigma1 = sigma_1^2 I held (theorem 3). As sigma_1 "
           f"grows the loss falls by {(f.beta_1 - f.beta_2) * f.d_1:g} per unit of log sigma_1 in the end.")
     common.print_rows(rows)

@@ -67,6 +67,7 @@ def draw_panels(path, panels, width, height, caption, draw):
 @torch.no_grad()
 def reconstructions(model, f, data, count):
     """{caption: images (n, 784)} of count or so test examples, as many of each class, class by class."""
+    common.use_precision(f)
     classes = data.test_labels.unique()[:count]
     rows = torch.cat([(data.test_labels == c).nonzero()[:max(1, count // len(classes)), 0] for c in classes])
     return model.reconstructions(*(t[rows] for t in data.test), common.on_device(f, data.test[0]))

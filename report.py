@@ -154,6 +154,8 @@ def unexplained(model, f, data):
         batch = [t[start:start + rows] for t in data.train]
         for level, of in model.unexplained(*batch, f, HEADROOM_DRAWS).items():
             u = torch.cat([*of["reads"], torch.ones_like(like[:len(batch[0]), :1])], dim=1)
+            if like.is_cuda:                              # where float32 may be rounded to TF32
+                u, of["mean"] = u.double(), [(layer, hidden.double()) for layer, hidden in of["mean"]]
             moments = [hidden.T @ u for _, hidden in of["mean"]]
             of_data = len(of["reads"]) == len(batch) and all(a is b for a, b in zip(of["reads"], batch))
             moments += [] if of_data else [u.T @ u]       # else it is known

@@ -469,6 +469,21 @@ def newton(loss, parameters, steps=40):
 STARTS, TOLERANCE = 8, 1e-6                               # of the checks of theorems
 
 
+def moved(problem, device):
+    """A copy of a problem with its tensors on a device."""
+    copied = copy.copy(problem)
+    for name, value in vars(problem).items():
+        setattr(copied, name, value.to(device) if torch.is_tensor(value) else value)
+    return copied
+
+
+def random_starts(problem, f, device):
+    """STARTS random parameters of a problem, on a device, the same on every one."""
+    random = common.generator(f.seed, "init")
+    return [problem.start(lambda *shape: 0.5 * torch.randn(shape, dtype=torch.float64, generator=random, device="cpu").to(device))
+            for _ in range(STARTS)]
+
+
 def verify(Problem, settings):
     """Check a theorem on synthetic data, setting by setting: minimise the exact expected loss from several random starts,
     print what was found beside what is predicted, and VERIFIED or FAILED. Returns the exit status, 0 or 1.
@@ -482,12 +497,8 @@ def verify(Problem, settings):
     rows, worst, flags = [], 0.0, files.varying(settings, [None] * len(settings))
     for f in settings:
         began, problem, there = time.monotonic(), Problem(f), common.device_of(f)
-        random, moved = common.generator(f.seed, "init"), copy.copy(problem)
-        for name, value in vars(problem).items():
-            setattr(moved, name, value.to(there) if torch.is_tensor(value) else value)
         with there:
-            found = minimise(moved.loss, [problem.start(lambda *shape: 0.5 * torch.randn(
-                shape, dtype=torch.float64, generator=random, device="cpu").to(there)) for _ in range(STARTS)])
+            found = minimise(moved(problem, there).loss, random_starts(problem, f, there))
         parameters = {name: value.cpu() for name, value in found[0][0].items()}
         theory = compare(problem.predicted(), problem.units(parameters), found[0][1])
         error = float(np.max([*theory["errors"].values(), abs(theory["gap"])]))        # nan if one of them is

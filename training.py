@@ -135,6 +135,7 @@ def train_group(Model, group, data, checkpoint=None, train=None):
 
 
 EXPLODED = 1e3                                            # times the first batch's loss
+AGREE = 8                                                 # steps after which many processes tell each other of signals
 
 
 class Training:
@@ -179,6 +180,8 @@ class Training:
             self.order.set_state(now["order"].cpu())
             random_states(self.device, now["noise"])
             if phase == list(self.phases)[-1]:
+                if self.world > 1:                        # of each process its own
+                    now["tally"] = {name: value[self.rank].to(self.device) for name, value in now["tally"].items()}
                 print(f"going on in epoch {now['epoch']} of {epochs}, from {self.checkpoint.path}", file=sys.stderr)
         start = time.monotonic() - now["seconds"]
 
@@ -202,16 +205,47 @@ class Training:
                 yield rows
                 now["done"] += 1
                 progress.update((now["epoch"] - 1) * n + min(n, now["done"] * self.rows), line)
-                if self.checkpoint and self.rank == 0 and (self.came or self.checkpoint.due(f.checkpoint_seconds)):
-                    keep(order)
-                    self.checkpoint.write(self.phases)
-                if self.came:
-                    raise common.Interrupted(self.came[0])
+                due = self.checkpoint and self.rank == 0 and self.checkpoint.due(f.checkpoint_seconds)
+                came, due = self._agreed(self.came[0] if self.came else 0, int(bool(due)))
+                if self.checkpoint and (came or due):
+                    own, now["tally"] = now["tally"], self._of_all(now["tally"])
+                    if self.rank == 0:
+                        keep(order)
+                        self.checkpoint.write(self.phases)
+                    now["tally"] = own
+                if came:
+                    raise common.Interrupted(came)
             self._end_epoch()
         keep(self.order.get_state())
         if self.checkpoint and self.G > 1:                # stands until the last of the group is written
             self.checkpoint.write(self.phases)
         progress.update(len(now["curves"]) * n, note(len(now["curves"])), end=True)
+
+    def _agreed(self, *numbers):
+        """Whole numbers as all processes know them, the largest of each. Of many processes all hear of it in the same step, one of
+        every AGREE, and of zeros until then: none may stop alone while others wait for it."""
+        if self.world == 1:
+            return numbers
+        heard = torch.tensor(numbers)
+        if self.now["done"] % AGREE:
+            return heard.zero_().tolist()
+        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+        return heard.tolist()
+
+    def _of_all(self, tally):
+        """The tallies of all processes, {name: (processes, ...)}; of one process its own."""
+        if self.world == 1:
+            return tally
+        gathered = {}
+        for name, value in tally.items():
+            of_each = [torch.empty_like(value, device="cpu") for _ in range(self.world)]
+            torch.distributed.all_gather(of_each, value.cpu())
+            gathered[name] = torch.stack(of_each)
+        return gathered
+
+    def replayed(self, step):
+        """step(rows) as a `Replayed` one."""
+        return Replayed(step, self.f.batch_size, self.device, self.world > 1)
 
     def record(self, means):
         """Note the means of a batch, {name: 0-d, or (G,) of G settings}, the loss first. They stay on the device, in the same
@@ -296,7 +330,7 @@ def train_with_adam(models, group, data, loop):
         optimizer.step()
         loop.record(means)
 
-    replayed = Replayed(step, first.batch_size, device)
+    replayed = loop.replayed(step)
     for rows in loop.batches(**parts):
         if share is not None:
             share.fill_(beta_share(first, loop.epochs_done))
@@ -364,13 +398,22 @@ def clip(parameters, max_norm, G):
 
 class Replayed:
     """step(rows), on CUDA captured once as a graph for batches of `size` row numbers, and replayed: the host then launches
-    one thing a batch instead of hundreds. Other batches, and devices without graphs, take the step as it is."""
+    one thing a batch instead of hundreds. Other batches, many processes' steps, which wait for each other, and devices without
+    graphs take the step as it is."""
     EAGER = 3                                             # steps before the capture, so that all memory is there
 
-    def __init__(self, step, size, device):
+    def __init__(self, step, size, device, together=False):
         self.step, self.graph, self.taken = step, None, 0
         self.rows = torch.empty(size, dtype=torch.long, device=device)
         self.capturable = device.type == "cuda"
+        if self.capturable:
+            self.beside = torch.cuda.Stream()
+        if self.capturable and together:
+            self._launch_always("many processes take it together")
+
+    def _launch_always(self, why):
+        self.capturable = False
+        print(f"the training step cannot be captured as a CUDA graph, it is launched anew each time: {why}", file=sys.stderr)
 
     def __call__(self, rows):
         if not self.capturable or len(rows) != len(self.rows):
@@ -378,27 +421,24 @@ class Replayed:
         self.rows.copy_(rows)
         if self.taken < self.EAGER:
             self.taken += 1
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
                 self.step(self.rows)
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(self.beside)
             return
         if not self.graph:
             try:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=self.beside):
                     self.step(self.rows)
                 self.graph = graph
             except RuntimeError as wrong:
-                print(f"the training step cannot be captured as a CUDA graph, it is launched anew each time: {wrong}",
-                      file=sys.stderr)
-                self.capturable = False
+                self._launch_always(wrong)
                 return self.step(rows)
         self.graph.replay()
 
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class Checkpoint:

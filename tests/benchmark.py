@@ -110,7 +110,7 @@ def plain_deep(Model, f, data):
     for part in model.children():
         if hasattr(part, "fit"):                          # a context
             part.fit(x)
-    g, average, order = common.on_device(f, x), deep.weight_average(model, f), common.generator(f.seed, "batches", x.device)
+    g, average, order = common.on_device(f, x), deep.WeightAverage(model, f), common.generator(f.seed, "batches", x.device)
 
     def steps(trained, weight_decay, loss_of):
         optimizer = torch.optim.Adamax(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
@@ -133,7 +133,7 @@ def plain_deep(Model, f, data):
 
     with common.seeded(f.seed, "noise", x.device):
         for _ in steps(model, f.weight_decay, lambda x: model.loss(model(x, g), g).mean()):
-            average.update_parameters(model)
+            average.update(model)
         if hasattr(model, "auxiliary"):
             for _ in steps(average.module.auxiliary.requires_grad_(), 0, rate):
                 pass

@@ -178,6 +178,48 @@ class Densities(unittest.TestCase):
             self.assertAlmostEqual(std[3].item(), 0.5 * math.log1p(math.exp(2 + shift)) / math.log(2), places=5)
 
 
+class CudaDevice(unittest.TestCase):
+    """How the device of a run is chosen and prepared where there are GPUs: torch.cuda and the first tensor on it replaced."""
+
+    def device_of(self, gpus, environment=None, **flags):
+        """(the device, what was asked of torch.cuda), or the line that ends the program."""
+        asked = []
+        f = MNIST_HVAE_Relu.Flags(**flags)
+        with mock.patch("torch.cuda.device_count", return_value=gpus), mock.patch("torch.cuda.set_device", asked.append), \
+                mock.patch("torch.zeros"), mock.patch.dict(os.environ, environment or {}), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                return common.device_of(f), asked
+            except SystemExit as end:
+                self.assertEqual(end.code, 2)
+                return err.getvalue()
+
+    def setUp(self):
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        self.addCleanup(lambda: (setattr(torch.backends.cuda.matmul, "allow_tf32", before[0]),
+                                 setattr(torch.backends.cudnn, "allow_tf32", before[1])))
+
+    def test_is_the_current_one_before_anything_is_made_on_it(self):
+        for flags, environment, index in (({}, {}, 0), (dict(device="cuda"), {}, 0), (dict(device="cuda:1"), {}, 1),
+                                          ({}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 1)):
+            device, asked = self.device_of(2, environment, **flags)
+            self.assertEqual((device, asked), (torch.device("cuda", index), [torch.device("cuda", index)]))
+        self.assertEqual(self.device_of(2, device="cpu"), (torch.device("cpu"), []))
+        self.assertEqual(self.device_of(0), (torch.device("cpu"), []))
+
+    def test_precision_holds_wherever_it_is_used(self):
+        for matmul in ("float32", "tf32"):
+            torch.backends.cudnn.allow_tf32 = matmul != "tf32"
+            self.device_of(1, matmul=matmul)
+            self.assertEqual((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), (matmul == "tf32",) * 2)
+
+    def test_more_processes_than_gpus(self):
+        two = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        for gpus, flags in ((1, {}), (1, dict(device="cuda")), (4, dict(device="cuda:1"))):
+            self.assertIn("--device: 2 processes for 1 GPU(s), wants one each, or --device cpu", self.device_of(gpus, two, **flags))
+        self.assertEqual(self.device_of(1, two, device="cpu"), (torch.device("cpu"), []))
+
+
 class FreeBits(unittest.TestCase):
     def test_mean_is_the_larger(self):
         kl = torch.tensor([[0.0, 3.0, -0.5], [0.1, 0.2, 0.3]], dtype=torch.float64, requires_grad=True)

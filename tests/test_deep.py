@@ -3,8 +3,11 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import unittest
 from unittest import mock
 
@@ -16,6 +19,7 @@ import common
 import datasets
 import deep
 import files
+import pictures
 import training
 import MNIST_HVAE_DCT
 import MNIST_HVAE_DVP
@@ -164,6 +168,65 @@ class ManyProcesses(OfScripts):
                 np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4, err_msg=f"{script.__name__} {name}")
 
 
+def of_two(rank, port, argv, log):
+    """One of two processes that train a Ladder VAE together; its pictures are left out."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    pictures.draw_run = lambda *args: None
+    small.as_command("MNIST_HVAE_Ladder.py", argv, ".", log, log)
+
+
+class Stopped(OfScripts):
+    def test_processes_agree_to_stop(self):
+        """SIGTERM reaches two processes 20 ms or 2 s apart, in either order: both end with one line, a checkpoint is left, and from the
+        last of them both go on to the very numbers of an undisturbed run."""
+        small.write_mnist(self.folder / "data")
+
+        def start(out_dir, number):
+            argv = self.argv(MNIST_HVAE_Ladder, out_dir, num_epochs=25, batch_size=16, checkpoint_seconds=1000)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            logs = [self.folder / f"{out_dir}{number}.{rank}" for rank in (0, 1)]
+            both = [small.FORKS.Process(target=of_two, args=(rank, port, argv, logs[rank])) for rank in (0, 1)]
+            for process in both:
+                process.start()
+                self.addCleanup(process.kill)
+            return both, logs
+
+        def end(both, logs):
+            for process in both:
+                process.join(60)
+            return [process.exitcode for process in both], [log.read_text() for log in logs]
+
+        status, log = end(*start("undisturbed", 0))
+        self.assertEqual(status, [0, 0], log)
+        going_on = 0
+        for number, (first, seconds) in enumerate([(0, 0.02), (1, 0.02), (0, 2.0), (1, 2.0)]):
+            both, logs = start("stopped", number)
+            deadline = time.monotonic() + 60
+            while not all(log.exists() and "training: epoch" in log.read_text() for log in logs) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(both[first].pid, signal.SIGTERM)
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(both[1 - first].pid, signal.SIGTERM)
+            status, log = end(both, logs)
+            self.assertEqual(status, [128 + signal.SIGTERM] * 2, log)
+            for of in log:
+                self.assertEqual(of.count("interrupted; what was finished stays"), 1, of)
+                self.assertNotIn("Traceback", of)
+            self.assertEqual(len(list((self.folder / "stopped").rglob("checkpoints/*.pt"))), 1)
+            going_on += "going on in epoch" in log[0]
+        self.assertEqual(going_on, 3)
+        status, log = end(*start("stopped", 4))
+        self.assertEqual(status, [0, 0], log)
+        (again, same), (trained, weights) = (self.left(MNIST_HVAE_Ladder, out_dir) for out_dir in ("stopped", "undisturbed"))
+        self.assertEqual(again, trained)
+        for name in weights:
+            self.assertTrue(torch.equal(same[name], weights[name]), name)
+
+
 class Steps(unittest.TestCase):
     def test_schedule(self):
         """A line up over the warm-up, then a cosine from lr down to lr_end."""
@@ -180,13 +243,21 @@ class Steps(unittest.TestCase):
         constant = deep.warmup_cosine(optimizer, MNIST_HVAE_Ladder.Flags(lr_schedule="constant"), 1000).lr_lambdas[0]
         self.assertEqual([constant(step) for step in (50, 999)], [1.0, 1.0])
 
+    def test_what_a_captured_step_changes_lies_on_the_device(self):
+        """The learning rate and the optimiser's count of steps: after a checkpoint, too, no step asks the host for them."""
+        asked = {}
+        parameter = mock.Mock(is_cuda=True, device="cpu")
+        with mock.patch("torch.optim.Adamax", lambda parameters, **of: asked.update(of)):
+            deep.adamax(mock.Mock(parameters=lambda: iter([parameter])), MNIST_HVAE_Ladder.Flags(lr=0.01))
+        self.assertTrue(asked["capturable"] and torch.is_tensor(asked["lr"]))
+
     def test_weight_average(self):
         f, model = MNIST_HVAE_Ladder.Flags(ema=0.9), torch.nn.Linear(1, 1, bias=False).double()
-        average, expected = deep.weight_average(model, f), None
+        average, expected = deep.WeightAverage(model, f), None
         for value in (3.0, -1.0, 5.0, 2.0):
             with torch.no_grad():
                 model.weight.fill_(value)
-            average.update_parameters(model)
+            average.update(model)
             expected = value if expected is None else 0.9 * expected + 0.1 * value
         self.assertAlmostEqual(average.module.weight.item(), expected, places=12)
         self.assertFalse(average.module.weight.requires_grad)

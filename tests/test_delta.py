@@ -143,6 +143,16 @@ class Model(unittest.TestCase):
             torch.testing.assert_close(terms["smallest_rate"], wanted.expand(2, 4))
 
     @torch.no_grad()
+    def test_recurrent_layers_are_left_out_of_autocast(self):
+        """cuDNN's would be float16, whatever autocast's type."""
+        model, f, x = build()
+        model, seen = model.float(), []
+        model.rows_to_h.register_forward_hook(lambda gru, inputs, output: seen.append(output[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.q_z(x.float())
+        self.assertEqual(seen, [torch.float32])
+
+    @torch.no_grad()
     def test_start_std(self):
         """Where the last layer gives 0, q's std is that share of the one nearest to the prior."""
         for start in (0.1, 1.0):
@@ -344,24 +354,24 @@ class Auxiliary(unittest.TestCase):
         """The second phase moves the auxiliary prior alone, and leaves the averaged model to be evaluated."""
         x = datasets.draw_digits(96, seed=3)[0]
         x = torch.from_numpy(x).view(-1, 1, N, N).float() / 255
-        data, trained, averages, weight_average = datasets.Data("digits", (x,), (x[:8].round(),)), {}, [], deep.weight_average
+        data, trained, averages, WeightAverage = datasets.Data("digits", (x,), (x[:8].round(),)), {}, [], deep.WeightAverage
 
         def noted(*args):
-            averages.append(weight_average(*args))
+            averages.append(WeightAverage(*args))
             return averages[-1]
 
         for epochs in (1, 6):
             with tempfile.TemporaryDirectory() as folder:
                 f = script.Flags(dim_z=2, num_ch=2, num_layers=1, d_hidden=4, batch_size=24, num_epochs=2, warmup_epochs=0.5,
                                  ema=0.5, delta=8.0, auxiliary_epochs=epochs, device="cpu", out_dir=folder)
-                with mock.patch("sys.stderr"), mock.patch.object(deep, "weight_average", noted):
+                with mock.patch("sys.stderr"), mock.patch.object(deep, "WeightAverage", noted):
                     [model] = training.fit(script.DeltaVAE, [f], [data], train=script.train)
                 curves = files.read_result(f, data, "training.json")["curves"]
                 files.unlock()
             trained[epochs] = model, curves
         (short, _), (long, curves) = trained.values()
         self.assertIs(long, averages[1].module)
-        self.assertEqual(averages[1].n_averaged.item(), 8)
+        self.assertTrue(averages[1].begun)
         for name, value in short.state_dict().items():
             self.assertEqual(torch.equal(value, long.state_dict()[name]), not name.startswith("auxiliary"), name)
         self.assertEqual({name: len(curve) for name, curve in curves.items()},

@@ -15,6 +15,7 @@ import torch
 
 import MNIST_HVAE_Ladder
 import Synthetic_CVAE_Relu_correlation
+import common
 import datasets
 import files
 import training
@@ -460,6 +461,25 @@ class Together(small.InFolder):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             self.assertIsNone(training.Checkpoint([f], data).state)
         self.assertIn("it is of another processes", err.getvalue())
+
+    def test_models_are_built_before_the_noise_begins(self):
+        """Building reseeds CUDA's generator: within the noise's seeds it would draw what a layer's initial weights are drawn from."""
+        begun, seeded = [], common.seeded
+
+        def noted(seed, purpose, device):
+            begun.append(purpose)
+            return seeded(seed, purpose, device)
+
+        images = torch.rand(16, 1, 28, 28)
+        data = datasets.Data("digits", (images,), (images,))
+        f = MNIST_HVAE_Ladder.Flags(num_epochs=1, device="cpu", batch_size=8, latents="1,1", num_ch=4)
+        with mock.patch("common.seeded", noted):
+            train(MNIST_HVAE_Relu.HVAE, [self.small], small.digit_data(40))
+            with mock.patch("sys.stderr"):
+                training.train_group(MNIST_HVAE_Ladder.LadderVAE, [f], data, train=MNIST_HVAE_Ladder.train)
+        self.assertEqual(begun, ["init", "noise"] * 2)
+
+    small = flags(MNIST_HVAE_Relu.Flags, d_hidden=8, d_1=3, d_2=2)
 
     def test_divergence(self):
         """A loss that is not finite ends the training; its epoch and the last finite loss are told."""
