@@ -51,7 +51,7 @@ import theory
 MANY_LEVELS = 2                                           # more have a table of their own
 ELBO_DRAWS = 16                                           # draws per example where no log-likelihood is asked for
 HEADROOM_DRAWS = 8                                        # draws per example of what a model leaves unexplained
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**27}               # of the widest layer: a cache, or a busy GPU
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}               # of the widest layer: a cache, or a busy GPU
 
 
 @torch.no_grad()
@@ -70,25 +70,27 @@ def evaluate(model, f, data, split="test"):
     width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
     rows = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))      # images x draws at a time
     images, scalars = max(1, rows // draws), common.on_device(f, like)
-    progress, terms = common.Progress("evaluating", len(like), "examples"), {}
+    progress, terms, start = common.Progress("evaluating", len(like), "examples"), {}, 0
     with common.seeded(f.seed, "evaluation", like.device):
-        for start in range(0, len(like), images):
-            here = slice(start, start + images)
-            batch = [t[here] for t in split]
-            for drawn in range(0, draws, rows):
-                S = min(rows, draws - drawn)
-                for name, value in model(*batch, scalars, sample_shape=(S,)).items():
-                    if name == "log_w":
-                        value = value.logsumexp(0)
-                    else:                                 # this part of the mean over draws, which a term may lack
-                        drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
-                        value = (value.mean(0) if drawn_from else value) * (S / draws)
-                    if name not in terms:                 # of all rows at once: many small tensors scatter the memory
-                        start_at = -math.inf if name == "log_w" else 0
-                        terms[name] = value.new_full((len(like), *value.shape[1:]), start_at)
-                    so_far = terms[name][here]
-                    so_far.copy_(torch.logaddexp(so_far, value) if name == "log_w" else so_far + value)
-            progress.update(start + len(batch[0]))
+        while start < len(like):
+            batch, too_large = [t[start:start + images] for t in split], False
+            try:
+                means = mean_terms(model, batch, scalars, draws, rows)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                too_large = True                          # its tensors are free once the exception is
+            if too_large:
+                torch.cuda.empty_cache()
+                images, rows = max(1, images // 2), rows // 2
+                print(f"not enough memory: evaluated in halves from here on, {min(images * draws, rows):,} draws at a time", file=sys.stderr)
+                continue
+            for name, value in means.items():
+                if name not in terms:                     # of all rows at once: many small tensors scatter the memory
+                    terms[name] = value.new_empty((len(like), *value.shape[1:]))
+                terms[name][start:start + len(value)] = value
+            start += len(batch[0])
+            progress.update(start)
     progress.update(len(like), end=True)
     terms = {name: value.double().cpu() for name, value in terms.items()}
 
@@ -114,6 +116,23 @@ def evaluate(model, f, data, split="test"):
         metrics[f"active_share{level}"] = (unit_kl > 0.01).double().mean().item()
         examples[f"unit_kl{level}"] = unit_kl.numpy().astype("float32")
     return metrics, examples
+
+
+def mean_terms(model, batch, f, draws, rows):
+    """A model's terms of a batch, the mean over so many draws of each, {name: (B, ...)}; of log_w the log of the sum of its
+    exponentials. At most `rows` draws at a time."""
+    means = {}
+    for drawn in range(0, draws, rows):
+        S = min(rows, draws - drawn)
+        for name, value in model(*batch, f, sample_shape=(S,)).items():
+            if name == "log_w":
+                value = value.logsumexp(0)
+                means[name] = torch.logaddexp(means[name], value) if name in means else value
+            else:                                         # this part of the mean over draws, which a term may lack
+                drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
+                value = (value.mean(0) if drawn_from else value) * (S / draws)
+                means[name] = means[name] + value if name in means else value
+    return means
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
 """Evaluation: the importance-sampling estimator against exact log-likelihoods, the metrics against their definitions."""
+import contextlib
+import io
 import math
 import os
 import subprocess
@@ -21,6 +23,33 @@ from tests import small
 def evaluate(model, f, data):
     with mock.patch("sys.stderr"):
         return report.evaluate(model.eval(), f, data)
+
+
+class Memory(unittest.TestCase):
+    def test_halves_where_there_is_not_enough(self):
+        """From the chunk on that is too large, with as many draws of each example: the numbers of an evaluation in such chunks."""
+        data, f = small.gaussian_data(64, 40), small.Flags(device="cpu", num_samples=30)
+        model, limit = training.build(small.LinearHVAE, f, data).eval(), 2**20
+        forward = model.forward
+
+        def limited(x, f, sample_shape):
+            if len(x) * sample_shape[0] > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(x, f, sample_shape=sample_shape)
+        model.forward = limited
+        row = 6 * 8                                       # bytes: 1 example of width 6, in float64
+        for chunk, limit in ((300, 150), (300, 100), (24, 12), (1000, 600)):          # images by images, and draws by draws
+            fits = chunk
+            while fits > limit:
+                fits //= 2
+            with mock.patch.dict(report.CHUNK_BYTES, cpu=chunk * row), contextlib.redirect_stderr(io.StringIO()) as err:
+                halved = report.evaluate(model, f, data)[0]
+            self.assertEqual(err.getvalue().count("not enough memory: evaluated in halves"), round(math.log2(chunk / fits)))
+            with mock.patch.dict(report.CHUNK_BYTES, cpu=fits * row), mock.patch("sys.stderr"):
+                self.assertEqual(report.evaluate(model, f, data)[0], halved)
+        limit = 0
+        with self.assertRaises(torch.OutOfMemoryError):
+            evaluate(model, f, data)
 
 
 class ImportanceSampling(unittest.TestCase):
