@@ -51,6 +51,9 @@ SCRIPTS = sorted([*small.ROOT.glob("MNIST_*.py"), *small.ROOT.glob("Synthetic_*.
 # What makes a deep script one for a small machine, where at its defaults it would take hours; each takes the flags it has.
 DEEP = {"latents": "2,2", "num_ch": 8, "batch_size": 100, "num_epochs": 1, "auxiliary_epochs": 1, "num_samples": 100}
 
+ON_CUDA = {"auxiliary_epochs": 1}                         # the same on a GPU, where the defaults do
+STEPS = 20, 60                                            # of a deep model there: what the difference takes is a step's time
+
 
 def quietly():
     return contextlib.redirect_stderr(io.StringIO())
@@ -77,16 +80,17 @@ def in_turn(works, device):
     return {name: of[1:] for name, of in times.items()}
 
 
-def deep_flags(module):
-    """{flag: value} of DEEP that a deep script's module has, {} of another's."""
-    return {name: value for name, value in DEEP.items() if hasattr(module, "train") and hasattr(module.Flags, name)}
+def deep_flags(module, flags):
+    """{flag: value} of these that a deep script's module has, {} of another's."""
+    return {name: value for name, value in flags.items() if hasattr(module, "train") and hasattr(module.Flags, name)}
 
 
-def model_of(script):
-    """(module, model class, flags for one epoch, else at their defaults or DEEP, data) of a script."""
+def model_of(script, deep=None):
+    """(module, model class, flags for one epoch, else at their defaults, or, if deep, at those of `deep`, DEEP if not told otherwise;
+    data) of a script."""
     module = importlib.import_module(script.stem)
     [Model] = [of for name, of in vars(module).items() if name.endswith("VAE")]
-    f = module.Flags(**{"num_epochs": 1} | deep_flags(module))
+    f = module.Flags(**{"num_epochs": 1} | deep_flags(module, DEEP if deep is None else deep))
     device = common.device_of(f)
     n_test = IMAGES[device.type]
     if hasattr(module, "correlated"):
@@ -244,7 +248,7 @@ def of_scripts(argv):
         with tempfile.TemporaryDirectory() as folder:
             module = importlib.import_module(path.stem)
             no_draws, data = ("num_draws", []) if hasattr(module, "correlated") else ("num_samples", argv)
-            flags = {"num_epochs": EPOCHS} | deep_flags(module) | {no_draws: 0}
+            flags = {"num_epochs": EPOCHS} | deep_flags(module, DEEP) | {no_draws: 0}
             words = [f"--{name}={value}" for name, value in flags.items()] + data
             with subprocess.Popen([sys.executable, str(path), "--out_dir", folder, *words], stdout=subprocess.DEVNULL,
                                   stderr=subprocess.PIPE, text=True) as process:
@@ -287,25 +291,65 @@ def whole(argv):
           f"log-likelihood {evaluation:.0f} s; {(training + evaluation) / ours:.1f} times as long")
 
 
+def of_steps(Model, f, data, module, count):
+    """The seconds of so many training steps of one setting, and of what comes before the first."""
+    rows = slice(count * f.batch_size)
+    few = dataclasses.replace(data, train=tuple(t[rows] for t in data.train))
+    return seconds(lambda: training.train_group(Model, [f], few, train=getattr(module, "train", None)), data.train[0].device)
+
+
 def on_cuda(device="cuda"):
-    """What only a GPU can show: the main job's epoch alone and as a 5x5 grid, captured and launched step by step."""
-    f = MNIST_HVAE_Relu.Flags(num_epochs=EPOCHS, device=device)
+    """What only a GPU can show, as one table: an epoch of MNIST's size of the main job, alone, as a 5x5 grid and the usual way, and of
+    each deep model at its defaults, from STEPS; captured as a graph and launched step by step; in three precisions. Then the
+    evaluation of the main job: its speed, and the log p(x) of one model in the three precisions."""
+    f = MNIST_HVAE_Relu.Flags(num_epochs=1, device=device)
     device = common.device_of(f)
-    data = small.digit_data(MNIST[0], 10, torch.float32)
-    data = dataclasses.replace(data, train=(data.train[0].to(device),), test=(data.test[0].to(device),))
-    values = (0.1, 1.0, 2.0, 4.0, 6.0)
+    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; an epoch of {MNIST[0]:,} images", flush=True)
+    images = small.digit_data(max(MNIST[0], STEPS[1] * 300), MNIST[1], torch.float32)
+    data = dataclasses.replace(images, train=(images.train[0][:MNIST[0]].to(device),), test=(images.test[0].to(device),))
+    values, rows = (0.1, 1.0, 2.0, 4.0, 6.0), [["", "precision", "captured, s", "launched, s", "launching"]]
     sheet = [dataclasses.replace(f, beta_1=a, beta_2=b) for a in values for b in values]
 
-    def train(group, eager):
-        with mock.patch.object(training.Replayed, "EAGER", eager):
-            training.train_group(MNIST_HVAE_Relu.HVAE, group, data)
+    def add(name, precision, work):
+        """A row: the seconds that work() says, with captured steps and without."""
+        found = []
+        for eager in (training.Replayed.EAGER, sys.maxsize):
+            with mock.patch.object(training.Replayed, "EAGER", eager):
+                found.append(work())
+        rows.append([name, precision, f"{found[0]:.3f}", f"{found[1]:.3f}", f"{1 - found[0] / found[1]:.0%}"])
+        print(f"{name}, {precision}: done", file=sys.stderr, flush=True)
 
-    for name, group in (("one setting", [f]), ("5x5 grid", sheet)):
-        times = in_turn({"captured": lambda: train(group, training.Replayed.EAGER),
-                         "step by step": lambda: train(group, sys.maxsize)}, device)
-        captured, stepwise = (statistics.median(times[how]) / EPOCHS for how in ("captured", "step by step"))
-        print(f"{name}: {1e3 * captured:.0f} ms an epoch captured, {1e3 * stepwise:.0f} ms launched step by step: "
-              f"{1 - captured / stepwise:.0%} of that is launching", flush=True)
+    for precision in ("float32", "tf32"):
+        for name, group in (("MNIST_HVAE_Relu", [f]), ("MNIST_HVAE_Relu, 5x5 grid", sheet)):
+            group = [dataclasses.replace(g, matmul=precision) for g in group]
+            add(name, precision, lambda: statistics.median(
+                seconds(lambda: training.train_group(MNIST_HVAE_Relu.HVAE, group, data), device) for _ in range(EPOCHS)))
+    usual = seconds(lambda: usual_way(MNIST_HVAE_Relu.HVAE, f, torch.utils.data.TensorDataset(images.train[0][:MNIST[0]])), device)
+    rows.append(["MNIST_HVAE_Relu, a DataLoader's loop", "float32", "-", f"{usual:.3f}", "-"])
+    for script in (path for path in SCRIPTS if "\ndef train(" in path.read_text()):
+        module, Model, g, few = model_of(script, ON_CUDA)
+        x = images.train[0][:STEPS[1] * g.batch_size].view(-1, *datasets.image_shape(g.dataset)).to(device)
+        few, epoch = dataclasses.replace(few, train=(x,)), MNIST[0] // g.batch_size
+        for precision, flags in (("float32", {}), ("tf32", {"matmul": "tf32"}), ("bf16", {"autocast": "bf16"})):
+            g = dataclasses.replace(g, device=f.device, num_epochs=1, **{"matmul": "float32", "autocast": "none"} | flags)
+            add(script.stem, precision, lambda: epoch / (STEPS[1] - STEPS[0]) * (
+                of_steps(Model, g, few, module, STEPS[1]) - of_steps(Model, g, few, module, STEPS[0])))
+    common.print_rows(rows)
+
+    with quietly():
+        [(model, _)] = training.train_group(MNIST_HVAE_Relu.HVAE, [f], data)
+    log_px = {}
+    for precision in ("float32", "tf32", "bf16"):
+        g, cast = dataclasses.replace(f, matmul="tf32" if precision == "tf32" else "float32"), torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16")
+        with cast, quietly():
+            start = time.perf_counter()
+            log_px[precision] = report.evaluate(model, g, data)[0]["log_px"]
+            took = time.perf_counter() - start
+        print(f"log p(x) of {MNIST[1]:,} images at {g.num_samples:,} draws, {precision}: {log_px[precision]:.4f} nats, "
+              f"{MNIST[1] * g.num_samples / took:,.0f} draws/s")
+    apart = max(log_px.values()) - min(log_px.values())
+    print(f"apart {apart:.4f} nats, {'as' if apart < 0.05 else 'NOT as'} they should: within 0.05")
 
 
 def main(argv=None):

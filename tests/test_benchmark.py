@@ -87,7 +87,8 @@ class Modes(small.InFolder):
         self.assert_positive(re.search(r"table: (\d+) s; .* (\S+) times as long$", line).groups())
 
     def test_cuda_on_any_device(self):
-        with mock.patch.object(benchmark, "MNIST", (32, 8)):
+        with mock.patch.object(benchmark, "MNIST", (32, 8)), mock.patch.object(benchmark, "STEPS", (1, 2)), \
+                mock.patch.object(benchmark, "ON_CUDA", DEEP):
             status, out, err = small.call(lambda argv: benchmark.on_cuda("cpu"))
         self.assertEqual(status, None, err)
         self.assert_cuda(out.strip().split("\n"))
@@ -97,9 +98,18 @@ class Modes(small.InFolder):
         self.assert_cuda(self.printed("cuda"))
 
     def assert_cuda(self, lines):
-        self.assertEqual([line.split(":")[0] for line in lines], ["one setting", "5x5 grid"])
-        for line in lines:
-            self.assert_positive(re.search(r": (\d+) ms an epoch captured, (\d+) ms launched step by step: ", line).groups())
+        first, names, *rows, float32, tf32, bf16, apart = lines
+        self.assertIn("an epoch of ", first)
+        self.assertEqual(names.split(), ["precision", "captured,", "s", "launched,", "s", "launching"])
+        self.assertEqual(len(rows), 2 * 2 + 1 + 4 * 3)
+        for row in rows:
+            self.assert_number(row.split()[-2])
+        for precision, line in zip(("float32", "tf32", "bf16"), (float32, tf32, bf16)):
+            self.assert_positive([re.search(rf"draws, {precision}: -\d+\.\d+ nats, ([\d,]+) draws/s$", line)[1].replace(",", "")])
+        self.assertRegex(apart, r"^apart \d+\.\d{4} nats, (as|NOT as) they should: within 0.05$")
+
+    def assert_number(self, word):
+        self.assertTrue(abs(float(word)) < 1e6, word)         # so few steps may take less than nothing
 
     @unittest.skipIf(torch.cuda.is_available(), "needs a machine without a GPU")
     def test_cuda_without_a_gpu(self):
