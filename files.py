@@ -86,9 +86,14 @@ def write(path, save):
 
 
 def remove_unfinished(path):
-    """Remove what a process that was killed while it wrote this file left beside it."""
+    """Remove what a process that was killed while it wrote this file left beside it, not what one writes at this moment."""
     for beside in path.parent.glob(f".{path.name}.*"):
-        beside.unlink(missing_ok=True)
+        try:
+            os.kill(int(beside.suffix[1:]), 0)            # asks whether there is such a process
+        except ProcessLookupError:
+            beside.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            pass                                          # not ours
 
 
 def write_json(path, value):

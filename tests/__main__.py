@@ -1,5 +1,5 @@
 """`python -m tests` runs every unittest in this folder, each file in a process of its own, as many at once as there are cores
-(at most four); `python -m tests test_fit ...` those of some files, in this process."""
+(at most four) and one more, since some wait; `python -m tests test_fit ...` those of some files, in this process."""
 import os
 import re
 import subprocess
@@ -52,7 +52,7 @@ if sys.argv[1:]:
     passed, failed, skipped = run(sys.argv[1:])
 else:
     names = sorted((path.stem for path in here.glob("test_*.py")), key=lambda name: (name not in LONGEST, name))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) + 1) as pool:
         passed, failed, skipped = map(sum, zip(*pool.map(run_apart, names)))
 print(f"{passed} passed, {failed} failed, {skipped} skipped")
 sys.exit(failed > 0 or passed == 0)

@@ -328,7 +328,7 @@ class Context(unittest.TestCase):
         f = dct.Flags(latents="1,1", num_ch=2, ema=0.5, num_epochs=1, warmup_epochs=0.0, device="cpu")
         images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(6))
         data, losses = datasets.Data("digits", (images,), (images,)), []
-        loop = types.SimpleNamespace(steps=2, batches=lambda **parts: iter(torch.arange(8).split(4)),
+        loop = types.SimpleNamespace(steps=2, replayed=lambda step: step, batches=lambda **parts: iter(torch.arange(8).split(4)),
                                      record=lambda means: losses.append(means["loss"].item()))
         start = training.build(dct.DCTVAE, f, data)
         model = dct.train(training.build(dct.DCTVAE, f, data), common.on_device(f, images), data, loop)

@@ -1,5 +1,7 @@
 """Names of runs, files that are whole or absent."""
 import dataclasses
+import os
+import subprocess
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -22,6 +24,16 @@ class Files(small.InFolder):
             files.write(path, lambda file: file.write(b"second"))
         self.assertEqual([p.name for p in path.parent.iterdir()], ["file"])
         self.assertEqual(path.read_bytes(), b"first")
+
+    def test_what_another_process_writes_is_left_alone(self):
+        """And what a killed one left is removed."""
+        path, gone = self.folder / "file", subprocess.Popen(["true"])
+        gone.wait()
+        alive, killed = (self.folder / f".file.{pid}" for pid in (os.getppid(), gone.pid))
+        for beside in (alive, killed):
+            beside.write_bytes(b"half")
+        files.write(path, lambda file: file.write(b"whole"))
+        self.assertEqual({p.name for p in self.folder.iterdir()}, {"file", alive.name})
 
     def test_run_names(self):
         data = small.gaussian_data()
