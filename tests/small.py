@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import runpy
+import socket
 import struct
 import sys
 import tempfile
@@ -40,6 +41,36 @@ def as_command(script, argv, folder, out, err):
     torch.set_num_threads(1)
     sys.argv = [script, *map(str, argv)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def one_of_two(rank, port, script, argv, folder, out, err):
+    """In a child of FORKS: `as_command` as one of torchrun's two processes; pictures of single runs are left out."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    import pictures
+    pictures.draw_run = lambda *args: None
+    as_command(script, argv, folder, out, err)
+
+
+def two_processes(test, script, argv, folder, name):
+    """Two processes that run a script as torchrun's do, and are killed when the test ends: (processes, their outputs, their errors),
+    files in the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outs, errs = ([folder / f"{name}.{rank}.{stream}" for rank in (0, 1)] for stream in ("out", "err"))
+    both = [FORKS.Process(target=one_of_two, args=(rank, port, script, argv, folder, outs[rank], errs[rank])) for rank in (0, 1)]
+    for process in both:
+        process.start()
+        test.addCleanup(process.kill)
+    return both, outs, errs
+
+
+def ended(both, seconds=120):
+    """The exit statuses of processes, when they have ended."""
+    for process in both:
+        process.join(seconds)
+    return [process.exitcode for process in both]
 
 
 @dataclass

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ import common
 import datasets
 import deep
 import files
-import pictures
 import training
 import MNIST_HVAE_DCT
 import MNIST_HVAE_DVP
@@ -148,9 +146,9 @@ class Killed(OfScripts):
 
 class ManyProcesses(OfScripts):
     def test_two_are_one_with_the_doubled_batch(self):
-        """Ten steps of each script: the curves of two processes, by torchrun, and of one with batches twice as large."""
+        """Five steps of each script: the curves of two processes, by torchrun, and of one with batches twice as large."""
         small.write_mnist(self.folder / "data")
-        commands = {script.__name__: self.argv(script, "two", num_epochs=10, batch_size=128) for script in SMALL}
+        commands = {script.__name__: self.argv(script, "two", num_epochs=5, batch_size=128) for script in SMALL}
         (self.folder / "all.py").write_text(
             f"import sys, importlib; sys.path.insert(0, {str(small.ROOT)!r})\nimport common, pictures\npictures.draw_run = print\n"
             + f"common.run(lambda: max(importlib.import_module(name).main(argv) for name, argv in {commands!r}.items()))\n")
@@ -160,21 +158,13 @@ class ManyProcesses(OfScripts):
         self.assertEqual(ended.returncode, 0, ended.stderr)
         for script in SMALL:
             with mock.patch("pictures.draw_run"):
-                status, _, err = small.call(script.main, *self.argv(script, "one", num_epochs=10, batch_size=256))
+                status, _, err = small.call(script.main, *self.argv(script, "one", num_epochs=5, batch_size=256))
             self.assertEqual(status, 0, err)
             one, two = (self.left(script, out_dir)[0]["curves"] for out_dir in ("one", "two"))
             self.assertEqual(one.keys(), two.keys())
-            self.assertEqual(len(one["loss"]), 10)
+            self.assertEqual(len(one["loss"]), 5)
             for name in one:
                 np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4, err_msg=f"{script.__name__} {name}")
-
-
-def of_two(rank, port, argv, log):
-    """One of two processes that train a Ladder VAE together; its pictures are left out."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    pictures.draw_run = lambda *args: None
-    small.as_command("MNIST_HVAE_Ladder.py", argv, ".", log, log)
 
 
 class Stopped(OfScripts):
@@ -185,20 +175,11 @@ class Stopped(OfScripts):
 
         def start(out_dir, number):
             argv = self.argv(MNIST_HVAE_Ladder, out_dir, num_epochs=15, batch_size=16, checkpoint_seconds=1000)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            logs = [self.folder / f"{out_dir}{number}.{rank}" for rank in (0, 1)]
-            both = [small.FORKS.Process(target=of_two, args=(rank, port, argv, logs[rank])) for rank in (0, 1)]
-            for process in both:
-                process.start()
-                self.addCleanup(process.kill)
+            both, _, logs = small.two_processes(self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
             return both, logs
 
         def end(both, logs):
-            for process in both:
-                process.join(60)
-            return [process.exitcode for process in both], [log.read_text() for log in logs]
+            return small.ended(both), [log.read_text() for log in logs]
 
         status, log = end(*start("undisturbed", 0))
         self.assertEqual(status, [0, 0], log)

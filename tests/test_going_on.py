@@ -1,5 +1,4 @@
 """Nothing is lost: killed, interrupted, beside another process, on a full disk or dealt over processes, the same numbers."""
-import contextlib
 import itertools
 import json
 import os
@@ -209,21 +208,23 @@ class Dealt(small.InFolder):
         self.assertEqual(len(list((self.folder / "dealt").rglob("result.json"))), 6)
 
         # Every second setting, those with beta_2 = 2, is process 1's; process 0's are finished beforehand.
-        self.alone("killed", "--num_epochs", 200, "--beta_2", "0.5")
-        killed = self.start("killed", "--num_epochs", 200, "--checkpoint_seconds", 0.05)
+        self.alone("killed", "--num_epochs", 100, "--beta_2", "0.5")
+        argv = self.argv("killed", ["--num_epochs", 100, "--checkpoint_seconds", 0.05])
+        both, outs, errs = small.two_processes(self, "MNIST_HVAE_Relu.py", argv, self.folder, "killed")
         while not list((self.folder / "killed" / "MNIST_HVAE_Relu").glob("checkpoints/*.pt")):
-            self.assertIsNone(killed.poll())
+            self.assertIsNone(both[1].exitcode)
             time.sleep(0.01)
-        os.kill(self.rank(1, killed.pid), signal.SIGKILL)
-        out, err = killed.communicate(timeout=120)
-        self.assertNotEqual(killed.returncode, 0)
-        self.assertEqual(out, "")
-        again = self.start("killed", "--num_epochs", 200)
-        out, err = again.communicate(timeout=120)
-        self.assertEqual(again.returncode, 0, err)
+        both[1].kill()
+        self.assertEqual(small.ended(both), [1, -signal.SIGKILL])
+        self.assertEqual(outs[0].read_text(), "")
+        self.assertIn("another process has ended; what was finished stays", errs[0].read_text())
+        self.assertNotIn("Traceback", errs[0].read_text())
+        both, outs, errs = small.two_processes(self, "MNIST_HVAE_Relu.py", argv, self.folder, "again")
+        self.assertEqual(small.ended(both), [0, 0])
+        err = "".join(path.read_text() for path in errs)
         self.assertEqual(err.count("already trained"), 3)
         self.assertIn("going on in epoch", err)
-        self.assertEqual(len(out.strip().split("\n\n")[0].split("\n")), 2 + 6)
+        self.assertEqual(len(outs[0].read_text().strip().split("\n\n")[0].split("\n")), 2 + 6)
 
     def test_many_processes_end_at_once(self):
         """With their output and status, but not torn down: what is left of torch.distributed could abort them."""
@@ -237,15 +238,6 @@ class Dealt(small.InFolder):
         for process in both:
             out, _ = process.communicate(timeout=120)
             self.assertEqual((process.returncode, out), (3, "met\n"))
-
-    def rank(self, number, parent):
-        """The process id of one of torchrun's processes."""
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"\0RANK={number}\0".encode() in b"\0" + (path / "environ").read_bytes() \
-                        and int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent:
-                    return int(path.name)
-        self.fail(f"no process {number}")
 
 
 if __name__ == "__main__":

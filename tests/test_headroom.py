@@ -9,11 +9,9 @@ from unittest import mock
 import torch
 
 import common
-import datasets
 import report
 import theory
 import training
-import MNIST_CVAE_CNN_single_digit
 import MNIST_CVAE_Linear
 import MNIST_CVAE_Relu
 import MNIST_HVAE_CNN
@@ -94,7 +92,7 @@ class BruteForce(unittest.TestCase):
 
 def optimal_vae(f, data):
     model = training.build(MNIST_VAE_Linear_learnable_sigma.VAE, f, data).eval()
-    units, (variance, P) = model.predicted(f, data), theory.modes(data.moment)
+    units, (_, P) = model.predicted(f, data), theory.modes(data.moment)
     with torch.no_grad():
         model.W.weight.copy_((units["lambda"] / units["theta"])[:, None] * P[:, :f.d_1].T)
         model.U.weight.copy_(P[:, :f.d_1] * units["omega"])
@@ -119,7 +117,7 @@ def optimal_cvae(f, data):
 
 def optimal_hvae(f, data):
     model = training.build(MNIST_HVAE_Linear_learnable_sigma_2.HVAE, f, data).eval()
-    units, (variance, P) = model.predicted(f, data), theory.modes(data.moment)
+    units, (_, P) = model.predicted(f, data), theory.modes(data.moment)
     m = units["lambda_1"]**2 + f.sigma_1**2
     with torch.no_grad():
         model.W1.weight.copy_((units["lambda_1"] / units["theta"])[:, None] * P[:, :f.d_1].T)
