@@ -269,8 +269,8 @@ def report(models, settings, data, counterpart=None):
                 if hasattr(model, "unexplained"):
                     start = time.monotonic()
                     result["headroom"] = headroom(model, f, d, result["metrics"], examples)
-                    result["metrics"] |= {of.replace("z2", "headroom_2").replace("z", "headroom"): found["headroom"]
-                                          for of, found in result["headroom"].items()}
+                    for z, found in result["headroom"].items():
+                        result["metrics"]["headroom" + (f"_{z[1:]}" if z[1:] else "")] = found["headroom"]
                     result["dead_units"] = dead_units(model, f, d)
                     result["loss_change"] = last_change(trained["curves"]["loss"])
                     result["seconds"]["headroom"] = time.monotonic() - start

@@ -223,11 +223,11 @@ class Training:
 
     def _agreed(self, *numbers):
         """Whole numbers as all processes know them, the largest of each. Of many processes all hear of it in the same step, one of
-        every AGREE, and of zeros until then: none may stop alone while others wait for it."""
+        every AGREE and the last of an epoch, and of zeros until then: none may stop alone while others wait for it."""
         if self.world == 1:
             return numbers
         heard = torch.tensor(numbers)
-        if self.now["done"] % AGREE:
+        if self.now["done"] % AGREE and self.now["done"] < self.n // self.rows:
             return heard.zero_().tolist()
         torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
         return heard.tolist()

@@ -174,7 +174,7 @@ class Stopped(OfScripts):
         small.write_mnist(self.folder / "data")
 
         def start(out_dir, number):
-            argv = self.argv(MNIST_HVAE_Ladder, out_dir, num_epochs=15, batch_size=16, checkpoint_seconds=1000)
+            argv = self.argv(MNIST_HVAE_Ladder, out_dir, num_epochs=20, batch_size=24, checkpoint_seconds=1000)
             both, _, logs = small.two_processes(self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
             return both, logs
 
