@@ -82,8 +82,8 @@ class CVAE(nn.Module):
 
     def unexplained(self, x, y, f, draws):
         """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
-        hidden = (self.g_z[0](self.q_z(x, y, f).mean), self.g_x[0](x))
-        return {"": dict(reads=(x, y), mean=[(self.g_z[1], hidden[0]), (self.g_x[1], hidden[1])],
+        z = self.q_z(x, y, f).mean
+        return {"": dict(reads=(x, y), mean=[(self.g_z[1], self.g_z[0](z)), (self.g_x[1], self.g_x[0](x))],
                          beta=f.beta, weight=1, std=f.eta_dec)}
 
     def exact_log_px(self, x, y, f):

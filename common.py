@@ -406,7 +406,7 @@ def std_head(raw, prior_std, start=torch.ones(()), floor=1e-3):
 
 def free_bits(kl, nats):
     """kl (B, d), a unit's replaced by `nats` (a 0-d tensor) where its mean over the batch is less: their mean is that of max(mean
-    KL, nats), eq. 15 of Kingma et al. (2016, arXiv 1606.04934). 0 leaves all as they are."""
+    KL, nats): the free bits of Kingma et al. (2016, arXiv 1606.04934). 0 leaves all as they are."""
     return torch.where((kl.mean(0) > nats) | (nats == 0), kl, nats)
 
 

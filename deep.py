@@ -1,4 +1,4 @@
-"""What only the deep models have: their flags, schedule, average of the weights, precision and processes, in the order in which
+"""What only the deep models have: their flags, schedule, optimiser, average of the weights, precision and processes, in the order in which
 a script's loop uses them; then the two further measurements of --evaluate, compression and attack. The loop itself is
 training.py's `Training`, its body each script's own.
 """

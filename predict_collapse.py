@@ -123,12 +123,13 @@ def chunks(f, flags):
     for start in range(0, n, CHUNK):
         parts = [rows(start, start + CHUNK).reshape(min(CHUNK, n - start), -1).astype(np.float64) for rows, _ in sources]
         for flag, part in zip(flags, parts):
-            if not np.isfinite(part).all():
+            largest = np.abs(part).max()
+            if not largest < np.inf:                      # nan, too
                 row = start + int(np.argmax(~np.isfinite(part).all(1)))
                 common.stop(f, f"--{flag}: row {row:,} (from 0) holds {part[row - start][~np.isfinite(part[row - start])][0]}, "
                                "wants finite numbers")
-            if np.abs(part).max() > LARGEST:
-                common.stop(f, f"--{flag}: got {np.abs(part).max():.3g}, wants numbers up to {LARGEST:g}, whose squares can be summed")
+            if largest > LARGEST:
+                common.stop(f, f"--{flag}: got {largest:.3g}, wants numbers up to {LARGEST:g}, whose squares can be summed")
         yield n, start, parts
         progress.update(min(n, start + CHUNK))
     progress.update(n, end=True)

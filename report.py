@@ -168,7 +168,7 @@ def unexplained(model, f, data):
     like, sums, found = data.train[0], {}, {}
     f = common.on_device(f, like[:0].double())            # 0-d: they leave the precision of what they meet
     width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in data.train))
-    rows = max(1, 2**26 // (width * like.element_size() * HEADROOM_DRAWS) // 2 * 2)
+    rows = max(1, 2**26 // (width * like.element_size() * HEADROOM_DRAWS))         # examples at a time
     for start in range(0, len(like), rows):
         batch = [t[start:start + rows] for t in data.train]
         for level, of in model.unexplained(*batch, f, HEADROOM_DRAWS).items():
@@ -339,7 +339,7 @@ def verdicts(result):
         (network, of) for network, of in result["dead_units"].items() if of[0])]
     for z, of in result["headroom"].items():
         said = f"{z}: {theory.verdict(of['units'], of['collapsed'], of['headroom'])}"
-        if of["collapsed"] and of["headroom"] > theory.ACTIVE:
+        if of["headroom"] > theory.ACTIVE:
             said += f"; {', '.join(dead)} are dead" if dead else ""
             fell = -(result["loss_change"] or 0)
             said += f"; the loss still fell by {fell:.2g} nats in the last tenth of the epochs" if fell > theory.ACTIVE else ""

@@ -247,7 +247,7 @@ def levels_in_use(runs):
 def collapsed_by(runs):
     """How many levels with a headroom have collapsed units, by the objective or by training, over all settings and seeds."""
     levels = [of for run in runs for result in run.results for of in (result.get("headroom") or {}).values()]
-    by_training = [of["headroom"] for of in levels if of["collapsed"] and of["headroom"] > theory.ACTIVE]
+    by_training = [of["headroom"] for of in levels if of["headroom"] > theory.ACTIVE]
     collapsed = sum(of["collapsed"] > 0 for of in levels)
     if levels:
         yield (f"Collapse: of {len(levels)} levels {collapsed} have collapsed units: {collapsed - len(by_training)} by the objective, "
@@ -408,7 +408,7 @@ class Run:
         own, shared = common.own_and_shared(self.module.Flags)
         passed = {"seed": ",".join(map(str, seeds)), "device": f.device, "data_dir": f.data_dir, "out_dir": f.out_dir}
         passed |= {"num_epochs": f.num_epochs} if f.num_epochs else {}
-        if f.num_epochs and "--beta_warmup" in self.argv:
+        if f.num_epochs and "--beta_warmup" in self.argv:         # as large a part of them as in REMEDIES
             passed["beta_warmup"] = f.num_epochs / 4
         for name, value in passed.items():
             if name in own | shared and not (name == "device" and self.script.startswith("matrix")):
