@@ -26,7 +26,8 @@ class Flags(common.RemedyFlags, common.TrainFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
     eta_enc: float = common.scalar(0.5, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
-    start_std: float = common.scalar(1.0, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10)
+    start_std: float = common.scalar(0.1, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10,
+                                     before=1.0)
     dim_z: int = common.flag(16, "units of z", low=1)
     d_hidden: int = common.flag(100, "units of each hidden layer", low=1)
     dropout: float = common.flag(0.0, "share of the pixels of x that training drops", low=0, high=1)

@@ -31,18 +31,18 @@ torch.distributions.Distribution.set_default_validate_args(False)
 MAX_WHOLE = 10**9                                         # of a whole number without a limit of its own
 
 
-def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False, evaluation=False):
+def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False, evaluation=False, before=None):
     """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
 
-    low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that
-    differ in nothing else are trained side by side as one batched model. A vector may also be several numbers joined
-    by "/", one a unit, and is then that text. evaluation marks what training does not know: runs that differ in nothing
-    else share it.
+    low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that differ
+    in nothing else are trained side by side as one batched model. A vector may also be several numbers joined by "/", one a
+    unit, and is then that text. evaluation marks what training does not know: runs that differ in nothing else share it.
+    before is what runs did before there was the flag, where its default is not that.
     """
     if type(default) is int and high is None:
         high = MAX_WHOLE
     return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector, evaluation=evaluation))
+        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector, evaluation=evaluation, before=before))
 
 
 scalar = functools.partial(flag, scalar=True)             # beta, eta, sigma, ...

@@ -110,7 +110,8 @@ def read_result(f, data, name, folder=None):
     settings, wanted = result.get("settings"), what(f, data)
     if not settings:
         return None
-    settings = what(type(f)(), data) | settings           # those of an earlier version may lack a flag that is new
+    before = {field.name: field.metadata["before"] for field in dataclasses.fields(f) if field.metadata["before"] is not None}
+    settings = what(type(f)(), data) | before | settings  # those of an earlier version may lack a flag that is new
     if folder:
         settings |= {field.name: wanted[field.name] for field in dataclasses.fields(f) if field.metadata["evaluation"]}
     return result if settings == wanted else None

@@ -75,7 +75,7 @@ class Models(unittest.TestCase):
     @torch.no_grad()
     def test_exact_log_likelihood(self):
         """Against importance sampling of many draws, and against a full covariance."""
-        for script, model, f, g, data in self.cases(0.0, 0.1, sigma=0.7, sigma_1=0.8, sigma_2=1.3):     # q as wide as the posterior
+        for script, model, f, g, data in self.cases(0.0, 0.1, sigma=0.7, sigma_1=0.8, sigma_2=1.3, start_std=1.0):     # q as wide as the posterior
             exact = model.exact_log_px(*data.test, g)
             torch.manual_seed(1)
             log_w = torch.cat([model(*data.test, g, sample_shape=(20_000,))["log_w"] for _ in range(4)])

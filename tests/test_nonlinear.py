@@ -27,13 +27,14 @@ from tests import small
 
 # script: (its model, flags that are not at their default and unlike each other)
 SCRIPTS = {
-    MNIST_CVAE_Relu: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, dim_z=3, d_hidden=9, dropout=0.3)),
-    MNIST_CVAE_Relu_single_digit: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, dim_z=3, d_hidden=9)),
-    MNIST_CVAE_CNN_single_digit: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, dim_z=3)),
+    MNIST_CVAE_Relu: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, start_std=0.8, dim_z=3, d_hidden=9, dropout=0.3)),
+    MNIST_CVAE_Relu_single_digit: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, start_std=1.0, dim_z=3, d_hidden=9)),
+    MNIST_CVAE_CNN_single_digit: ("CVAE", dict(beta=0.7, eta_dec=3.0, eta_enc=1.3, start_std=0.8, dim_z=3)),
     MNIST_VAE_Relu_learnable_sigma: ("VAE", dict(beta=0.7, eta_dec=3.0, c=2.0, sigma=0.6, d_1=3, d_hidden=9)),
     MNIST_VAE_Relu_nonlearnable_sigma: ("VAE", dict(beta=0.7, eta_dec=3.0, c=2.0, sigma=0.6, d_1=3, d_hidden=9)),
     MNIST_HVAE_CNN: ("HVAE", dict(beta_1=0.7, beta_2=1.2, eta_dec=3.0, eta_enc=1.3, sigma_1=1.6, d_1=3, d_2=4, d_hidden=9)),
-    Synthetic_CVAE_Relu_correlation: ("CVAE", dict(beta=0.7, eta_dec=0.8, eta_enc=1.3, dim_x=5, dim_y=5, dim_z=3, d_hidden=9)),
+    Synthetic_CVAE_Relu_correlation: ("CVAE", dict(beta=0.7, eta_dec=0.8, eta_enc=1.3, start_std=0.8, dim_x=5, dim_y=5, dim_z=3,
+                                              d_hidden=9)),
 }
 CNNS = [MNIST_CVAE_CNN_single_digit, MNIST_HVAE_CNN]
 
@@ -155,7 +156,7 @@ class Models(Cases):
                 self.assertLess(error.max().item(), 0.1)
 
     def test_starts_near_the_prior(self):
-        """The std of q starts near that of the prior where the network makes it, at --sigma where it does not."""
+        """The std of q starts near --start_std of the prior's where the network makes it, at --sigma where it does not."""
         for script, (name, flags) in SCRIPTS.items():
             with self.subTest(script=script.__name__), torch.no_grad():
                 f = script.Flags(device="cpu", **flags)
@@ -164,7 +165,7 @@ class Models(Cases):
                     data = correlated(num_samples=6, dim_x=5, dim_y=5)
                 model, g = training.build(getattr(script, name), f, data), common.on_device(f, data.test[0])
                 q, start = (model.q_z2(model.q_z1(*data.test, g).mean, g), 1.3) if name == "HVAE" else \
-                    (model.q_z(*data.test, g), 1.3 if name == "CVAE" else 0.6)
+                    (model.q_z(*data.test, g), 1.3 * f.start_std if name == "CVAE" else 0.6)
                 self.assertLess((q.stddev.log() - math.log(start)).abs().mean().item(), 0.3)
 
     @torch.no_grad()
@@ -231,7 +232,8 @@ class Convolutions(Cases):
         raw = by_hand(model.f_x, corner.numpy()) + by_hand(model.f_y, blanked.numpy())
         q_z = model.q_z(x, y, g)
         np.testing.assert_allclose(q_z.mean, raw[:, :3], atol=1e-12)
-        np.testing.assert_allclose(q_z.stddev, 1.3 * np.maximum(np.log1p(np.exp(raw[:, 3:])) / math.log(2), 1e-3), atol=1e-12)
+        start = math.log(math.expm1(0.8 * math.log(2)))       # so that raw = 0 gives 0.8 of the prior's std
+        np.testing.assert_allclose(q_z.stddev, 1.3 * np.maximum(np.log1p(np.exp(raw[:, 3:] + start)) / math.log(2), 1e-3), atol=1e-12)
 
     @torch.no_grad()
     def test_decoder_of_the_cvae_gives_the_right_quarters(self):

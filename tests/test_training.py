@@ -428,7 +428,7 @@ class Checkpoints(small.InFolder):
         self.assertIn("warning: no locks in ", err)
 
     def test_results_of_before_a_flag_was_new(self):
-        """A finished run's settings may lack a flag: it counts as at its default."""
+        """A finished run's settings may lack a flag: it counts as at its default, or as at what runs did before it was there."""
         data, [f] = small.digit_data(100, 4, torch.float32), self.settings(1)
         self.fit([f], data)
         path = files.run_dir(f, data) / "training.json"
@@ -437,6 +437,9 @@ class Checkpoints(small.InFolder):
         path.write_text(json.dumps(training))
         self.assertIsNotNone(files.read_result(f, data, "training.json"))
         self.assertIsNone(files.read_result(dataclasses.replace(f, matmul="tf32"), data, "training.json"))
+        since = dataclasses.make_dataclass("Flags", [("start", float, common.flag(0.1, "started from", before=1.0))], bases=(type(f),))
+        read = [files.read_result(since(**vars(f), start=start), data, "training.json", files.run_dir(f, data)) for start in (0.1, 1.0)]
+        self.assertEqual([result is not None for result in read], [False, True])
         del training["settings"]["d_hidden"]                  # not at its default here
         path.write_text(json.dumps(training))
         self.assertIsNone(files.read_result(f, data, "training.json"))
