@@ -8,14 +8,18 @@ and S = sample_shape draws:
         log_px_z (S, B)      log p(x|z) at a draw of z
         kl*      (S, B, d)   per latent unit: the ELBO's KL term of this level ("kl", or "kl_1", "kl_2", ...)
       and in eval mode also
-        log_w    (S, B)      log p(x, z) - log q(z|x), the log importance weight
+        log_w*   (S, B)      log p(x, z) - log q(z|x), the log importance weight; of several names those of independent
+                             draws: the product of their means is p(x)
         mean*    (S, B, d)   E_q[z|x] of each level, in standard deviations of its prior
         unit_kl* (S, B, d)   the level's KL where the ELBO's term is no divergence (may be left out otherwise)
-      a term other than log_w that does not depend on the draw may lack S; further terms (S, B) become metrics
+      a term that does not depend on the draw may lack S; further terms (S, B) become metrics, the mean over examples, or, of
+      an error* that is the standard error of an example's term, that of the mean
     loss(terms, f)                         (B,): what training minimises, the negative beta-ELBO
 
 What a model may have besides:
 
+    given(*batch, f)                       further arguments of forward, {name: value}, which all draws of a batch share where a
+                                           log-likelihood is asked for
     reconstructions(*batch, f)             {caption: images (B, 784) or (B, C, H, W)}, for pictures
     samples(n, f)                          images from the prior, n of them, or {caption: images}, for pictures
     linear_optimum(f, data)                the closed form of its linear twin on the same data, one of theory.py's (static, f's
@@ -30,11 +34,13 @@ What a model may have besides:
                  nn.Linear, or None for hidden as it is
         beta, weight, std                  the KL's weight in the loss, that of -log p(t|z), and the std of p(t|z) }}
     widest_layer                           numbers per example, where a layer is wider than the data
+    dimensions                             of an image whose p(x|z) is a mass in bits per dimension: its numbers
     elbo_draws                             draws per example where no log-likelihood is asked for
 
 The shortest script is MNIST_VAE_Relu_nonlearnable_sigma.py: copy it to begin another.
 """
 import copy
+import functools
 import math
 import sys
 import time
@@ -75,7 +81,8 @@ def evaluate(model, f, data, split="test"):
         while start < len(like):
             batch, too_large = [t[start:start + images] for t in split], False
             try:
-                means = mean_terms(model, batch, scalars, draws, rows)
+                given = model.given(*batch, scalars) if asked and hasattr(model, "given") else {}
+                means = mean_terms(functools.partial(model, **given), batch, scalars, draws, rows)
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -96,7 +103,7 @@ def evaluate(model, f, data, split="test"):
 
     metrics, examples = {}, {}
     if asked:
-        log_px = terms["log_w"] - math.log(draws)
+        log_px = sum(value - math.log(draws) for name, value in terms.items() if name.startswith("log_w"))
         metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy()
     if hasattr(model, "exact_log_px"):
         exact = in_double(model, f, split, lambda double, batch, f: double.exact_log_px(*batch, f))
@@ -104,10 +111,16 @@ def evaluate(model, f, data, split="test"):
     kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in common.levels(terms)}
     reconstruction = -terms["log_px_z"].mean().item()
     metrics |= {"elbo": -reconstruction - sum(kls.values()), "reconstruction": reconstruction} | kls
-    metrics |= {name: value.mean().item() for name, value in terms.items()
-                if name not in ("log_w", "log_px_z") and not name.startswith(("kl", "unit_kl", "mean"))}
+    for name, value in terms.items():
+        if name.startswith("error"):
+            metrics[name] = value.square().sum().sqrt().item() / len(value)
+        elif name != "log_px_z" and not name.startswith(("log_w", "kl", "unit_kl", "mean")):
+            metrics[name] = value.mean().item()
+    if getattr(model, "dimensions", 0):
+        metrics["bits_per_dim"] = -metrics.get("log_px", metrics["elbo"]) / (model.dimensions * math.log(2))
     if len(kls) > MANY_LEVELS:                            # all units together, as a level without a name
         metrics["kl"] = sum(kls.values())
+        terms["unit_kl"] = torch.cat([terms.get(f"unit_kl{level}", terms[f"kl{level}"]) for level in common.levels(terms)], 1)
         terms |= {name: torch.cat([terms[f"{name}{level}"] for level in common.levels(terms)], 1) for name in ("mean", "kl")}
     for level in common.levels(terms):
         unit_kl = terms.get(f"unit_kl{level}", terms[f"kl{level}"])
@@ -119,14 +132,14 @@ def evaluate(model, f, data, split="test"):
 
 
 def mean_terms(model, batch, f, draws, rows):
-    """A model's terms of a batch, the mean over so many draws of each, {name: (B, ...)}; of log_w the log of the sum of its
+    """A model's terms of a batch, the mean over so many draws of each, {name: (B, ...)}; of log_w* the log of the sum of their
     exponentials. At most `rows` draws at a time."""
     means = {}
     for drawn in range(0, draws, rows):
         S = min(rows, draws - drawn)
         for name, value in model(*batch, f, sample_shape=(S,)).items():
-            if name == "log_w":
-                value = value.logsumexp(0)
+            if name.startswith("log_w"):
+                value = value.expand(S, -1).logsumexp(0)
                 means[name] = torch.logaddexp(means[name], value) if name in means else value
             else:                                         # this part of the mean over draws, which a term may lack
                 drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
