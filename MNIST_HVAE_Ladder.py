@@ -25,40 +25,59 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side: 4,4 is "
-                                      "4 of 7x7 and 4 of 14x14")
+    # What two CPU cores can do in minutes; the defaults are the published setting, for a GPU.
+    small = "--latents 2,2 --num_ch 16 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000"
+    latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side, of cifar10 at "
+                                      "the whole: 4,4 is 4 of 7x7 and 4 of 14x14")
+    d_z: int = common.flag(0, "channels of a latent; 0 is 1, of cifar10 3", low=0, high=4096)
     num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
+    d_hidden: int = common.flag(0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096)
+    linear_path: bool = common.flag(True, "a 1x1 convolution beside the block of each prior and posterior", before=False)
+    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
     evaluate: str = common.flag("", "further measurements: compression, attack or both, joined by a comma")
 
     def __post_init__(self):
+        super().__post_init__()
         sides_of_latents(self)                            # now rather than when a model is built
+
+
+def finest_side(f):
+    """The side of the largest latent maps that there can be."""
+    side = datasets.image_shape(f.dataset)[1]
+    return side if f.dataset == "cifar10" else side // 2
 
 
 def sides_of_latents(f):
     """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
     images. Ends the program where --latents asks for none, or for what is not there."""
-    side = datasets.image_shape(f.dataset)[1]
-    scales = (side & -side).bit_length() - 1              # how often a side halves
+    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
+    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
     counts = f.latents.split(",")
     if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
         common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
                        f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
-    return [side >> k for k, count in zip(range(len(counts), 0, -1), counts) for _ in range(int(count))]
+    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
 
 
 class Bottleneck(nn.Sequential):
-    """1x1, 3x3, 3x3 and 1x1 convolutions, half as many channels between them, SiLU before each: (B, c_in, H, W) to
-    (B, c_out, H, W). start scales the initial weights of the last one."""
+    """1x1, 3x3, 3x3 and 1x1 convolutions, SiLU between them, `hidden` channels: (B, c_in, H, W) to (B, c_out, H, W). start scales
+    the initial weights of the last one."""
 
-    def __init__(self, c_in, c_out, start=1.0):
-        c = max(1, c_in // 2)
-        super().__init__(nn.SiLU(), nn.Conv2d(c_in, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
-                         nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(c, c_out, 1), start))
+    def __init__(self, c_in, c_out, hidden, start=1.0):
+        super().__init__(nn.Conv2d(c_in, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
+                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(hidden, c_out, 1), start))
 
 
-class Residual(Bottleneck):
-    def forward(self, h):
-        return h + super().forward(h)
+class Head(nn.Module):
+    """What a state says of a distribution: a 1x1 convolution, if --linear_path, plus a bottleneck that starts at 0."""
+
+    def __init__(self, f, c_in, c_out):
+        super().__init__()
+        self.block = Bottleneck(c_in, c_out, f.d_hidden or f.num_ch, start=0)
+        self.linear = nn.Conv2d(c_in, c_out, 1) if f.linear_path else None
+
+    def forward(self, s):
+        return self.block(s) if self.linear is None else self.block(s) + self.linear(s)
 
 
 def scaled(layer, start):
@@ -70,19 +89,21 @@ def scaled(layer, start):
 
 
 class Encoder(nn.Module):
-    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, sides H/2, H/4, ... down to `coarsest`."""
+    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be to the coarsest."""
 
-    def __init__(self, c_x, c, side, coarsest):
+    def __init__(self, f, sides):
         super().__init__()
-        self.x_to_e = nn.Conv2d(c_x, c, 1)
-        self.scales = nn.ModuleList(nn.Sequential(*(Residual(c, c) for _ in range(3)))
-                                    for _ in range((side // coarsest).bit_length() - 1))
+        c, finest = f.num_ch, finest_side(f)
+        self.sides = [finest >> k for k in range((finest // min(sides)).bit_length())]
+        self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
+        self.scales = nn.ModuleList(nn.ModuleList(Bottleneck(c, c, f.d_hidden or c) for _ in range(3)) for _ in self.sides)
 
     def forward(self, x):
         e, features = self.x_to_e(x), {}
-        for blocks in self.scales:
-            e = F.avg_pool2d(blocks(e), 2)
-            features[e.shape[-1]] = e
+        for side, blocks in zip(self.sides, self.scales):
+            for block in blocks:
+                e = e + block(F.silu(e))
+            e = features[side] = F.avg_pool2d(e, e.shape[-1] // side)
         return features
 
 
@@ -90,14 +111,14 @@ class Latent(nn.Module):
     """One level: p(z_l|z_>l) and q(z_l|z_>l, x), z_l (B, c_z, side, side), and what becomes of the state s (B, c, side, side).
     The prior reads c_prior channels. Level 1 leaves no state behind: nothing would read it."""
 
-    def __init__(self, side, c_z, c, c_prior, L, level):
+    def __init__(self, f, side, c_z, c_prior, L, level):
         super().__init__()
+        c = f.num_ch
         self.side, self.parts = side, [c_z, c_z, c if level > 1 else 0]
-        self.s_to_p = Bottleneck(c_prior, sum(self.parts), start=0)
-        self.s_to_q = Bottleneck(c, 2 * c_z, start=0)
+        self.s_to_p, self.s_to_q = Head(f, c_prior, sum(self.parts)), Head(f, c, 2 * c_z)
         if level > 1:
             self.z_to_s = scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
-            self.s_to_s = Residual(c, c, start=L**-0.5)
+            self.s_to_s = Bottleneck(c, c, f.d_hidden or c, start=L**-0.5)
 
     def p(self, s):
         """p(z_l|z_>l), and h, the prior's own update of the state."""
@@ -109,7 +130,8 @@ class Latent(nn.Module):
         return normal(*self.s_to_q((e + s) / math.sqrt(2)).to(s.dtype).chunk(2, dim=1))
 
     def update(self, s, h, z):
-        return self.s_to_s(s + h + self.z_to_s(z))
+        s = s + h + self.z_to_s(z)
+        return s + self.s_to_s(s)
 
 
 def normal(mean, log_var):
@@ -118,23 +140,38 @@ def normal(mean, log_var):
 
 class LogisticMixture:
     """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
-    x_c in {0, 1/255, ..., 1}, its tails in the outer bins (Salimans et al. 2017, arXiv 1701.05517, without the dependence of
-    one colour on another). Of parameters (..., K (1 + 2 c_x), H, W): logits of the weights, means and log-scales, in units
-    in which x runs from -1 to 1."""
+    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
+    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
+    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
 
     K = 10
 
-    def __init__(self, parameters):
-        c_x = (parameters.shape[-3] // self.K - 1) // 2
-        logits, means, log_scales = parameters.split([self.K, self.K * c_x, self.K * c_x], dim=-3)
+    @staticmethod
+    def n(c_x):
+        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
+
+    def __init__(self, parameters, c_x):
+        K, pairs = self.K, c_x * (c_x - 1) // 2
+        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
         self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
-        self.means = means.unflatten(-3, (self.K, c_x))                                    # (..., K, c_x, H, W)
-        self.scales = log_scales.unflatten(-3, (self.K, c_x)).clamp(min=-7).exp()
+        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
+        self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
+        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
+
+    def means_given(self, y=None):
+        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
+        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
+        for c, mean in enumerate(self.means.unbind(-3)):
+            for before in range(c):
+                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
+            means.append(mean.clamp(-1, 1) if y is None else mean)
+        return torch.stack(torch.broadcast_tensors(*means), -3)
 
     def log_prob(self, x):
         """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
         x = x.unsqueeze(-4)
-        upper, lower = ((2 * x - 1 - self.means + edge / 255) / self.scales for edge in (1, -1))
+        means = self.means_given(2 * x - 1)
+        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
         # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
         # where an outer bin has no outer edge
         inner = (-torch.expm1(-2 / 255 / self.scales)).log()
@@ -146,7 +183,7 @@ class LogisticMixture:
     @property
     def mean(self):
         """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
-        return ((self.log_weights.exp().unsqueeze(-3) * self.means.clamp(-1, 1)).sum(-4) + 1) / 2
+        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
 
 
 class LadderVAE(nn.Module):
@@ -162,15 +199,15 @@ class LadderVAE(nn.Module):
 
     def __init__(self, f):
         super().__init__()
-        c_x, side, _ = datasets.image_shape(f.dataset)
-        sides = sides_of_latents(f)
+        self.c_x, self.side, _ = datasets.image_shape(f.dataset)
+        c_z, sides = f.d_z or self.c_x, sides_of_latents(f)
         L = self.levels = self.learned_levels = len(sides)
-        self.side, self.widest_layer = side, f.num_ch * side**2
-        c_out = LogisticMixture.K * (1 + 2 * c_x) if f.dataset == "cifar10" else c_x
-        self.encoder = Encoder(c_x, f.num_ch, side, sides[0])
+        self.dimensions, self.widest_layer = (self.c_x * self.side**2 if f.dataset == "cifar10" else 0), f.num_ch * self.side**2
+        c_out = LogisticMixture.K * LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
+        self.encoder = Encoder(f, sides)
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
-        self.latents = nn.ModuleList(Latent(sides[L - l], c_x, f.num_ch, f.num_ch, L, l) for l in range(L, 0, -1))
-        self.z_to_x = nn.Sequential(nn.Conv2d(c_x, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
+        self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
 
     def top_down(self, n, features, choose):
         """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1. Without
@@ -189,7 +226,7 @@ class LadderVAE(nn.Module):
         """p(x|z) of all latents, each (n, c_z, side, side), n = shape's product; its pixels are (*shape, c_x, H, W)."""
         total = sum(F.interpolate(z, size=self.side, mode="bilinear") for z in zs) / math.sqrt(self.levels)
         out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
-        return Bernoulli(logits=out) if out.shape[-3] == 1 else LogisticMixture(out)
+        return LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
 
     def forward(self, x, f, sample_shape=()):
         """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as report.py says."""
@@ -206,16 +243,13 @@ class LadderVAE(nn.Module):
         if not self.training:
             terms["log_w"] = log_px_z + sum(units(p.log_prob(z) - q.log_prob(z)).sum(-1) for p, q, z in drawn)
             terms |= {f"mean_{l}": units((q.mean - p.mean) / p.stddev) for l, (p, q, _) in enumerate(drawn, 1)}
-            if f.dataset == "cifar10":                    # the ELBO's, at this draw
-                elbo = log_px_z - sum(terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
-                terms["bits_per_dim"] = -elbo / (x[0].numel() * math.log(2))
         return terms
 
     def loss(self, terms, f):
-        """The negative beta-ELBO, -log p(x|z) + beta sum_l KL_l, in nats, (B,)."""
+        """The negative beta-ELBO, -log p(x|z) + beta sum_l KL_l, in nats, (B,); --free_bits of a unit's KL cost nothing."""
         loss = -terms["log_px_z"]
         for level in common.levels(terms):
-            loss = loss + f.beta * terms[f"kl{level}"].sum(-1)
+            loss = loss + f.beta * common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
         return loss
 
     def top_posterior(self, x, f, levels):
@@ -236,25 +270,25 @@ class LadderVAE(nn.Module):
         return panels
 
     def samples(self, n, f):
-        return self.p_x([z for _, _, z in self.top_down(n, None, lambda l, p, q: draw(p))]).mean
+        return self.p_x([z for _, _, z in self.top_down(n, None, lambda l, p, q: draw(p, f.temperature))]).mean
 
 
-def draw(normal):
-    return normal.mean + normal.stddev * common.normal_like(normal.mean)
+def draw(normal, temperature=1.0):
+    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
 
 
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. Returns the average of the weights, which is evaluated."""
-    optimizer = deep.adamax(model, f, f.weight_decay)
+    optimizer = deep.optimizer(model, f, f.weight_decay)
     schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
+    share = torch.ones_like(data.train[0][0, 0, 0, 0]) if training.beta_share(f, 0) < 1 else None    # of beta, that rises
 
     def step(rows):
         x = data.train[0].index_select(0, rows)
-        if f.dataset != "cifar10":
-            x = common.binarise(x)                        # afresh at each visit
+        x = deep.flipped(x) if f.dataset == "cifar10" else common.binarise(x)              # afresh at each visit
         with deep.autocast(f):
             terms = parallel(x, f)
-        means = common.means(model.loss(terms, f), terms)
+        means = common.means(model.loss(terms, training.weighted(f, share)), terms)
         optimizer.zero_grad()
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -264,6 +298,8 @@ def train(model, f, data, loop):
 
     step = loop.replayed(step)
     for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        if share is not None:
+            share.fill_(training.beta_share(f, loop.epochs_done))
         step(rows)
         schedule.step()
     return average.module
@@ -271,7 +307,6 @@ def train(model, f, data, loop):
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    deep.check_further(settings)
     data = datasets.load_images(settings)
     models = training.fit(LadderVAE, settings, data, train=train)
     status = report.report(models, settings, data)

@@ -99,7 +99,7 @@ class RemedyFlags:
     """The flags of what is said to help against collapse, beside those above; all off."""
     beta_warmup: float = flag(0.0, "epochs over which every beta rises from 0 (Bowman et al. 2016, Sonderby et al. 2016)", low=0)
     beta_cycles: int = flag(1, "how often they rise, for half of each cycle if --beta_warmup is 0 (Fu et al. 2019)", low=1)
-    free_bits: float = scalar(0.0, "nats of mean KL that cost a unit nothing, but for z1's (Kingma et al. 2016)", low=0)
+    free_bits: float = scalar(0.0, "nats of mean KL that cost a unit nothing, but for an HVAE's z1 (Kingma et al. 2016)", low=0)
 
 
 MAX_SETTINGS = 10_000                                     # of one command line
@@ -183,7 +183,7 @@ def parse_flags(Flags, argv=None):
     (default: sys.argv[1:]), with the device or with the output folder ends the program here: status 2, one line, the
     flag named.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = getattr(Flags, "expanded", list)(sys.argv[1:] if argv is None else argv)
     own, shared = own_and_shared(Flags)
     fields = own | shared
     parser = optparse.OptionParser(

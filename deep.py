@@ -15,22 +15,41 @@ import pictures
 
 
 @dataclass
-class DeepFlags(common.TrainFlags):
+class DeepFlags(common.RemedyFlags, common.TrainFlags):
     """The flags of the experiments with deep models, each trained by all of torchrun's processes together."""
     beta: float = common.scalar(1.0, "weight of all KLs", low=0)
     batch_size: int = common.flag(250, "examples per gradient step and process", low=1)
     num_epochs: int = common.flag(300, "passes over the training set", low=1)
-    lr: float = common.flag(0.01, "Adamax's learning rate", above=0)
+    optimizer: str = common.flag("adamax", "of the weights", choices=("adamax", "adamw"))
+    lr: float = common.flag(0.01, "its learning rate", above=0)
     lr_end: float = common.flag(1e-5, "the learning rate that a cosine ends at", low=0)
     lr_schedule: str = common.flag("cosine", "after the warm-up", choices=("constant", "cosine"))
     warmup_epochs: float = common.flag(2.0, "epochs in which the learning rate rises from 0", low=0)
-    weight_decay: float = common.flag(1e-6, "Adamax's weight decay", low=0)
+    weight_decay: float = common.flag(1e-6, "its weight decay", low=0)
     grad_clip: float = common.flag(5.0, "largest gradient norm", above=0)
     ema: float = common.flag(0.999, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
     autocast: str = common.flag("none", "precision of the networks in training", choices=("none", "bf16"))
+    temperature: float = common.flag(1.0, "times the std of every prior, in pictures of samples", low=0, evaluation=True)
     num_test: int = common.flag(0, "test examples, the first ones; 0 for all", low=0, evaluation=True)
     dataset: str = common.flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                                choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"))
+
+    @classmethod
+    def expanded(cls, argv):
+        """The words of a command line, --preset small replaced by the flags that it stands for, which all others overrule."""
+        for words in (["--preset", "small"], ["--preset=small"]):
+            for i in range(len(argv)):
+                if argv[i:i + len(words)] == words:
+                    argv = [*cls.small.split(), *argv[:i], *argv[i + len(words):]]
+        return list(argv)
+
+    def __post_init__(self):
+        """Ends the program where a preset is listed beside another, or --evaluate asks for what there is not."""
+        if self.preset != "published":
+            common.stop(self, "--preset: got a list, wants published or small")
+        for word in getattr(self, "evaluate", "").split(","):
+            if word and word not in FURTHER:
+                common.stop(self, f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
 
 
 def warmup_cosine(optimizer, f, steps):
@@ -47,12 +66,13 @@ def warmup_cosine(optimizer, f, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def adamax(model, f, weight_decay=0.0):
+def optimizer(model, f, weight_decay=0.0):
     """The optimiser of a model's weights; on CUDA with whatever a captured step changes on the device, its learning rate too."""
     parameters = list(model.parameters())
     cuda = parameters[0].is_cuda
     lr = torch.tensor(f.lr, device=parameters[0].device) if cuda else f.lr
-    return torch.optim.Adamax(parameters, lr=lr, weight_decay=weight_decay, capturable=cuda)
+    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[f.optimizer]
+    return kind(parameters, lr=lr, weight_decay=weight_decay, capturable=cuda)
 
 
 class WeightAverage:
@@ -74,6 +94,11 @@ class WeightAverage:
     def load_state_dict(self, state):
         self.module.load_state_dict(state["module"])
         self.begun = state["begun"]
+
+
+def flipped(x):
+    """Images (B, c_x, H, W), each mirrored or not."""
+    return torch.where(common.uniform_like(x[:, :1, :1, :1]) < 0.5, x.flip(-1), x)
 
 
 def parallel(model):
@@ -102,19 +127,13 @@ def evaluate_further(models, settings, data):
                 FURTHER[name](model, common.on_device(f, d.test[0]), f, d)
 
 
-def check_further(settings):
-    """Ends the program where --evaluate asks for what there is not."""
-    for word in settings[0].evaluate.split(","):
-        if word and word not in FURTHER:
-            common.stop(settings[0], f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
-
-
 @torch.no_grad()
 def compression(model, scalars, f, data):
     """Rate and distortion when only the top k levels are sent and the levels below are the means of their priors: bits of KL
     an image, and the mean squared error of a pixel, for k = 0 to all levels. One draw of the latents, FURTHER_EXAMPLES images."""
     x = data.test[0][:FURTHER_EXAMPLES]
-    terms = model(x, scalars, sample_shape=(1,))
+    given = model.given(x, scalars) if hasattr(model, "given") else {}
+    terms = model(x, scalars, sample_shape=(1,), **given)
     kls = [terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item() / math.log(2) for level in common.levels(terms)[::-1]]     # top first
     images = [model.reconstruct(x, scalars, keep) for keep in range(len(kls) + 1)]
     result = {"bits": np.cumsum([0.0, *kls]).tolist(), "squared_error": [(x - of).square().mean().item() for of in images]}

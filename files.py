@@ -19,7 +19,7 @@ import torch
 import common
 
 # How and where, not what: they do not name a run.
-WHERE_FLAGS = ("device", "data_dir", "out_dir", "checkpoint_seconds", "overwrite", "evaluate")
+WHERE_FLAGS = ("device", "data_dir", "out_dir", "checkpoint_seconds", "overwrite", "evaluate", "preset")
 
 
 def what(f, data):

@@ -140,9 +140,9 @@ class WithMnist(unittest.TestCase):
         write_mnist(cls.folder / "data")
 
 
-def terms_in_shape(test, model, x, f, units):
+def terms_in_shape(test, model, x, f, units, log_ws=("log_w",), shared=()):
     """Checks the terms of a model of many levels, units each {"kl_1": d, ...}, level 1 first, in training and, three draws of each of
-    two images, in evaluation, whose terms it returns; and that every parameter gets a gradient."""
+    two images, in evaluation, whose terms it returns; and that every parameter gets a gradient. Those of `shared` are of all draws."""
     def shapes(terms):
         return {name: tuple(value.shape) for name, value in terms.items()}
 
@@ -152,9 +152,9 @@ def terms_in_shape(test, model, x, f, units):
     model.loss(terms, f).mean().backward()
     test.assertEqual([name for name, p in model.named_parameters() if p.grad is None], [])
     terms = model.eval()(x, f, sample_shape=(3,))
-    further = ["log_w", "log_px_z"] + (["bits_per_dim"] if f.dataset == "cifar10" else [])
-    test.assertEqual(shapes(terms), {name: (3, 2) for name in further} | {
-        name.replace("kl", of): (3, 2, d) for name, d in units.items() for of in ("kl", "mean")})
+    wanted = {name: (3, 2) for name in ("log_px_z", *log_ws)} | {
+        name.replace("kl", of): (3, 2, d) for name, d in units.items() for of in ("kl", "mean")}
+    test.assertEqual(shapes(terms), wanted | {name: wanted[name][1:] for name in shared})
     return terms
 
 

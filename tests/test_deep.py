@@ -25,8 +25,8 @@ import MNIST_HVAE_Ladder
 import MNIST_VAE_Delta
 from tests import small
 
-SMALL = {MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4", MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4",
-         MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4", MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2"}
+SMALL = {MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4", MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
+         MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2", MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2"}
 PHASES = {MNIST_VAE_Delta: ["", "auxiliary"]}
 
 
@@ -104,7 +104,7 @@ class Killed(OfScripts):
         small.write_mnist(self.folder / "data")
         for script in SMALL:
             with self.subTest(script=script.__name__), mock.patch("pictures.draw_run"):
-                flags = dict(num_epochs=2, batch_size=64, checkpoint_seconds=0)
+                flags = dict(num_epochs=2, batch_size=64, checkpoint_seconds=0, beta_warmup=1.5)
                 status, _, err = small.call(script.main, *self.argv(script, "undisturbed", **flags))
                 self.assertEqual(status, 0, err)
                 trained, weights = self.left(script, "undisturbed")
@@ -227,11 +227,13 @@ class Steps(unittest.TestCase):
 
     def test_what_a_captured_step_changes_lies_on_the_device(self):
         """The learning rate and the optimiser's count of steps: after a checkpoint, too, no step asks the host for them."""
-        asked = {}
         parameter = mock.Mock(is_cuda=True, device="cpu")
-        with mock.patch("torch.optim.Adamax", lambda parameters, **of: asked.update(of)):
-            deep.adamax(mock.Mock(parameters=lambda: iter([parameter])), MNIST_HVAE_Ladder.Flags(lr=0.01))
-        self.assertTrue(asked["capturable"] and torch.is_tensor(asked["lr"]))
+        for name, kind in (("adamax", "Adamax"), ("adamw", "AdamW")):
+            asked = {}
+            with mock.patch(f"torch.optim.{kind}", lambda parameters, **of: asked.update(of)):
+                deep.optimizer(mock.Mock(parameters=lambda: iter([parameter])), MNIST_HVAE_Ladder.Flags(lr=0.01, optimizer=name), 0.5)
+            self.assertTrue(asked["capturable"] and torch.is_tensor(asked["lr"]))
+            self.assertEqual(asked["weight_decay"], 0.5)
 
     def test_weight_average(self):
         f, model = MNIST_HVAE_Ladder.Flags(ema=0.9), torch.nn.Linear(1, 1, bias=False).double()
@@ -243,6 +245,68 @@ class Steps(unittest.TestCase):
             expected = value if expected is None else 0.9 * expected + 0.1 * value
         self.assertAlmostEqual(average.module.weight.item(), expected, places=12)
         self.assertFalse(average.module.weight.requires_grad)
+
+
+class FlagsOfAll(unittest.TestCase):
+    def test_preset(self):
+        """It stands for the flags that --help says, which all others overrule, wherever they stand."""
+        for script in SMALL:
+            Flags = script.Flags
+            small_ones = dict(zip(*[iter(word.removeprefix("--") for word in Flags.small.split())] * 2))
+            for argv in (["--preset", "small", "--num_epochs", "3"], ["--num_epochs", "3", "--preset=small"]):
+                [f] = common.parse_flags(Flags, argv)
+                self.assertEqual((f.num_epochs, f.preset), (3, "published"))
+                for name, value in small_ones.items():
+                    self.assertEqual(str(getattr(f, name)), value if name != "num_epochs" else "3", name)
+            self.assertEqual(files.changed(f, None).keys(), set(small_ones) - {"preset"} | {"num_epochs"})
+            self.assertEqual(common.parse_flags(Flags, []), [Flags()])
+            for wrong in ("large", "small,published"):
+                status, out, err = small.call(script.main, "--preset", wrong)
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+                self.assertIn("--preset: got ", err)
+
+    def test_loss_with_beta_and_free_bits(self):
+        """-log p(x|z) + beta sum_l sum_i of a unit's KL, or of --free_bits where its mean over the batch is less; the context's KL,
+        which nothing is learned of, counts as it is."""
+        torch.manual_seed(0)
+        for script, Model, units in ((MNIST_HVAE_Ladder, "LadderVAE", 2), (MNIST_HVAE_DCT, "DCTVAE", 3), (MNIST_HVAE_DVP, "DVPVAE", 3),
+                                     (MNIST_VAE_Delta, "DeltaVAE", 0)):
+            f = script.Flags(**dict(zip(("latents", "num_ch"), ("1,1", 2))) if units else {}, beta=0.7, free_bits=0.4, device="cpu")
+            model, g = getattr(script, Model)(f), common.on_device(f, torch.zeros(1))
+            names = [f"kl_{l}" for l in range(1, units + 1)] or ["kl"]
+            terms = {"log_px_z": torch.randn(5)} | {name: torch.rand(5, 4) for name in names}
+            expected = -terms["log_px_z"].mean()
+            for name in names:
+                means = terms[name].mean(0)
+                expected += 0.7 * (means if name == "kl_3" else means.clamp(min=0.4)).sum()
+            self.assertAlmostEqual(model.loss(terms, g).mean().item(), expected.item(), places=5)
+
+    def test_temperature_is_the_samples_alone(self):
+        """Samples at temperature 0 are the priors' means; at 2, with half the noise, those at 1."""
+        for script, Model in ((MNIST_HVAE_Ladder, "LadderVAE"), (MNIST_HVAE_DCT, "DCTVAE"), (MNIST_HVAE_DVP, "DVPVAE")):
+            f = {t: script.Flags(latents="1,1", num_ch=2, device="cpu", temperature=t, **(
+                {} if script is MNIST_HVAE_Ladder else {"diffusion_ch": 2})) for t in (0.0, 1.0, 2.0)}
+            model = getattr(script, Model)(f[1.0]).eval()
+            context = {} if script is MNIST_HVAE_Ladder else {"p_c": "p_c", "r": "r"}
+            part = next((getattr(model, name) for name in context if hasattr(model, name)), None)
+            drawn = torch.zeros(2, 1, 7, 7)
+            with mock.patch.object(part, "sample", lambda *of: drawn) if part is not None else contextlib.nullcontext(), torch.no_grad():
+                def samples(t, times):
+                    noise = [times * torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(side)) for side in (7, 14)]
+                    with mock.patch.object(common, "normal_like", side_effect=noise):
+                        images = model.samples(2, f[t])
+                    return images["what comes of them"] if isinstance(images, dict) else images
+                torch.testing.assert_close(samples(2.0, 0.5), samples(1.0, 1.0))
+                torch.testing.assert_close(samples(0.0, 3.0), samples(1.0, 0.0))
+                self.assertGreater((samples(1.0, 1.0) - samples(0.0, 1.0)).abs().max().item(), 1e-4)
+
+    def test_flips(self):
+        """About half of the images are mirrored, left to right, the others as they were."""
+        x = torch.rand(400, 3, 4, 4)
+        flipped = deep.flipped(x)
+        same = (flipped == x).flatten(1).all(1)
+        self.assertTrue(torch.equal(flipped[~same], x[~same][..., [3, 2, 1, 0]]))
+        self.assertGreater(min(same.sum().item(), 400 - same.sum().item()), 150)
 
 
 class LinearTop(torch.nn.Module):

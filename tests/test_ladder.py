@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import report
 import training
+import MNIST_HVAE_DCT as dct
+import MNIST_HVAE_DVP as dvp
 import MNIST_HVAE_Ladder as ladder
 from tests import small
 
@@ -35,10 +38,17 @@ def by_hand(model, x, noise, context=None):
     def conv(name, h, padding=0):
         return F.conv2d(h, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=padding)
 
+    def silu(h):
+        return h / (1 + torch.exp(-h))
+
     def block(name, h):
-        for i, padding in ((1, 0), (3, 1), (5, 1), (7, 0)):
-            h = conv(f"{name}.{i}", h / (1 + torch.exp(-h)), padding)
+        h = conv(f"{name}.0", h)
+        for i, padding in ((2, 1), (4, 1), (6, 0)):
+            h = conv(f"{name}.{i}", silu(h), padding)
         return h
+
+    def head(name, h):
+        return block(f"{name}.block", h) + (conv(f"{name}.linear", h) if f"{name}.linear.weight" in weights else 0)
 
     def upsample(h, side):
         return h.repeat_interleave(side // h.shape[-1], -1).repeat_interleave(side // h.shape[-1], -2)
@@ -50,9 +60,9 @@ def by_hand(model, x, noise, context=None):
         return weight @ h @ weight.T
 
     e, features = conv("encoder.x_to_e", x), {}
-    while f"encoder.scales.{len(features)}.0.1.weight" in weights:
+    while f"encoder.scales.{len(features)}.0.0.weight" in weights:
         for k in range(3):
-            e = e + block(f"encoder.scales.{len(features)}.{k}", e)
+            e = e + block(f"encoder.scales.{len(features)}.{k}", silu(e))
         e = (e[..., ::2, ::2] + e[..., 1::2, ::2] + e[..., ::2, 1::2] + e[..., 1::2, 1::2]) / 4
         features[len(features)] = e
     features = {e.shape[-1]: e for e in features.values()}
@@ -64,13 +74,13 @@ def by_hand(model, x, noise, context=None):
         return context.unflatten(-1, (side, -1)).unflatten(-3, (side, -1)).mean((-1, -3))
 
     s, total, log_ratio, terms = torch.ones_like(features[noise[0].shape[-1]]), 0, 0, {}
-    s = s if context is None else s + conv("context_to_s", pooled(s.shape[-1]))
+    s = s if context is None else s + conv(f"context_to_s.{s.shape[-1]}", pooled(s.shape[-1]))
     for i, eps in enumerate(noise):
         level, side = L - i, eps.shape[-1]
         s = upsample(s, side)
-        out = block(f"latents.{i}.s_to_p", beside(s, side))
+        out = head(f"latents.{i}.s_to_p", beside(s, side))
         p_mean, p_log_var, h = out[:, :1], out[:, 1:2].clamp(-10, 1), out[:, 2:]
-        out = block(f"latents.{i}.s_to_q", (features[side] + s) / math.sqrt(2))
+        out = head(f"latents.{i}.s_to_q", (features[side] + s) / math.sqrt(2))
         q_mean, q_log_var = out[:, :1], out[:, 1:].clamp(-10, 1)
         z = q_mean + torch.exp(q_log_var / 2) * eps
         total = total + bilinear(z) / math.sqrt(L)
@@ -81,8 +91,8 @@ def by_hand(model, x, noise, context=None):
         if level > 1:
             s = s + h + conv(f"latents.{i}.z_to_s", z)
             s = s + block(f"latents.{i}.s_to_s", s)
-    hidden = conv("z_to_x.0", total)
-    logits = conv("z_to_x.2", hidden / (1 + torch.exp(-hidden)), padding=1)
+    first, last = ("z_to_x.0", "z_to_x.2") if context is None else ("last_block", "to_x.1")
+    logits = conv(last, silu(conv(first, total)), padding=1)
     log_px_z = (x * logits - torch.log1p(torch.exp(logits))).flatten(1).sum(1)
     return terms | {"log_px_z": log_px_z, "log_w": log_px_z + log_ratio}
 
@@ -95,8 +105,8 @@ def standard_errors(draws, value=0.0):
 class Terms(unittest.TestCase):
     @torch.no_grad()
     def test_terms_are_those_of_the_equations(self):
-        for latents, num_ch in (("2,1", 4), ("0,2", 3), ("3,0", 2)):
-            model, f, x = model_and_images(3, moved=0.5, latents=latents, num_ch=num_ch)
+        for latents, num_ch, d_hidden, linear_path in (("2,1", 4, 0, True), ("0,2", 3, 5, False), ("3,0", 2, 3, True)):
+            model, f, x = model_and_images(3, moved=0.5, latents=latents, num_ch=num_ch, d_hidden=d_hidden, linear_path=linear_path)
             random = torch.Generator().manual_seed(2)
             noise = [torch.randn(3, 1, side, side, generator=random, dtype=x.dtype) for side in ladder.sides_of_latents(f)]
             with mock.patch.object(common, "normal_like", side_effect=noise):
@@ -147,29 +157,36 @@ class Terms(unittest.TestCase):
             torch.testing.assert_close(terms["mean_2"][:, i], alone["mean_2"][:, 0])
 
     def test_starts_at_the_prior(self):
-        """The last convolutions of both blocks start at zero: prior and posterior are N(0, I), and every KL is 0."""
-        model, f, x = model_and_images(2, latents="2,2", num_ch=4)
+        """The last convolutions of both blocks start at zero: without the linear path prior and posterior are N(0, I), and every
+        KL is 0; with it they are linear in what they read."""
+        model, f, x = model_and_images(2, latents="2,2", num_ch=4, linear_path=False)
         drawn = list(model.top_down(2, model.encoder(x), lambda l, p, q: ladder.draw(q)))
         for p, q, _ in drawn:
             for value, at_start in ((p.mean, 0), (p.stddev, 1), (q.mean, 0), (q.stddev, 1)):
                 self.assertTrue(torch.equal(value, torch.full_like(value, at_start)))
         self.assertEqual(max(value.abs().max().item() for name, value in model(x, f).items() if name.startswith("kl")), 0)
+        model, f, x = model_and_images(2, latents="2,2", num_ch=4)
+        for latent in model.latents:
+            for head, channels in ((latent.s_to_p, 4), (latent.s_to_q, 4)):
+                s = torch.randn(1, channels, latent.side, latent.side, dtype=x.dtype)
+                torch.testing.assert_close(head(s), torch.einsum("oc,bchw->bohw", head.linear.weight[:, :, 0, 0], s)
+                                           + head.linear.bias.view(-1, 1, 1))
 
     def test_blocks_that_z_enters_start_smaller(self):
         """By sqrt(1 / L): the same seed gives the top level the same weights at L = 2 and at L = 8, but for that."""
         [two, _, _], [eight, _, _] = (model_and_images(1, latents=latents, num_ch=4) for latents in ("1,1", "4,4"))
-        for name, ratio in (("z_to_s.weight", 2), ("z_to_s.bias", 2), ("s_to_s.7.weight", 2), ("s_to_s.1.weight", 1),
-                            ("s_to_q.3.weight", 1)):
+        for name, ratio in (("z_to_s.weight", 2), ("z_to_s.bias", 2), ("s_to_s.6.weight", 2), ("s_to_s.0.weight", 1),
+                            ("s_to_q.block.2.weight", 1)):
             a, b = (model.latents[0].get_parameter(name) for model in (two, eight))
             torch.testing.assert_close(a, ratio * b)
             self.assertGreater(a.abs().max().item(), 0)
 
     def test_log_variances_are_clamped(self):
-        model, f, x = model_and_images(1, latents="1,1", num_ch=2)
+        model, f, x = model_and_images(1, latents="1,1", num_ch=2, linear_path=False)
         for raw, std in ((50.0, math.exp(0.5)), (-50.0, math.exp(-5))):
             with torch.no_grad():
                 for latent in model.latents:
-                    latent.s_to_p[-1].bias[1] = latent.s_to_q[-1].bias[1] = raw
+                    latent.s_to_p.block[-1].bias[1] = latent.s_to_q.block[-1].bias[1] = raw
             for p, q, _ in model.top_down(1, model.encoder(x), lambda l, p, q: q.mean):
                 torch.testing.assert_close(p.stddev, torch.full_like(p.stddev, std))
                 torch.testing.assert_close(q.stddev, torch.full_like(q.stddev, std))
@@ -183,7 +200,7 @@ class Terms(unittest.TestCase):
         torch.manual_seed(6)
         model(x, f)["log_px_z"].sum().backward()
         for latent in model.latents:
-            self.assertGreater(latent.s_to_q[-1].bias.grad[0].abs().item(), 1e-3)
+            self.assertGreater(latent.s_to_q.block[-1].bias.grad[0].abs().item(), 1e-3)
 
     def test_the_pixels_do_not_see_the_state(self):
         """With z held, log p(x|z) has no gradient in anything but the two convolutions from the sum of latents."""
@@ -210,7 +227,7 @@ class Settings(unittest.TestCase):
     def test_sampling_and_inference_agree_on_shapes(self):
         for latents, num_ch, dataset, sides in (
                 ("1", 1, "mnist", [14]), ("0,3", 2, "mnist", [14] * 3), ("2,3", 3, "mnist", [7] * 2 + [14] * 3),
-                ("2,0", 5, "auto", [7] * 2), ("1,0,2", 2, "cifar10", [4, 16, 16])):
+                ("2,0", 5, "auto", [7] * 2), ("1,0,2", 2, "cifar10", [8, 32, 32])):
             with self.subTest(latents=latents, num_ch=num_ch, dataset=dataset):
                 model, f, x = model_and_images(2, latents=latents, num_ch=num_ch, dataset=dataset)
                 self.assertEqual(ladder.sides_of_latents(f), sides)
@@ -228,13 +245,13 @@ class Settings(unittest.TestCase):
 
     def test_wrong_latents_end_the_program(self):
         for text, more in (("0", ()), ("0,0", ()), ("", ()), ("four", ()), ("-1", ()), ("4,", ()), ("1.5", ()), ("100", ()),
-                           ("1,2,3", ()), ("1,1,1,1,1,1", ("--dataset", "cifar10")), ("4:5", ())):
+                           ("1,2,3", ()), ("1,1,1,1,1,1,1", ("--dataset", "cifar10")), ("4:5", ())):
             status, out, err = small.call(ladder.main, f"--latents={text}", *more)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), text)
             self.assertIn(f"--latents: got {text!r}, wants", err)
 
     def test_deepest_latents(self):
-        self.assertEqual(ladder.sides_of_latents(ladder.Flags(latents="1,0,0,0,1", dataset="cifar10")), [1, 16])
+        self.assertEqual(ladder.sides_of_latents(ladder.Flags(latents="1,0,0,0,0,1", dataset="cifar10")), [1, 32])
 
 
 class Reconstructions(unittest.TestCase):
@@ -286,31 +303,34 @@ class Logistics(unittest.TestCase):
     def parameters(self, n, c_x, seed, log_scale):
         random = torch.Generator().manual_seed(seed)
         K = ladder.LogisticMixture.K
-        parameters = torch.randn(n, K * (1 + 2 * c_x), 1, 1, generator=random, dtype=torch.float64)
-        parameters[:, K * (1 + c_x):] += log_scale
+        parameters = torch.randn(n, K * ladder.LogisticMixture.n(c_x), 1, 1, generator=random, dtype=torch.float64)
+        parameters[:, K * (1 + c_x):K * (1 + 2 * c_x)] += log_scale
         return parameters
 
     def test_sums_to_one(self):
         """Over the 256 values of one colour, and the 65,536 of two, at scales from far below a bin to far above the range."""
         values = torch.arange(256.0, dtype=torch.float64) / 255
         for log_scale in (-9, -5, -2, 0, 3, 8):
-            p = ladder.LogisticMixture(self.parameters(4, 1, 1, log_scale))
+            p = ladder.LogisticMixture(self.parameters(4, 1, 1, log_scale), 1)
             log_px = p.log_prob(values.view(256, 1, 1, 1, 1).expand(-1, 4, -1, -1, -1))
             torch.testing.assert_close(log_px.exp().sum(0), torch.ones(4, 1, 1, dtype=torch.float64), rtol=1e-10, atol=0)
         pairs = torch.cartesian_prod(values, values).view(-1, 1, 2, 1, 1)
-        total = ladder.LogisticMixture(self.parameters(1, 2, 2, -2)).log_prob(pairs).exp().sum()
+        total = ladder.LogisticMixture(self.parameters(1, 2, 2, -2), 2).log_prob(pairs).exp().sum()
         self.assertAlmostEqual(total.item(), 1, places=10)
 
     def test_against_the_difference_of_sigmoids(self):
-        p = ladder.LogisticMixture(self.parameters(1, 3, 3, -2))
-        weights, means, scales = p.log_weights[0, :, 0, 0].exp(), p.means[0, :, :, 0, 0], p.scales[0, :, :, 0, 0]
+        parameters = self.parameters(1, 3, 3, -2)
+        p = ladder.LogisticMixture(parameters, 3)
+        weights, free, scales = p.log_weights[0, :, 0, 0].exp(), p.means[0, :, :, 0, 0], p.scales[0, :, :, 0, 0]
+        slopes = torch.tanh(parameters[0, -30:, 0, 0]).view(10, 3)       # green on red, blue on red, blue on green
         for x in ((0, 0, 0), (255, 255, 255), (0, 128, 255), (17, 200, 90)):
             expected = 0
             for k in range(10):
-                mass = 1.0
+                mass, (red, green) = 1.0, (2 * x[0] / 255 - 1, 2 * x[1] / 255 - 1)
+                means = (free[k, 0], free[k, 1] + slopes[k, 0] * red, free[k, 2] + slopes[k, 1] * red + slopes[k, 2] * green)
                 for c in range(3):
-                    low = 0 if x[c] == 0 else 1 / (1 + math.exp(-((2 * x[c] - 1) / 255 - 1 - means[k, c]) / scales[k, c]))
-                    high = 1 if x[c] == 255 else 1 / (1 + math.exp(-((2 * x[c] + 1) / 255 - 1 - means[k, c]) / scales[k, c]))
+                    low = 0 if x[c] == 0 else 1 / (1 + math.exp(-((2 * x[c] - 1) / 255 - 1 - means[c]) / scales[k, c]))
+                    high = 1 if x[c] == 255 else 1 / (1 + math.exp(-((2 * x[c] + 1) / 255 - 1 - means[c]) / scales[k, c]))
                     mass *= high - low
                 expected += weights[k].item() * float(mass)
             # as images come: multiples of 1/255 in float32
@@ -322,7 +342,7 @@ class Logistics(unittest.TestCase):
         parameters = self.parameters(1, 1, 6, 0)
         for log_scale, counts_as in ((-6.9, -6.9), (-7.1, -7.0)):
             parameters[:, 20:] = log_scale
-            scales = ladder.LogisticMixture(parameters).scales
+            scales = ladder.LogisticMixture(parameters, 1).scales
             torch.testing.assert_close(scales, torch.full_like(scales, math.exp(counts_as)), rtol=1e-12, atol=0)
 
     def test_mean(self):
@@ -331,7 +351,7 @@ class Logistics(unittest.TestCase):
         parameters = self.parameters(4, 1, 4, 0)
         parameters[:, 10:20] *= 0.2
         parameters[:, 20:] = -5.0
-        p = ladder.LogisticMixture(parameters)
+        p = ladder.LogisticMixture(parameters, 1)
         expected = (p.log_prob(values.view(256, 1, 1, 1, 1).expand(-1, 4, -1, -1, -1)).exp() * values.view(-1, 1, 1, 1)).sum(0)
         torch.testing.assert_close(p.mean[:, 0], expected, rtol=0, atol=1e-3)
 
@@ -340,19 +360,42 @@ class Logistics(unittest.TestCase):
         for log_scale in (-20.0, 20.0):
             parameters = self.parameters(2, 3, 5, log_scale).float().requires_grad_()
             x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, 3, -1, -1)
-            p = ladder.LogisticMixture(parameters)
+            p = ladder.LogisticMixture(parameters, 3)
             self.assertGreaterEqual(p.scales.min().item(), math.exp(-7.001))
             p.log_prob(x).sum().backward()
             self.assertTrue(parameters.grad.isfinite().all())
 
+    def test_mean_of_colours_that_depend_on_each_other(self):
+        """Over the 65,536 values of two colours, of narrow logistics within the range."""
+        values = torch.arange(256.0, dtype=torch.float64) / 255
+        parameters = self.parameters(1, 2, 7, 0)
+        parameters[:, 10:30] *= 0.1
+        parameters[:, 30:50] = -5.0
+        p = ladder.LogisticMixture(parameters, 2)
+        pairs = torch.cartesian_prod(values, values).view(-1, 1, 2, 1, 1)
+        expected = (p.log_prob(pairs).exp().unsqueeze(2) * pairs).sum(0)
+        torch.testing.assert_close(p.mean, expected, rtol=0, atol=1e-3)
+        self.assertGreater(p.slopes.abs().min().item(), 0.01)
+
     @torch.no_grad()
     def test_bits_per_dim(self):
-        """The negative ELBO of each draw, in bits, over 3 x 32 x 32 numbers."""
-        model, f, x = model_and_images(2, moved=0.5, latents="1", num_ch=3, dataset="cifar10")
-        terms = model.eval()(x, f, sample_shape=(2,))
-        elbo = terms["log_px_z"] - terms["kl_1"].sum(-1)
-        torch.testing.assert_close(terms["bits_per_dim"], -elbo / math.log(2) / 3072)
-        self.assertGreater(terms["bits_per_dim"].min().item(), 4)
+        """Of log p(x), over 3 x 32 x 32 numbers; of the ELBO where no log p(x) is asked for."""
+        model, f, x = model_and_images(2, moved=0.1, latents="1", num_ch=3, dataset="cifar10")
+        data = datasets.Data("cifar10", (x.float(),), (x.float(),))
+        for draws, of in ((3, "log_px"), (0, "elbo")):
+            f = ladder.Flags(latents="1", num_ch=3, dataset="cifar10", device="cpu", num_samples=draws)
+            metrics, _ = report.evaluate(model.float().eval(), f, data)
+            self.assertAlmostEqual(metrics["bits_per_dim"], -metrics[of] / math.log(2) / 3072, places=9)
+            self.assertGreater(metrics["bits_per_dim"], 4)
+
+
+class Sizes(unittest.TestCase):
+    def test_parameters_are_as_many_as_published(self):
+        """Of the authors' released configurations for MNIST: 600,673, 696,439 and 648,579."""
+        for Model, Flags, published in ((ladder.LadderVAE, ladder.Flags, 600_673), (dct.DCTVAE, dct.Flags, 696_439),
+                                        (dvp.DVPVAE, dvp.Flags, 648_579)):
+            found = sum(p.numel() for p in Model(Flags()).parameters())
+            self.assertLess(abs(found / published - 1), 0.03, Model.__name__)
 
 
 if __name__ == "__main__":
