@@ -27,6 +27,8 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
+    # What two CPU cores can do in minutes; the defaults are for a GPU.
+    small = "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
     delta: float = common.flag(5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0)
     prior: str = common.flag("ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard"))
     start_std: float = common.flag(1.0, "std of q(z|x) that training starts from, as a share of the one nearest to the AR(1) prior",
@@ -37,6 +39,7 @@ class Flags(deep.DeepFlags):
     d_hidden: int = common.flag(128, "units of the recurrent layers: encoder, auxiliary prior", low=1)
     auxiliary_epochs: int = common.flag(10, "epochs in which the auxiliary prior is fitted", low=1)
     num_epochs: int = common.flag(50, "passes over the training set", low=1)
+    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
     dataset: str = common.flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
                                choices=("auto", "mnist", "fashion", "digits", "omniglot"))
 
@@ -217,13 +220,14 @@ class DeltaVAE(nn.Module):
             log_q_z = q_z.log_prob(z).sum((-2, -1))
             terms["log_w"] = log_px_z + self.p_z(z).log_prob(z).sum((-2, -1)) - log_q_z
             terms["rate_auxiliary"] = log_q_z - self.auxiliary(z.flatten(0, -3)).view(z.shape[:-2])
+            terms["elbo_auxiliary"] = log_px_z - terms["rate_auxiliary"]
             terms["smallest_rate"] = torch.full_like(log_px_z, self.delta)
             terms["mean"] = q_z.mean.flatten(-2)          # of both priors z_t ~ N(0, I)
         return terms
 
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
-        return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
+        return -terms["log_px_z"] + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
     def reconstructions(self, x, f):
         return {"test images": x, "drawn from p(x|z), z from q(z|x)": self.decoder.sample(draw(self.q_z(x)))}
@@ -241,14 +245,15 @@ def draw(q_z, sample_shape=()):
 def train(model, f, data, loop):
     """The ELBO first; then, with all else frozen, the auxiliary prior on draws of the averaged model's posterior. Returns that
     model."""
-    optimizer = deep.adamax(model, f, f.weight_decay)
+    optimizer = deep.optimizer(model, f, f.weight_decay)
     schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
+    share = torch.ones_like(data.train[0][0, 0, 0, 0]) if training.beta_share(f, 0) < 1 else None    # of beta, that rises
 
     def step(rows):
         x = common.binarise(data.train[0].index_select(0, rows))           # afresh at each visit
         with deep.autocast(f):
             terms = parallel(x, f)
-        means = common.means(model.loss(terms, f), terms)
+        means = common.means(model.loss(terms, training.weighted(f, share)), terms)
         optimizer.zero_grad()
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -258,12 +263,14 @@ def train(model, f, data, loop):
 
     step = loop.replayed(step)
     for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+        if share is not None:
+            share.fill_(training.beta_share(f, loop.epochs_done))
         step(rows)
         schedule.step()
 
     model = average.module
     auxiliary = model.auxiliary.requires_grad_()
-    optimizer_2 = deep.adamax(auxiliary, f)
+    optimizer_2 = deep.optimizer(auxiliary, f)
     schedule_2 = deep.warmup_cosine(optimizer_2, f, loop.steps // f.num_epochs * f.auxiliary_epochs)
     parallel_2 = deep.parallel(auxiliary)
 

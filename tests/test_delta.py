@@ -180,6 +180,7 @@ class Model(unittest.TestCase):
             torch.testing.assert_close(terms["log_w"], log_px_z + log_p_z - log_q_z)
             log_auxiliary = torch.stack([model.auxiliary(z[s]) for s in range(3)])
             torch.testing.assert_close(terms["rate_auxiliary"], log_q_z - log_auxiliary)
+            torch.testing.assert_close(terms["elbo_auxiliary"], terms["log_px_z"] - log_q_z + log_auxiliary)
             torch.testing.assert_close(terms["mean"].view(4, N, 2), q_z.mean)
 
     @torch.no_grad()
@@ -228,7 +229,7 @@ class Model(unittest.TestCase):
             with torch.no_grad():
                 terms = model.eval()(x, f, (2,))
             self.assertEqual({name: tuple(value.shape) for name, value in terms.items()}, dict(
-                log_px_z=(2, 3), kl=(3, N * d), log_w=(2, 3), rate_auxiliary=(2, 3), smallest_rate=(2, 3), mean=(3, N * d)))
+                log_px_z=(2, 3), kl=(3, N * d), log_w=(2, 3), rate_auxiliary=(2, 3), elbo_auxiliary=(2, 3), smallest_rate=(2, 3), mean=(3, N * d)))
         model, f, x = build(images=3, dim_z=1, num_ch=1, num_layers=1, d_hidden=1)
         with torch.no_grad():
             pictures = [*model.reconstructions(x, f).values(), *model.samples(3, f).values()]
