@@ -338,10 +338,13 @@ REMEDIED = (("MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 1.0,2.0", "-
             ("MNIST_HVAE_Relu.py --beta_1 1.0 --beta_2 1,2", "--start_std", 30), ("MNIST_HVAE_Relu.py --beta_1 0.25", "--start_std", 30),
             ("MNIST_VAE_Relu_learnable_sigma.py", "--sigma", 50))
 
-# What two CPU cores can do in minutes; the scripts' own defaults are the published sizes.
-DEEP = ("--latents 2,2 --num_ch 16 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000 "
-        "--evaluate compression,attack")
-DELTA = "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
+# Of about one size, 84,000 to 95,000 parameters.
+DEEP = ["MNIST_HVAE_Ladder.py --preset small", "MNIST_HVAE_DCT.py --preset small",
+        "MNIST_HVAE_DVP.py --preset small"]
+ABLATED = ["MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717", "MNIST_HVAE_Ladder.py --preset small --linear_path false",
+           "MNIST_HVAE_Ladder.py --preset small --num_ch 32 --d_hidden 16",
+           "MNIST_HVAE_DCT.py --preset small --grad_clip 5,543", "MNIST_HVAE_DCT.py --preset small --decoder aggregate",
+           "MNIST_HVAE_DCT.py --preset small --step_variance fixed", "MNIST_HVAE_DVP.py --preset small --grad_clip 5,2717"]
 
 EXPERIMENTS = {
     "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
@@ -384,11 +387,13 @@ EXPERIMENTS = {
                                     both(CORRELATION)),
     "table_deep": Experiment(
         "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay in use?",
-        [f"{script}.py {DEEP}" for script in ("MNIST_HVAE_Ladder", "MNIST_HVAE_DCT", "MNIST_HVAE_DVP")],
-        by_level, levels_in_use),
+        [f"{command} --evaluate compression,attack" for command in DEEP], by_level, levels_in_use),
+    "table_deep_ablation": Experiment(
+        "What is each part of the Ladder, DCT- and DVP-VAE as published worth, at few epochs?",
+        [f"{command} --num_epochs 4" for command in ABLATED]),
     "figure_delta": Experiment(
         "Does a prior that no posterior can match keep the rate of a VAE with an autoregressive decoder above δ?",
-        [f"MNIST_VAE_Delta.py --prior standard {DELTA}", f"MNIST_VAE_Delta.py --delta 2,5,10 {DELTA}"], rates, above_delta),
+        ["MNIST_VAE_Delta.py --preset small --prior standard", "MNIST_VAE_Delta.py --preset small --delta 2,5,10"], rates, above_delta),
     "figure_prediction": Experiment(
         "How far does the closed form, from the training data alone, tell the KL that is trained?",
         [CVAE_LINEAR, HVAE_LINEAR, *VAES, *LINEAR, *DIGITS, *both(CVAE_BETA), *both(CVAE_ETA), *both(CORRELATION),
@@ -465,6 +470,7 @@ def measured(result):
             of = [metrics.pop(f"{kind}{level}") for level in levels]
             if kind in ("kl", "AU_kl"):
                 metrics[f"{kind} from the top"] = ", ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in of)
+        metrics |= {name: metrics.pop(name, "") for name in ("context_baseline", "error_context")}          # of those with a context
         metrics["parameters"] = result["parameters"]
     if "max_error" in result:
         metrics |= {"max error": result["max_error"], "gap": result["theory"]["gap"],

@@ -49,7 +49,7 @@ EPOCHS = 3                                                # of a script, and of 
 MNIST = 60_000, 10_000                                    # images to train on, and to test
 SCRIPTS = sorted([*small.ROOT.glob("MNIST_*.py"), *small.ROOT.glob("Synthetic_*.py")])
 # What makes a deep script one for a small machine, where at its defaults it would take hours; each takes the flags it has.
-DEEP = {"latents": "2,2", "num_ch": 8, "batch_size": 100, "num_epochs": 1, "auxiliary_epochs": 1, "num_samples": 100}
+DEEP = {"latents": "2,2", "num_ch": 8, "diffusion_ch": 8, "batch_size": 100, "num_epochs": 1, "auxiliary_epochs": 1, "num_samples": 100}
 
 ON_CUDA = {"auxiliary_epochs": 1}                         # the same on a GPU, where the defaults do
 STEPS = 20, 60                                            # of a deep model there: what the difference takes is a step's time
@@ -117,7 +117,8 @@ def plain_deep(Model, f, data):
     g, average, order = common.on_device(f, x), deep.WeightAverage(model, f), common.generator(f.seed, "batches", x.device)
 
     def steps(trained, weight_decay, loss_of):
-        optimizer = torch.optim.Adamax(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
+        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[f.optimizer]
+        optimizer = kind(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
         schedule = deep.warmup_cosine(optimizer, f, len(x) // f.batch_size)
         for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
             loss = loss_of(common.binarise(x[rows]))

@@ -63,7 +63,7 @@ class Modes(small.InFolder):
         first, ladder, synthetic = self.printed("scripts", "--data_dir", self.folder, scripts=(
             "MNIST_HVAE_Ladder.py", "Synthetic_CVAE_Relu_correlation.py"))
         self.assertRegex(first, r"^\d+ threads, torch ")
-        for row, flags in ((ladder, "--num_epochs=1 --latents=1,1 --num_ch=4 --batch_size=8 --num_samples=0 "
+        for row, flags in ((ladder, "--num_epochs=1 --latents=1,1 --num_ch=4 --d_hidden=8 --batch_size=8 --num_samples=0 "
                                     f"--data_dir {self.folder}"),
                            (synthetic, "--num_epochs=1 --num_draws=0")):
             found = re.fullmatch(r"\S+\.py +(\S+) s per epoch, +(\S+) GiB, (.*)", row)
