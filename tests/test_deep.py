@@ -48,7 +48,7 @@ class CommandLine(OfScripts):
         """Files, the table of totals, the table level by level; the same command again shows them and trains nothing."""
         small.write_mnist(self.folder / "data")
         for script in SMALL:
-            with self.subTest(script=script.__name__):
+            with self.subTest(script=script.__name__), mock.patch.object(deep, "ATTACK_STEPS", 3):
                 further = ["--evaluate", "compression,attack"] if script is not MNIST_VAE_Delta else []
                 argv = [*self.argv(script, "runs", num_epochs=1, num_samples=3, batch_size=128), *further]
                 status, out, err = small.call(script.main, *argv)

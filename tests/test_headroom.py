@@ -380,9 +380,9 @@ class Reports(small.WithMnist):
 
     def test_a_level_collapsed_by_the_objective(self):
         """A beta far above every threshold: headroom 0; at a tiny one, after an epoch, plenty; beside each other in a grid."""
-        out = self.run_script(MNIST_CVAE_Relu, "--num_epochs", 30, "--batch_size", 16, "--lr", 0.01, "--beta", "1e-6,1000")
+        out = self.run_script(MNIST_CVAE_Relu, "--num_epochs", 30, "--batch_size", 16, "--lr", 0.01, "--beta", "1e-6,1000", "--start_std", 1)
         folder = self.folder / "runs" / "MNIST_CVAE_Relu"
-        result = json.loads((folder / "beta=1000.0,batch_size=16,num_epochs=30,lr=0.01,num_samples=2" / "result.json").read_text())
+        result = json.loads((folder / "beta=1000.0,start_std=1.0,batch_size=16,num_epochs=30,lr=0.01,num_samples=2" / "result.json").read_text())
         self.assertIn("headroom", out.splitlines()[2].split())
         self.assertIn("\nbeta=1000.0: z: 16 of 16 units collapsed, by the objective\n", out)
         self.assertEqual(result["metrics"]["headroom"], 0)
