@@ -5,10 +5,10 @@
 
 Kuzina & Tomczak (2023, arXiv 2302.09976): the top latent is the corner of low frequencies of the image's discrete cosine
 transform, scaled and quantised. Its posterior is a point mass, its KL therefore -log p of what it is, under a diffusion model.
-Below it the ladder VAE of MNIST_HVAE_Ladder.py, which it gives the start of the state and a part of what each prior reads.
+Below it a ladder VAE, into whose state the context goes at each new scale and whose decoder reads that state; with --decoder
+aggregate the one of MNIST_HVAE_Ladder.py, which it gives the start of the state and a part of what each prior reads.
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -53,25 +53,7 @@ class Flags(deep.DeepFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        sides_of_latents(self)                            # now rather than when a model is built
-
-
-def finest_side(f):
-    """The side of the largest latent maps that there can be."""
-    side = datasets.image_shape(f.dataset)[1]
-    return side if f.dataset == "cifar10" else side // 2
-
-
-def sides_of_latents(f):
-    """The side of each latent map, from the top level down: seven, three times, then fourteen, four times, for 3,4 and 28x28
-    images. Ends the program where --latents asks for none, or for what is not there."""
-    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
-    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
-    counts = f.latents.split(",")
-    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
-        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 3,4: for images of "
-                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
-    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
+        deep.sides_of_latents(self)                       # now rather than when a model is built
 
 
 class Bottleneck(nn.Sequential):
@@ -80,7 +62,7 @@ class Bottleneck(nn.Sequential):
 
     def __init__(self, c_in, c_out, hidden, start=1.0, gate=False):
         super().__init__(nn.Conv2d(c_in, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
-                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(hidden, c_out, 1), start))
+                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), deep.scaled(nn.Conv2d(hidden, c_out, 1), start))
         self.gate = nn.Parameter(torch.zeros(())) if gate else None
 
     def forward(self, h):
@@ -99,21 +81,13 @@ class Head(nn.Module):
         return self.block(s) if self.linear is None else self.block(s) + self.linear(s)
 
 
-def scaled(layer, start):
-    """The layer, its initial weights times start."""
-    with torch.no_grad():
-        for weight in layer.parameters():
-            weight.mul_(start)
-    return layer
-
-
 class Encoder(nn.Module):
-    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be to the coarsest:
+    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be down:
     of the published decoder by a gated block a latent, of the aggregate's by three."""
 
     def __init__(self, f, sides):
         super().__init__()
-        c, own, finest = f.num_ch, f.decoder == "state", finest_side(f)
+        c, own, finest = f.num_ch, f.decoder == "state", deep.finest_side(f)
         self.sides = [finest >> k for k in range((finest // min(sides)).bit_length())]
         self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
         self.scales = nn.ModuleList(nn.ModuleList(Bottleneck(c, c, f.d_hidden or c, gate=own)
@@ -139,7 +113,7 @@ class Latent(nn.Module):
         self.side, self.parts = side, [c_z, c_z, c if leaves_state else 0]
         self.s_to_p = Head(f, c if self.own else c + datasets.image_shape(f.dataset)[0], sum(self.parts))
         self.s_to_q = Head(f, c, 2 * c_z)
-        self.z_to_s = scaled(nn.Conv2d(c_z, c, 1), L**-0.5) if leaves_state else None
+        self.z_to_s = deep.scaled(nn.Conv2d(c_z, c, 1), L**-0.5) if leaves_state else None
         self.s_to_s = Bottleneck(c, c, f.d_hidden or c, start=L**-0.5) if leaves_state and not self.own else None
 
     def p(self, s, context):
@@ -159,54 +133,6 @@ class Latent(nn.Module):
 
 def normal(mean, log_var):
     return Normal(mean, (log_var / 2).exp())
-
-
-class LogisticMixture:
-    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
-    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
-    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
-    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
-
-    K = 10
-
-    @staticmethod
-    def n(c_x):
-        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
-
-    def __init__(self, parameters, c_x):
-        K, pairs = self.K, c_x * (c_x - 1) // 2
-        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
-        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
-        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
-        self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
-        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
-
-    def means_given(self, y=None):
-        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
-        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
-        for c, mean in enumerate(self.means.unbind(-3)):
-            for before in range(c):
-                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
-            means.append(mean.clamp(-1, 1) if y is None else mean)
-        return torch.stack(torch.broadcast_tensors(*means), -3)
-
-    def log_prob(self, x):
-        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
-        x = x.unsqueeze(-4)
-        means = self.means_given(2 * x - 1)
-        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
-        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
-        # where an outer bin has no outer edge
-        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
-        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
-        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
-        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
-        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
-
-    @property
-    def mean(self):
-        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
-        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
 
 
 class DCT(nn.Module):
@@ -269,7 +195,7 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(c_in, c, 3, padding=1)
         self.way_in, self.middle, self.way_out = (nn.ModuleList(UNetBlock(c) for _ in range(n)) for n in (blocks, 2, blocks))
         self.attention = Attention(c)
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(), scaled(nn.Conv2d(c, c_out, 3, padding=1), 0))
+        self.last = nn.Sequential(group_norm(c), nn.SiLU(), deep.scaled(nn.Conv2d(c, c_out, 3, padding=1), 0))
 
     def forward(self, h, t):
         angles = t[:, None] * self.frequencies
@@ -290,7 +216,7 @@ class UNetBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm_1, self.conv_1 = group_norm(c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm_2, self.conv_2 = group_norm(c), scaled(nn.Conv2d(c, c, 3, padding=1), 0)
+        self.norm_2, self.conv_2 = group_norm(c), deep.scaled(nn.Conv2d(c, c, 3, padding=1), 0)
         self.time = nn.Linear(4 * c, 2 * c)
 
     def forward(self, h, time):
@@ -307,7 +233,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = math.gcd(2, c)
-        self.norm, self.to_qkv, self.to_h = group_norm(c), nn.Conv2d(c, 3 * c, 1), scaled(nn.Conv2d(c, c, 1), 0)
+        self.norm, self.to_qkv, self.to_h = group_norm(c), nn.Conv2d(c, 3 * c, 1), deep.scaled(nn.Conv2d(c, c, 1), 0)
 
     def forward(self, h):
         q, k, v = self.to_qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)         # (N, heads, c', k k)
@@ -446,12 +372,12 @@ class DCTVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_x, c, sides, self.own = self.c_x, f.num_ch, sides_of_latents(f), f.decoder == "state"
+        c_x, c, sides, self.own = self.c_x, f.num_ch, deep.sides_of_latents(f), f.decoder == "state"
         c_z = f.d_z or (8 if f.dataset == "cifar10" else 1)
         L = self.learned_levels = len(sides)
         self.levels, self.widest_layer = L + 1, c * self.side**2
         self.dimensions = c_x * self.side**2 if f.dataset == "cifar10" else 0
-        c_out = LogisticMixture.K * LogisticMixture.n(c_x) if self.dimensions else c_x
+        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(c_x) if self.dimensions else c_x
         self.dct = DCT(c_x, self.side, f.context_size, f.bits or (5 if f.dataset == "cifar10" else 2))
         self.p_c = Diffusion(c_x, f.context_size, self.dct.step, f.diffusion_ch, f.step_variance == "learned")
         scales = sorted(set(sides)) if self.own else sides[:1]
@@ -461,6 +387,7 @@ class DCTVAE(nn.Module):
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, L, l) for l in range(L, 0, -1))
         self.last_block = Bottleneck(c, c, f.d_hidden or c, gate=True) if self.own else nn.Conv2d(c_z, c, 1)
         self.to_x = nn.Sequential(nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1))
+        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def top_down(self, c, features, choose):
         """[(p(z_l|z_>l, c), q(z_l|z_>l, c, x), z_l = choose(l, p, q)) for l = L, ..., 1], each (n, c_z, side, side), of contexts
@@ -470,7 +397,7 @@ class DCTVAE(nn.Module):
             context = F.avg_pool2d(image, self.side // latent.side)
             new_scale = not drawn or latent.side != s.shape[-1]
             s = F.interpolate(s, size=latent.side)
-            if new_scale and str(latent.side) in self.context_to_s and (self.own or not drawn):
+            if new_scale and str(latent.side) in self.context_to_s:
                 s = s + self.context_to_s[str(latent.side)](context)
             p, h = latent.p(s, context)
             q = latent.q(s, features[latent.side]) if features else None
@@ -488,7 +415,7 @@ class DCTVAE(nn.Module):
         else:
             s = self.last_block(sum(F.interpolate(z, size=self.side, mode="bilinear") for z in found) / math.sqrt(self.learned_levels))
         out = self.to_x(s).to(self.s_start.dtype).unflatten(0, shape)
-        return LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
+        return deep.LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
 
     def forward(self, x, f, sample_shape=()):
         """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as report.py says. The KL of the context
@@ -502,7 +429,7 @@ class DCTVAE(nn.Module):
             return values.flatten(1).unflatten(0, shape)
 
         c, features = self.dct(x), {side: repeated(e) for side, e in self.encoder(x).items()}
-        drawn, found = self.top_down(repeated(c), features, lambda l, p, q: draw(q))
+        drawn, found = self.top_down(repeated(c), features, lambda l, p, q: deep.draw(q))
         log_px_z = self.p_x(found, shape).log_prob(x).flatten(len(shape)).sum(-1)
         bound, log_p_c = (self.p_c.loss(c), None) if self.training else self.p_c.bound(repeated(c))
         levels = list(enumerate(drawn[::-1], 1))          # level 1 first
@@ -539,17 +466,13 @@ class DCTVAE(nn.Module):
         panels = {"test images": x, "contexts": self.dct.image(self.dct(x)),
                   "reconstructed through all levels": self.reconstruct(x, f, L)}
         for l in sorted({math.ceil((L - 1) * third / 3) for third in (1, 2, 3)}):          # at last only the context is kept
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, draw)
+            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
         c = self.dct.quantise(self.p_c.sample(n))
-        _, found = self.top_down(c, None, lambda l, p, q: draw(p, f.temperature))
+        _, found = self.top_down(c, None, lambda l, p, q: deep.draw(p, f.temperature))
         return {"contexts": self.dct.image(c), "what comes of them": self.p_x(found).mean}
-
-
-def draw(normal, temperature=1.0):
-    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
 
 
 def train(model, f, data, loop):

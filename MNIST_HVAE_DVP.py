@@ -2,6 +2,7 @@
 
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DVP.py
     python MNIST_HVAE_DVP.py --context dct,downsample,linear
+    python MNIST_HVAE_DVP.py --prior diffusion,vamp --preset small
     torchrun --nproc_per_node=4 MNIST_HVAE_DVP.py --dataset omniglot --autocast bf16
 
 The best prior is the average posterior, which a VampPrior approximates by posteriors at pseudoinputs u (Tomczak & Welling 2018,
@@ -9,12 +10,11 @@ arXiv 1705.07120). Here u = f(x) is a small picture of x, untrained, so that it 
 and a variational diffusion model is its density (Kuzina & Tomczak 2024, arXiv 2412.01373). The rest is MNIST_HVAE_Ladder.py.
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 from torch.nn import functional as F
 
 import common
@@ -49,25 +49,7 @@ class Flags(deep.DeepFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        sides_of_latents(self)                            # now rather than when a model is built
-
-
-def finest_side(f):
-    """The side of the largest latent maps that there can be."""
-    side = datasets.image_shape(f.dataset)[1]
-    return side if f.dataset == "cifar10" else side // 2
-
-
-def sides_of_latents(f):
-    """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
-    images. Ends the program where --latents asks for none, or for what is not there."""
-    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
-    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
-    counts = f.latents.split(",")
-    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
-        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
-                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
-    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
+        deep.sides_of_latents(self)                       # now rather than when a model is built
 
 
 class Bottleneck(nn.Sequential):
@@ -76,7 +58,7 @@ class Bottleneck(nn.Sequential):
 
     def __init__(self, c_in, c_out, hidden, start=1.0):
         super().__init__(nn.Conv2d(c_in, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
-                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(hidden, c_out, 1), start))
+                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), deep.scaled(nn.Conv2d(hidden, c_out, 1), start))
 
 
 class Head(nn.Module):
@@ -91,20 +73,12 @@ class Head(nn.Module):
         return self.block(s) if self.linear is None else self.block(s) + self.linear(s)
 
 
-def scaled(layer, start):
-    """The layer, its initial weights times start."""
-    with torch.no_grad():
-        for weight in layer.parameters():
-            weight.mul_(start)
-    return layer
-
-
 class Encoder(nn.Module):
-    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be to the coarsest."""
+    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be down."""
 
     def __init__(self, f, sides):
         super().__init__()
-        c, finest = f.num_ch, finest_side(f)
+        c, finest = f.num_ch, deep.finest_side(f)
         self.sides = [finest >> k for k in range((finest // min(sides)).bit_length())]
         self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
         self.scales = nn.ModuleList(nn.ModuleList(Bottleneck(c, c, f.d_hidden or c) for _ in range(3)) for _ in self.sides)
@@ -128,7 +102,7 @@ class Latent(nn.Module):
         self.side, self.parts = side, [c_z, c_z, c if level > 1 else 0]
         self.s_to_p, self.s_to_q = Head(f, c_prior, sum(self.parts)), Head(f, c, 2 * c_z)
         if level > 1:
-            self.z_to_s = scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
+            self.z_to_s = deep.scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
             self.s_to_s = Bottleneck(c, c, f.d_hidden or c, start=L**-0.5)
 
     def p(self, s):
@@ -147,54 +121,6 @@ class Latent(nn.Module):
 
 def normal(mean, log_var):
     return Normal(mean, (log_var.clamp(-10, 1) / 2).exp())
-
-
-class LogisticMixture:
-    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
-    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
-    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
-    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
-
-    K = 10
-
-    @staticmethod
-    def n(c_x):
-        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
-
-    def __init__(self, parameters, c_x):
-        K, pairs = self.K, c_x * (c_x - 1) // 2
-        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
-        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
-        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
-        self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
-        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
-
-    def means_given(self, y=None):
-        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
-        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
-        for c, mean in enumerate(self.means.unbind(-3)):
-            for before in range(c):
-                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
-            means.append(mean.clamp(-1, 1) if y is None else mean)
-        return torch.stack(torch.broadcast_tensors(*means), -3)
-
-    def log_prob(self, x):
-        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
-        x = x.unsqueeze(-4)
-        means = self.means_given(2 * x - 1)
-        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
-        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
-        # where an outer bin has no outer edge
-        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
-        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
-        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
-        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
-        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
-
-    @property
-    def mean(self):
-        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
-        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
 
 
 class Context(nn.Module):
@@ -269,7 +195,7 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(c_in, c, 3, padding=1)
         self.way_in, self.middle, self.way_out = (nn.ModuleList(UNetBlock(c) for _ in range(n)) for n in (blocks, 2, blocks))
         self.attention = Attention(c)
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(), scaled(nn.Conv2d(c, c_out, 3, padding=1), 0))
+        self.last = nn.Sequential(group_norm(c), nn.SiLU(), deep.scaled(nn.Conv2d(c, c_out, 3, padding=1), 0))
 
     def forward(self, h, t):
         angles = t[:, None] * self.frequencies
@@ -290,7 +216,7 @@ class UNetBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm_1, self.conv_1 = group_norm(c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm_2, self.conv_2 = group_norm(c), scaled(nn.Conv2d(c, c, 3, padding=1), 0)
+        self.norm_2, self.conv_2 = group_norm(c), deep.scaled(nn.Conv2d(c, c, 3, padding=1), 0)
         self.time = nn.Linear(4 * c, 2 * c)
 
     def forward(self, h, time):
@@ -307,7 +233,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads = math.gcd(2, c)
-        self.norm, self.to_qkv, self.to_h = group_norm(c), nn.Conv2d(c, 3 * c, 1), scaled(nn.Conv2d(c, c, 1), 0)
+        self.norm, self.to_qkv, self.to_h = group_norm(c), nn.Conv2d(c, 3 * c, 1), deep.scaled(nn.Conv2d(c, c, 1), 0)
 
     def forward(self, h):
         q, k, v = self.to_qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)         # (N, heads, c', k k)
@@ -409,17 +335,18 @@ class DVPVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_z, sides = f.d_z or self.c_x, sides_of_latents(f)
+        c_z, sides = f.d_z or self.c_x, deep.sides_of_latents(f)
         L = self.learned_levels = len(sides)
         self.levels, self.widest_layer = L + 1, f.num_ch * self.side**2
         self.dimensions = self.c_x * self.side**2 if f.dataset == "cifar10" else 0
-        c_out = LogisticMixture.K * LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
+        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
         self.context, self.r = Context(f), Diffusion(self.c_x, f.diffusion_ch)
         self.raw_v = nn.Parameter(torch.zeros(self.c_x, f.context_size, f.context_size))
         self.encoder = Encoder(f, sides)
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch + self.c_x, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def q_u(self, x):
         """q(u|x), (B, c_x, k, k)."""
@@ -443,13 +370,13 @@ class DVPVAE(nn.Module):
         """p(x|z) of all latents, each (n, c_z, side, side), n = shape's product; its pixels are (*shape, c_x, H, W)."""
         total = sum(F.interpolate(z, size=self.side, mode="bilinear") for z in zs) / math.sqrt(self.learned_levels)
         out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
-        return LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
+        return deep.LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
 
     def given(self, x, f):
         """A draw of u that all draws of z share: log p(x) >= E_q(u|x)[log p(x|u)] - KL(q(u|x) || r(u)), where only log p(x|u) is
         estimated by weights. q(u|x) is narrow."""
         q_u = self.q_u(x)
-        u = draw(q_u)
+        u = deep.draw(q_u)
         bound, error = self.r.bound(u)
         return {"u": u, "kl_u": (bound - q_u.entropy()).flatten(1), "error": error,
                 "gaussian": -self.context.log_gaussian(u) - q_u.entropy().flatten(1).sum(1)}
@@ -469,12 +396,12 @@ class DVPVAE(nn.Module):
         q_u = self.q_u(x)
         if u is None:
             q_u = Normal(repeated(q_u.mean), repeated(q_u.stddev))
-            u_drawn = draw(q_u)
+            u_drawn = deep.draw(q_u)
             kl_of_u = units(self.r.loss(u_drawn) - q_u.entropy())
         else:
             u_drawn, kl_of_u = repeated(u), kl_u
         features = {side: repeated(e) for side, e in self.encoder(x).items()}
-        drawn = list(self.top_down(u_drawn, features, lambda l, p, q: draw(q)))[::-1]      # level 1 first
+        drawn = list(self.top_down(u_drawn, features, lambda l, p, q: deep.draw(q)))[::-1]      # level 1 first
         log_px_z = self.p_x([z for _, _, z in drawn], shape).log_prob(x).flatten(len(shape)).sum(-1)
         terms = {"log_px_z": log_px_z} | {f"kl_{l}": units(kl_divergence(q, p)) for l, (p, q, _) in enumerate(drawn, 1)}
         terms[f"kl_{self.levels}"] = kl_of_u
@@ -509,31 +436,26 @@ class DVPVAE(nn.Module):
         panels = {"test images": x, "pseudoinputs": self.context.image(self.context(x)),
                   "reconstructed through all levels": self.reconstruct(x, f, L)}
         for l in sorted({math.ceil((L - 1) * third / 3) for third in (1, 2, 3)}):          # at last only u is kept
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, draw)
+            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
         u = self.r.sample(self.context.mean.expand(n, -1, -1, -1), f.num_steps)
-        images = self.p_x([z for _, _, z in self.top_down(u, None, lambda l, p, q: draw(p, f.temperature))]).mean
+        images = self.p_x([z for _, _, z in self.top_down(u, None, lambda l, p, q: deep.draw(p, f.temperature))]).mean
         return {"pseudoinputs": self.context.image(u), "what comes of them": images}
 
 
-class Mixture:
+class VampPrior(MixtureSameFamily):
     """p(z) = 1/K sum_k N(mean_k, std_k^2), z (n, c_z, side, side), of mean and std (K, c_z, side, side)."""
 
     def __init__(self, mean, std):
-        self.means, self.stds = mean, std
-        self.mean = mean.mean(0, keepdim=True)
-        self.stddev = ((std**2 + mean**2).mean(0, keepdim=True) - self.mean**2).clamp(min=1e-12).sqrt()
-
-    def log_prob(self, z):
-        """(n,), of whole maps."""
-        log_each = Normal(self.means, self.stds).log_prob(z.unsqueeze(1)).flatten(2).sum(2)
-        return log_each.logsumexp(1) - math.log(len(self.means))
+        super().__init__(Categorical(logits=torch.zeros_like(mean[:, 0, 0, 0])), Independent(Normal(mean, std), 3))
+        self.each = self.component_distribution.base_dist
 
     def draw(self, n, temperature):
-        k = (common.uniform_like(self.means[:1, 0, 0, 0].expand(n)) * len(self.means)).long()
-        return draw(Normal(self.means[k], self.stds[k]), temperature)
+        """n draws (n, c_z, side, side), the std of each Normal times the temperature."""
+        k = (common.uniform_like(self.each.mean[:1, 0, 0, 0].expand(n)) * len(self.each.mean)).long()
+        return deep.draw(Normal(self.each.mean[k], self.each.stddev[k]), temperature)
 
 
 class VampLadder(nn.Module):
@@ -549,11 +471,11 @@ class VampLadder(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_z, sides = f.d_z or self.c_x, sides_of_latents(f)
+        c_z, sides = f.d_z or self.c_x, deep.sides_of_latents(f)
         L = self.levels = self.learned_levels = len(sides)
         self.widest_layer = max(f.num_ch * self.side**2, f.pseudoinputs * c_z * sides[0]**2)
         self.dimensions = self.c_x * self.side**2 if f.dataset == "cifar10" else 0
-        c_out = LogisticMixture.K * LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
+        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
         self.raw_u = nn.Parameter(torch.zeros(f.pseudoinputs, self.c_x, self.side, self.side))
         self.encoder = Encoder(f, sides)
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
@@ -561,6 +483,7 @@ class VampLadder(nn.Module):
             self.register_buffer(name, torch.ones(f.pseudoinputs, c_z, sides[0], sides[0]))
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     p_x, loss = DVPVAE.p_x, DVPVAE.loss
 
@@ -576,22 +499,22 @@ class VampLadder(nn.Module):
 
     def top_prior(self):
         if not self.training:
-            return Mixture(self.top_mean, self.top_std)
+            return VampPrior(self.top_mean, self.top_std)
         latent = self.latents[0]
         q = latent.q(self.s_start, self.encoder(self.pseudoinputs())[latent.side])
-        return Mixture(q.mean, q.stddev)
+        return VampPrior(q.mean, q.stddev)
 
     @torch.no_grad()
     def settle(self):
         """Keep what the prior has become, for evaluation."""
         p = self.train().top_prior()
-        self.top_mean.copy_(p.means)
-        self.top_std.copy_(p.stds)
+        self.top_mean.copy_(p.each.mean)
+        self.top_std.copy_(p.each.stddev)
         return self
 
     def top_down(self, n, features, choose):
         """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1; of level L p is
-        a Mixture. Without features q is None."""
+        a VampPrior. Without features q is None."""
         s = self.s_start.expand(n, -1, -1, -1)
         for l, latent in zip(range(self.levels, 0, -1), self.latents):
             s = F.interpolate(s, size=latent.side)
@@ -612,7 +535,7 @@ class VampLadder(nn.Module):
             return values.flatten(1).unflatten(0, shape)
 
         features = {side: e.expand(*sample_shape, *e.shape).flatten(0, len(sample_shape)) for side, e in self.encoder(x).items()}
-        (p, q, z), *below = self.top_down(math.prod(shape), features, lambda l, p, q: draw(q))
+        (p, q, z), *below = self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q))
         log_px_z = self.p_x([z, *(z for _, _, z in below)], shape).log_prob(x).flatten(len(shape)).sum(-1)
         log_ratio = q.log_prob(z).flatten(1).sum(1) - p.log_prob(z)
         levels = list(enumerate(below[::-1], 1))          # level 1 first
@@ -640,20 +563,16 @@ class VampLadder(nn.Module):
         L = self.levels
         panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
         for l in range(math.ceil(L / 4), L, math.ceil(L / 4)):
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, draw)
+            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
-        drawn = self.top_down(n, None, lambda l, p, q: p.draw(n, f.temperature) if l == self.levels else draw(p, f.temperature))
+        drawn = self.top_down(n, None, lambda l, p, q: p.draw(n, f.temperature) if l == self.levels else deep.draw(p, f.temperature))
         return {"pseudoinputs": self.pseudoinputs()[:n], "what is drawn": self.p_x([z for _, _, z in drawn]).mean}
 
 
 def model_of(f):
     return VampLadder(f) if f.prior == "vamp" else DVPVAE(f)
-
-
-def draw(normal, temperature=1.0):
-    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
 
 
 def train(model, f, data, loop):

@@ -8,7 +8,6 @@ see the sum of all latents and not the decoder's state, so that every level must
 arXiv 2412.01373). The baseline of MNIST_HVAE_DCT.py and MNIST_HVAE_DVP.py.
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -38,25 +37,7 @@ class Flags(deep.DeepFlags):
 
     def __post_init__(self):
         super().__post_init__()
-        sides_of_latents(self)                            # now rather than when a model is built
-
-
-def finest_side(f):
-    """The side of the largest latent maps that there can be."""
-    side = datasets.image_shape(f.dataset)[1]
-    return side if f.dataset == "cifar10" else side // 2
-
-
-def sides_of_latents(f):
-    """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
-    images. Ends the program where --latents asks for none, or for what is not there."""
-    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
-    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
-    counts = f.latents.split(",")
-    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
-        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
-                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
-    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
+        deep.sides_of_latents(self)                       # now rather than when a model is built
 
 
 class Bottleneck(nn.Sequential):
@@ -65,7 +46,7 @@ class Bottleneck(nn.Sequential):
 
     def __init__(self, c_in, c_out, hidden, start=1.0):
         super().__init__(nn.Conv2d(c_in, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
-                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), scaled(nn.Conv2d(hidden, c_out, 1), start))
+                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), deep.scaled(nn.Conv2d(hidden, c_out, 1), start))
 
 
 class Head(nn.Module):
@@ -80,20 +61,12 @@ class Head(nn.Module):
         return self.block(s) if self.linear is None else self.block(s) + self.linear(s)
 
 
-def scaled(layer, start):
-    """The layer, its initial weights times start."""
-    with torch.no_grad():
-        for weight in layer.parameters():
-            weight.mul_(start)
-    return layer
-
-
 class Encoder(nn.Module):
-    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be to the coarsest."""
+    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be down."""
 
     def __init__(self, f, sides):
         super().__init__()
-        c, finest = f.num_ch, finest_side(f)
+        c, finest = f.num_ch, deep.finest_side(f)
         self.sides = [finest >> k for k in range((finest // min(sides)).bit_length())]
         self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
         self.scales = nn.ModuleList(nn.ModuleList(Bottleneck(c, c, f.d_hidden or c) for _ in range(3)) for _ in self.sides)
@@ -117,7 +90,7 @@ class Latent(nn.Module):
         self.side, self.parts = side, [c_z, c_z, c if level > 1 else 0]
         self.s_to_p, self.s_to_q = Head(f, c_prior, sum(self.parts)), Head(f, c, 2 * c_z)
         if level > 1:
-            self.z_to_s = scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
+            self.z_to_s = deep.scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
             self.s_to_s = Bottleneck(c, c, f.d_hidden or c, start=L**-0.5)
 
     def p(self, s):
@@ -138,54 +111,6 @@ def normal(mean, log_var):
     return Normal(mean, (log_var.clamp(-10, 1) / 2).exp())
 
 
-class LogisticMixture:
-    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
-    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
-    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
-    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
-
-    K = 10
-
-    @staticmethod
-    def n(c_x):
-        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
-
-    def __init__(self, parameters, c_x):
-        K, pairs = self.K, c_x * (c_x - 1) // 2
-        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
-        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
-        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
-        self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
-        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
-
-    def means_given(self, y=None):
-        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
-        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
-        for c, mean in enumerate(self.means.unbind(-3)):
-            for before in range(c):
-                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
-            means.append(mean.clamp(-1, 1) if y is None else mean)
-        return torch.stack(torch.broadcast_tensors(*means), -3)
-
-    def log_prob(self, x):
-        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
-        x = x.unsqueeze(-4)
-        means = self.means_given(2 * x - 1)
-        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
-        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
-        # where an outer bin has no outer edge
-        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
-        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
-        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
-        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
-        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
-
-    @property
-    def mean(self):
-        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
-        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
-
-
 class LadderVAE(nn.Module):
     """p(x, z) = p(x|z_1..z_L) p(z_L) prod_l p(z_l|z_>l),  q(z|x) = q(z_L|x) prod_l q(z_l|z_>l, x), from the top:
 
@@ -200,14 +125,15 @@ class LadderVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_z, sides = f.d_z or self.c_x, sides_of_latents(f)
+        c_z, sides = f.d_z or self.c_x, deep.sides_of_latents(f)
         L = self.levels = self.learned_levels = len(sides)
         self.dimensions, self.widest_layer = (self.c_x * self.side**2 if f.dataset == "cifar10" else 0), f.num_ch * self.side**2
-        c_out = LogisticMixture.K * LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
+        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
         self.encoder = Encoder(f, sides)
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def top_down(self, n, features, choose):
         """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1. Without
@@ -226,14 +152,14 @@ class LadderVAE(nn.Module):
         """p(x|z) of all latents, each (n, c_z, side, side), n = shape's product; its pixels are (*shape, c_x, H, W)."""
         total = sum(F.interpolate(z, size=self.side, mode="bilinear") for z in zs) / math.sqrt(self.levels)
         out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
-        return LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
+        return deep.LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
 
     def forward(self, x, f, sample_shape=()):
         """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as report.py says."""
         shape = (*sample_shape, len(x))
         features = {side: e.expand(*sample_shape, *e.shape).flatten(0, len(sample_shape))
                     for side, e in self.encoder(x).items()}
-        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: draw(q)))[::-1]     # level 1 first
+        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q)))[::-1]     # level 1 first
         log_px_z = self.p_x([z for _, _, z in drawn], shape).log_prob(x).flatten(len(shape)).sum(-1)
 
         def units(values):                                # (S B, c_z, side, side) -> (S, B, d)
@@ -266,15 +192,11 @@ class LadderVAE(nn.Module):
         L = self.levels
         panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
         for l in range(math.ceil(L / 4), L, math.ceil(L / 4)):
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, draw)
+            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
-        return self.p_x([z for _, _, z in self.top_down(n, None, lambda l, p, q: draw(p, f.temperature))]).mean
-
-
-def draw(normal, temperature=1.0):
-    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
+        return self.p_x([z for _, _, z in self.top_down(n, None, lambda l, p, q: deep.draw(p, f.temperature))]).mean
 
 
 def train(model, f, data, loop):

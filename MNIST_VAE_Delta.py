@@ -97,12 +97,12 @@ class AuxiliaryPrior(nn.Module):
         """log p(z) in nats of z (B, n, d): (B,)."""
         return self.following(before(z))[0].log_prob(z).sum((-2, -1))
 
-    def sample(self, n):
-        """n draws (n, 28, d), step by step."""
+    def sample(self, n, temperature=1.0):
+        """n draws (n, 28, d), step by step, the std of each p(z_t|z_<t) times the temperature."""
         z, state = [self.prior_std.new_zeros(n, 1, self.of_step.shape[1] // 2)], None
         for t in range(len(self.of_step)):
             p_z, state = self.following(z[-1], slice(t, t + 1), state)
-            z.append(p_z.mean + p_z.stddev * common.normal_like(p_z.mean))
+            z.append(deep.draw(p_z, temperature))
         return torch.cat(z[1:], dim=1)
 
 
@@ -202,9 +202,10 @@ class DeltaVAE(nn.Module):
     def p_z(self, z):
         return Normal(self.alpha * before(z), self.prior_var.sqrt())
 
-    def sample_z(self, n):
-        """n draws of the prior (n, 28, d)."""
-        z = common.normal_like(self.prior_var.new_empty(n, self.n, self.h_to_z.out_features // 2)) * self.prior_var.sqrt()
+    def sample_z(self, n, temperature=1.0):
+        """n draws of the prior (n, 28, d), the std of each p(z_t|z_{t-1}) times the temperature."""
+        noise = common.normal_like(self.prior_var.new_empty(n, self.n, self.h_to_z.out_features // 2))
+        z = temperature * self.prior_var.sqrt() * noise
         for t in range(1, self.n):
             z[:, t] += self.alpha * z[:, t - 1]
         return z
@@ -233,8 +234,8 @@ class DeltaVAE(nn.Module):
         return {"test images": x, "drawn from p(x|z), z from q(z|x)": self.decoder.sample(draw(self.q_z(x)))}
 
     def samples(self, n, f):
-        return {"z from the model's own prior": self.decoder.sample(self.sample_z(n)),
-                "z from the auxiliary prior": self.decoder.sample(self.auxiliary.sample(n))}
+        return {"z from the model's own prior": self.decoder.sample(self.sample_z(n, f.temperature)),
+                "z from the auxiliary prior": self.decoder.sample(self.auxiliary.sample(n, f.temperature))}
 
 
 def draw(q_z, sample_shape=()):

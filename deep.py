@@ -1,15 +1,18 @@
-"""What only the deep models have: their flags, schedule, optimiser, average of the weights, precision and processes, in the order in which
-a script's loop uses them; then the two further measurements of --evaluate, compression and attack. The loop itself is
-training.py's `Training`, its body each script's own.
+"""What only the deep models have: their flags and what those say of latents, the density of coloured pixels; schedule, optimiser,
+average of the weights, precision and processes, in the order in which a script's loop uses them; then the two further
+measurements of --evaluate, compression and attack. The loop itself is training.py's `Training`, its body each script's own.
 """
 import copy
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import common
+import datasets
 import files
 import pictures
 
@@ -50,6 +53,85 @@ class DeepFlags(common.RemedyFlags, common.TrainFlags):
         for word in getattr(self, "evaluate", "").split(","):
             if word and word not in FURTHER:
                 common.stop(self, f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
+
+
+def finest_side(f):
+    """The side of the largest latent maps that there can be."""
+    side = datasets.image_shape(f.dataset)[1]
+    return side if f.dataset == "cifar10" else side // 2
+
+
+def sides_of_latents(f):
+    """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
+    images. Ends the program where --latents asks for none, or for what is not there."""
+    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
+    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
+    counts = f.latents.split(",")
+    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
+        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
+                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
+    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
+
+
+def scaled(layer, start):
+    """The layer, its initial weights times start."""
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(start)
+    return layer
+
+
+class LogisticMixture:
+    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
+    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
+    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
+    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
+
+    K = 10
+
+    @staticmethod
+    def n(c_x):
+        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
+
+    def __init__(self, parameters, c_x):
+        K, pairs = self.K, c_x * (c_x - 1) // 2
+        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
+        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
+        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
+        self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
+        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
+
+    def means_given(self, y=None):
+        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
+        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
+        for c, mean in enumerate(self.means.unbind(-3)):
+            for before in range(c):
+                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
+            means.append(mean.clamp(-1, 1) if y is None else mean)
+        return torch.stack(torch.broadcast_tensors(*means), -3)
+
+    def log_prob(self, x):
+        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
+        x = x.unsqueeze(-4)
+        means = self.means_given(2 * x - 1)
+        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
+        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
+        # where an outer bin has no outer edge
+        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
+        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
+        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
+        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
+        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
+
+    @property
+    def mean(self):
+        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
+        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
+
+
+def draw(normal, temperature=1.0):
+    """A draw of a Normal, differentiable, its std times the temperature."""
+    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
 
 
 def warmup_cosine(optimizer, f, steps):

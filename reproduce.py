@@ -339,8 +339,7 @@ REMEDIED = (("MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 1.0,2.0", "-
             ("MNIST_VAE_Relu_learnable_sigma.py", "--sigma", 50))
 
 # Of about one size, 84,000 to 95,000 parameters.
-DEEP = ["MNIST_HVAE_Ladder.py --preset small", "MNIST_HVAE_DCT.py --preset small",
-        "MNIST_HVAE_DVP.py --preset small"]
+DEEP = ["MNIST_HVAE_Ladder.py --preset small", "MNIST_HVAE_DCT.py --preset small", "MNIST_HVAE_DVP.py --preset small"]
 ABLATED = ["MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717", "MNIST_HVAE_Ladder.py --preset small --linear_path false",
            "MNIST_HVAE_Ladder.py --preset small --num_ch 32 --d_hidden 16",
            "MNIST_HVAE_DCT.py --preset small --grad_clip 5,543", "MNIST_HVAE_DCT.py --preset small --decoder aggregate",

@@ -2,8 +2,9 @@
 losses and the collapse thresholds follow from them), and how far a trained one is from it.
 
 In this order: the spectra of data; the closed forms; the same quantities of a model as it is; headroom, what more units would
-gain on top of any trained model; both side by side, and where they differ; `verify`, which checks a closed form by brute force. All in float64; moments are not centred. The closed forms take
-settings as numbers or as tensors (...,) of many and give {name: (..., d)}, per unit in the order of theta:
+gain on top of any trained model; both side by side, and where they differ; `verify`, which checks a closed form by brute
+force. All in float64; moments are not centred. The closed forms take settings as numbers or as tensors (...,) of many and give
+{name: (..., d)}, per unit in the order of theta:
   theta        what the theorem calls so: of each mode of the data, its root for VAE and HVAE, its variance for CVAE
   lambda       singular values of the encoder on whitened data: the std of E[z|x] (of E[z2|z1])
   omega        singular values of the decoder
@@ -241,10 +242,10 @@ def _singular_values(matrix, d):
     return _first(torch.linalg.svdvals(matrix), d)
 
 
-# Headroom. What a trained model, linear or not, leaves of a level's Gaussian target t, r = t - E_{z ~ q(z|u)}[mean of p(t|z)], may still be
-# linear in what the level's encoder reads, u (with a 1 at its end). Units that describe it would be those of a linear VAE of the
-# part of r that is linear in u, whose second moment is T = C A^+ C^T; C = E[r u^T], A = E[u u^T]: reverse water-filling of T, as in
-# theorem 2 of E. weight is that of -log p(t|z) in the loss, std is p(t|z)'s, beta the KL's weight.
+# Headroom. What a trained model, linear or not, leaves of a level's Gaussian target t, r = t - E_{z ~ q(z|u)}[mean of p(t|z)],
+# may still be linear in what the level's encoder reads, u (with a 1 at its end). Units that describe it would be those of a
+# linear VAE of the part of r that is linear in u, whose second moment is T = C A^+ C^T; C = E[r u^T], A = E[u u^T]: reverse
+# water-filling of T, as in theorem 2 of E. weight is that of -log p(t|z) in the loss, std is p(t|z)'s, beta the KL's weight.
 
 def level_of(beta, weight, std):
     """The variance that a mode needs if a unit is to pay for its KL: beta std^2 / weight."""

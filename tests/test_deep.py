@@ -300,6 +300,24 @@ class FlagsOfAll(unittest.TestCase):
                 torch.testing.assert_close(samples(0.0, 3.0), samples(1.0, 0.0))
                 self.assertGreater((samples(1.0, 1.0) - samples(0.0, 1.0)).abs().max().item(), 1e-4)
 
+    @torch.no_grad()
+    def test_temperature_of_the_delta_vaes_priors(self):
+        """At 0 the mean of the AR(1) prior, 0, and what the auxiliary prior's means lead to; at 2 draws of the former twice as far."""
+        model = MNIST_VAE_Delta.DeltaVAE(MNIST_VAE_Delta.Flags(d_hidden=4, num_ch=2, device="cpu")).float().eval()
+        model.auxiliary.of_step.normal_()
+        z, auxiliary = ({t: (torch.manual_seed(0), sample(3, t))[1] for t in (0.0, 1.0, 2.0)}
+                        for sample in (model.sample_z, model.auxiliary.sample))
+        self.assertFalse(z[0.0].any())
+        torch.testing.assert_close(z[2.0], 2 * z[1.0])
+        torch.testing.assert_close(auxiliary[0.0][1:], auxiliary[0.0][:2])        # all the same, and p(z_1)'s mean
+        torch.testing.assert_close(auxiliary[0.0][0, 0], model.auxiliary.of_step[0, :4])
+        torch.testing.assert_close(auxiliary[2.0][:, 0] - auxiliary[0.0][:, 0], 2 * (auxiliary[1.0][:, 0] - auxiliary[0.0][:, 0]))
+        drawn = []
+        with mock.patch.object(model.decoder, "sample", drawn.append):
+            for temperature in (0.0, 1.0):
+                model.samples(3, MNIST_VAE_Delta.Flags(temperature=temperature, device="cpu"))
+        self.assertEqual([bool((z - z[:1]).any()) for z in drawn], [False, False, True, True])
+
     def test_flips(self):
         """About half of the images are mirrored, left to right, the others as they were."""
         x = torch.rand(400, 3, 4, 4)

@@ -15,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import common
 import datasets
+import deep
 import report
 import training
 import MNIST_HVAE_DCT as dct
@@ -306,7 +307,7 @@ class Terms(unittest.TestCase):
                       dict(latents="1,1", d_z=2, d_hidden=3)):
             model, f, x = built(3, **flags)
             L, c_x = sum(map(int, f.latents.split(","))), x.shape[1]
-            sides = dvp.sides_of_latents(f)
+            sides = deep.sides_of_latents(f)
             units = {f"_{l}": (f.d_z or c_x) * sides[L - l]**2 for l in range(1, L + 1)} | {f"_{L + 1}": c_x * f.context_size**2}
             self.assertEqual((model.levels, model.learned_levels), (L + 1, L))
             terms = model(x, f)
@@ -461,46 +462,50 @@ class Vamp(unittest.TestCase):
         self.x, self.g = x, common.on_device(self.f, x)
 
     def mixture(self):
-        """p(z_2), its components from the pseudoinputs one by one."""
+        """p(z_2) by hand, its components from the pseudoinputs one by one: its mean and std (49,), and log p of z (n, 1, 7, 7)."""
         q = [next(self.model.train().top_down(1, self.model.encoder(u[None]), lambda l, p, q: q.mean))[1] for u in self.model.pseudoinputs()]
-        components = Normal(torch.cat([of.mean for of in q]).flatten(1), torch.cat([of.stddev for of in q]).flatten(1))
-        return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(5, dtype=D)),
-                                                     torch.distributions.Independent(components, 1))
+        means, variances = torch.cat([of.mean for of in q]).flatten(1), torch.cat([of.stddev for of in q]).flatten(1)**2
+        mean = means.mean(0)
+
+        def log_prob(z):
+            squares = (z.flatten(1)[:, None] - means)**2 / variances + (2 * math.pi * variances).log()
+            return ((-squares.sum(2) / 2).exp().mean(1)).log()
+        return mean, (variances.mean(0) + (means - mean).square().mean(0)).sqrt(), log_prob
 
     def test_begins_at_training_images(self):
         torch.testing.assert_close(self.model.pseudoinputs(), self.x[[0, 12, 25, 38, 51]].clamp(0.02, 0.98))
 
     @torch.no_grad()
     def test_density_moments_and_draws(self):
-        expected, p = self.mixture(), self.model.train().top_prior()
+        (mean, std, log_prob), p = self.mixture(), self.model.train().top_prior()
         z = torch.randn(7, 1, 7, 7, dtype=D)
-        torch.testing.assert_close(p.log_prob(z), expected.log_prob(z.flatten(1)))
-        torch.testing.assert_close(p.mean.flatten(), expected.mean)
-        torch.testing.assert_close(p.stddev.flatten(), expected.stddev)
+        torch.testing.assert_close(p.log_prob(z), log_prob(z))
+        torch.testing.assert_close(p.mean.flatten(), mean)
+        torch.testing.assert_close(p.stddev.flatten(), std)
         torch.manual_seed(0)
         drawn = p.draw(20_000, 1.0).flatten(1)
-        self.assertLess(((drawn.mean(0) - expected.mean).abs() / expected.stddev * 20_000**0.5).max().item(), 5)
-        torch.testing.assert_close(drawn.std(0), expected.stddev, rtol=0.05, atol=0)
-        which = (p.draw(200, 0.0).unsqueeze(1) - p.means).flatten(2).norm(dim=2)
+        self.assertLess(((drawn.mean(0) - mean).abs() / std * 20_000**0.5).max().item(), 5)
+        torch.testing.assert_close(drawn.std(0), std, rtol=0.05, atol=0)
+        which = (p.draw(200, 0.0).unsqueeze(1) - p.each.mean).flatten(2).norm(dim=2)
         self.assertEqual(which.min(1).values.max().item(), 0)     # at temperature 0 a component's mean, of each some
         self.assertEqual(set(which.argmin(1).tolist()), set(range(5)))
 
     @torch.no_grad()
     def test_terms(self):
         """In evaluation, after `settle`: the top level's term at each draw, log_w, and units to a Gaussian of the mixture's moments."""
-        expected, model = self.mixture(), self.model.settle().eval()
+        (mean, std, log_prob), model = self.mixture(), self.model.settle().eval()
         x, seen = self.x[:2].round(), []
-        real = dvp.draw
-        with mock.patch.object(dvp, "draw", lambda q, *more: seen.append((q, real(q, *more))) or seen[-1][1]):
+        real = deep.draw
+        with mock.patch.object(deep, "draw", lambda q, *more: seen.append((q, real(q, *more))) or seen[-1][1]):
             terms = model(x, self.g, sample_shape=(3,))
         (q, z), (q_1, z_1) = seen
         log_q = q.log_prob(z).flatten(1).sum(1)
-        kl = (log_q - expected.log_prob(z.flatten(1))).view(3, 2, 1)
+        kl = (log_q - log_prob(z)).view(3, 2, 1)
         torch.testing.assert_close(terms["kl_2"], kl)
         p_1 = list(model.top_down(6, None, lambda l, p, q: z if l == 2 else z_1))[1][0]
         of_1 = (p_1.log_prob(z_1) - q_1.log_prob(z_1)).flatten(1).sum(1).view(3, 2)
         torch.testing.assert_close(terms["log_w"], terms["log_px_z"] + of_1 - kl[..., 0])
-        matched = Normal(expected.mean.view(1, 7, 7), expected.stddev.view(1, 7, 7))
+        matched = Normal(mean.view(1, 7, 7), std.view(1, 7, 7))
         torch.testing.assert_close(terms["unit_kl_2"], kl_divergence(q, matched).flatten(1).view(3, 2, 49))
         self.assertEqual({name: tuple(of.shape[2:]) for name, of in terms.items()}, {
             "log_px_z": (), "log_w": (), "kl_1": (196,), "mean_1": (196,), "kl_2": (1,), "unit_kl_2": (49,), "mean_2": (49,)})
@@ -520,8 +525,8 @@ class Vamp(unittest.TestCase):
         data = datasets.Data("digits", (x,), (x,))
         model = dvp.train(training.build(dvp.model_of, f, data), common.on_device(f, x), data, loop)
         p = model.train().top_prior()
-        torch.testing.assert_close(model.top_mean, p.means)
-        torch.testing.assert_close(model.top_std, p.stds)
+        torch.testing.assert_close(model.top_mean, p.each.mean)
+        torch.testing.assert_close(model.top_std, p.each.stddev)
         begun = x[[0, 1, 3, 4, 6]].clamp(0.02, 0.98)
         self.assertTrue(0 < (model.pseudoinputs() - begun).abs().max().item() < 0.1)
 
@@ -586,8 +591,7 @@ class Training(unittest.TestCase):
         self.assertLess(losses[-1], 0.9 * losses[0])
 
     def test_backbone_is_that_of_the_ladder(self):
-        for name in ("finest_side", "sides_of_latents", "Bottleneck", "Head", "scaled", "Encoder", "Latent", "normal",
-                     "LogisticMixture", "draw"):
+        for name in ("Bottleneck", "Head", "Encoder", "Latent", "normal"):
             self.assertEqual(inspect.getsource(getattr(dvp, name)), inspect.getsource(getattr(ladder, name)))
         for name in ("UNet", "UNetBlock", "Attention", "group_norm"):
             self.assertEqual(inspect.getsource(getattr(dvp, name)), inspect.getsource(getattr(dct, name)))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import deep
 import report
 import training
 import MNIST_HVAE_DCT as dct
@@ -108,7 +109,7 @@ class Terms(unittest.TestCase):
         for latents, num_ch, d_hidden, linear_path in (("2,1", 4, 0, True), ("0,2", 3, 5, False), ("3,0", 2, 3, True)):
             model, f, x = model_and_images(3, moved=0.5, latents=latents, num_ch=num_ch, d_hidden=d_hidden, linear_path=linear_path)
             random = torch.Generator().manual_seed(2)
-            noise = [torch.randn(3, 1, side, side, generator=random, dtype=x.dtype) for side in ladder.sides_of_latents(f)]
+            noise = [torch.randn(3, 1, side, side, generator=random, dtype=x.dtype) for side in deep.sides_of_latents(f)]
             with mock.patch.object(common, "normal_like", side_effect=noise):
                 terms = model.eval()(x, f)
             hand = by_hand(model, x, noise)
@@ -125,7 +126,7 @@ class Terms(unittest.TestCase):
         torch.manual_seed(3)
         for level in (1, 2):
             z_above = torch.randn(1, 1, 7, 7, dtype=x.dtype).expand(1000, -1, -1, -1)
-            drawn = list(model.top_down(1000, features, lambda l, p, q: z_above if l > level else ladder.draw(q)))
+            drawn = list(model.top_down(1000, features, lambda l, p, q: z_above if l > level else deep.draw(q)))
             p, q, z = drawn[2 - level]
             log_ratio = ((z - p.mean)**2 / p.stddev**2 - (z - q.mean)**2 / q.stddev**2) / 2 + (p.stddev / q.stddev).log()
             kl = torch.distributions.kl_divergence(q, p)
@@ -160,7 +161,7 @@ class Terms(unittest.TestCase):
         """The last convolutions of both blocks start at zero: without the linear path prior and posterior are N(0, I), and every
         KL is 0; with it they are linear in what they read."""
         model, f, x = model_and_images(2, latents="2,2", num_ch=4, linear_path=False)
-        drawn = list(model.top_down(2, model.encoder(x), lambda l, p, q: ladder.draw(q)))
+        drawn = list(model.top_down(2, model.encoder(x), lambda l, p, q: deep.draw(q)))
         for p, q, _ in drawn:
             for value, at_start in ((p.mean, 0), (p.stddev, 1), (q.mean, 0), (q.stddev, 1)):
                 self.assertTrue(torch.equal(value, torch.full_like(value, at_start)))
@@ -205,7 +206,7 @@ class Terms(unittest.TestCase):
     def test_the_pixels_do_not_see_the_state(self):
         """With z held, log p(x|z) has no gradient in anything but the two convolutions from the sum of latents."""
         model, f, x = model_and_images(2, moved=0.5, latents="1,2", num_ch=3)
-        with mock.patch.object(ladder, "draw", lambda q: torch.ones_like(q.mean)):
+        with mock.patch.object(deep, "draw", lambda q: torch.ones_like(q.mean)):
             model(x, f)["log_px_z"].sum().backward()
         reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         self.assertEqual(reached, {"z_to_x"})
@@ -217,7 +218,7 @@ class Terms(unittest.TestCase):
         model.encoder.register_forward_hook(lambda module, args, out: seen.extend(e.dtype for e in out.values()))
         with torch.autocast("cpu", torch.bfloat16):
             terms = model(x, common.on_device(f, x))
-            drawn = model.top_down(2, model.encoder(x), lambda l, p, q: ladder.draw(q))
+            drawn = model.top_down(2, model.encoder(x), lambda l, p, q: deep.draw(q))
             values = [value for p, q, z in drawn for value in (p.mean, p.stddev, q.mean, q.stddev, z)]
         self.assertEqual(set(seen), {torch.bfloat16})
         self.assertEqual({value.dtype for value in (*terms.values(), *values)}, {torch.float32})
@@ -230,13 +231,13 @@ class Settings(unittest.TestCase):
                 ("2,0", 5, "auto", [7] * 2), ("1,0,2", 2, "cifar10", [8, 32, 32])):
             with self.subTest(latents=latents, num_ch=num_ch, dataset=dataset):
                 model, f, x = model_and_images(2, latents=latents, num_ch=num_ch, dataset=dataset)
-                self.assertEqual(ladder.sides_of_latents(f), sides)
+                self.assertEqual(deep.sides_of_latents(f), sides)
                 L, c_x = len(sides), x.shape[1]
                 units = {f"kl_{L - i}": c_x * side**2 for i, side in enumerate(sides)}
                 small.terms_in_shape(self, model, x, f, units)
                 zs = [[], []]
                 for k, features in enumerate((None, model.encoder(x))):
-                    zs[k] = [tuple(z.shape) for p, q, z in model.top_down(2, features, lambda l, p, q: ladder.draw(q or p))]
+                    zs[k] = [tuple(z.shape) for p, q, z in model.top_down(2, features, lambda l, p, q: deep.draw(q or p))]
                 self.assertEqual(zs, [[(2, c_x, side, side) for side in sides]] * 2)
                 images = [model.samples(2, f), *(model.reconstruct(x, f, keep) for keep in range(L + 1)),
                           *model.reconstructions(x, f).values()]
@@ -251,7 +252,7 @@ class Settings(unittest.TestCase):
             self.assertIn(f"--latents: got {text!r}, wants", err)
 
     def test_deepest_latents(self):
-        self.assertEqual(ladder.sides_of_latents(ladder.Flags(latents="1,0,0,0,0,1", dataset="cifar10")), [1, 32])
+        self.assertEqual(deep.sides_of_latents(ladder.Flags(latents="1,0,0,0,0,1", dataset="cifar10")), [1, 32])
 
 
 class Reconstructions(unittest.TestCase):
@@ -302,8 +303,8 @@ class Reconstructions(unittest.TestCase):
 class Logistics(unittest.TestCase):
     def parameters(self, n, c_x, seed, log_scale):
         random = torch.Generator().manual_seed(seed)
-        K = ladder.LogisticMixture.K
-        parameters = torch.randn(n, K * ladder.LogisticMixture.n(c_x), 1, 1, generator=random, dtype=torch.float64)
+        K = deep.LogisticMixture.K
+        parameters = torch.randn(n, K * deep.LogisticMixture.n(c_x), 1, 1, generator=random, dtype=torch.float64)
         parameters[:, K * (1 + c_x):K * (1 + 2 * c_x)] += log_scale
         return parameters
 
@@ -311,16 +312,16 @@ class Logistics(unittest.TestCase):
         """Over the 256 values of one colour, and the 65,536 of two, at scales from far below a bin to far above the range."""
         values = torch.arange(256.0, dtype=torch.float64) / 255
         for log_scale in (-9, -5, -2, 0, 3, 8):
-            p = ladder.LogisticMixture(self.parameters(4, 1, 1, log_scale), 1)
+            p = deep.LogisticMixture(self.parameters(4, 1, 1, log_scale), 1)
             log_px = p.log_prob(values.view(256, 1, 1, 1, 1).expand(-1, 4, -1, -1, -1))
             torch.testing.assert_close(log_px.exp().sum(0), torch.ones(4, 1, 1, dtype=torch.float64), rtol=1e-10, atol=0)
         pairs = torch.cartesian_prod(values, values).view(-1, 1, 2, 1, 1)
-        total = ladder.LogisticMixture(self.parameters(1, 2, 2, -2), 2).log_prob(pairs).exp().sum()
+        total = deep.LogisticMixture(self.parameters(1, 2, 2, -2), 2).log_prob(pairs).exp().sum()
         self.assertAlmostEqual(total.item(), 1, places=10)
 
     def test_against_the_difference_of_sigmoids(self):
         parameters = self.parameters(1, 3, 3, -2)
-        p = ladder.LogisticMixture(parameters, 3)
+        p = deep.LogisticMixture(parameters, 3)
         weights, free, scales = p.log_weights[0, :, 0, 0].exp(), p.means[0, :, :, 0, 0], p.scales[0, :, :, 0, 0]
         slopes = torch.tanh(parameters[0, -30:, 0, 0]).view(10, 3)       # green on red, blue on red, blue on green
         for x in ((0, 0, 0), (255, 255, 255), (0, 128, 255), (17, 200, 90)):
@@ -342,7 +343,7 @@ class Logistics(unittest.TestCase):
         parameters = self.parameters(1, 1, 6, 0)
         for log_scale, counts_as in ((-6.9, -6.9), (-7.1, -7.0)):
             parameters[:, 20:] = log_scale
-            scales = ladder.LogisticMixture(parameters, 1).scales
+            scales = deep.LogisticMixture(parameters, 1).scales
             torch.testing.assert_close(scales, torch.full_like(scales, math.exp(counts_as)), rtol=1e-12, atol=0)
 
     def test_mean(self):
@@ -351,7 +352,7 @@ class Logistics(unittest.TestCase):
         parameters = self.parameters(4, 1, 4, 0)
         parameters[:, 10:20] *= 0.2
         parameters[:, 20:] = -5.0
-        p = ladder.LogisticMixture(parameters, 1)
+        p = deep.LogisticMixture(parameters, 1)
         expected = (p.log_prob(values.view(256, 1, 1, 1, 1).expand(-1, 4, -1, -1, -1)).exp() * values.view(-1, 1, 1, 1)).sum(0)
         torch.testing.assert_close(p.mean[:, 0], expected, rtol=0, atol=1e-3)
 
@@ -360,7 +361,7 @@ class Logistics(unittest.TestCase):
         for log_scale in (-20.0, 20.0):
             parameters = self.parameters(2, 3, 5, log_scale).float().requires_grad_()
             x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, 3, -1, -1)
-            p = ladder.LogisticMixture(parameters, 3)
+            p = deep.LogisticMixture(parameters, 3)
             self.assertGreaterEqual(p.scales.min().item(), math.exp(-7.001))
             p.log_prob(x).sum().backward()
             self.assertTrue(parameters.grad.isfinite().all())
@@ -371,7 +372,7 @@ class Logistics(unittest.TestCase):
         parameters = self.parameters(1, 2, 7, 0)
         parameters[:, 10:30] *= 0.1
         parameters[:, 30:50] = -5.0
-        p = ladder.LogisticMixture(parameters, 2)
+        p = deep.LogisticMixture(parameters, 2)
         pairs = torch.cartesian_prod(values, values).view(-1, 1, 2, 1, 1)
         expected = (p.log_prob(pairs).exp().unsqueeze(2) * pairs).sum(0)
         torch.testing.assert_close(p.mean, expected, rtol=0, atol=1e-3)
