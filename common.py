@@ -179,9 +179,8 @@ def _values(field, text):
 def parse_flags(Flags, argv=None):
     """The settings of a command line: one `Flags` per combination of the listed values, the script's own flags first.
 
-    Any flag takes one value, a list 0.1,0.5,1.0 or an inclusive range 0.1:5.0:0.1. Whatever is wrong with argv
-    (default: sys.argv[1:]), with the device or with the output folder ends the program here: status 2, one line, the
-    flag named.
+    Any flag takes one value, a list 0.1,0.5,1.0 or an inclusive range 0.1:5.0:0.1. Whatever is wrong with argv (default:
+    sys.argv[1:]), with the device or with the output folder ends the program here: status 2, one line, the flag named.
     """
     argv = getattr(Flags, "expanded", list)(sys.argv[1:] if argv is None else argv)
     own, shared = own_and_shared(Flags)
@@ -201,8 +200,9 @@ def parse_flags(Flags, argv=None):
         name = word[2:].partition("=")[0]
         if word.startswith("--") and name not in fields and name != "help":
             parser.error(f"--{name}: no such flag; the nearest is --{difflib.get_close_matches(name, fields, 1, 0)[0]}")
-        alone = i + 1 == len(argv) or argv[i + 1].startswith("--")
-        if alone and word == f"--{name}" and name in fields and isinstance(fields[name].default, bool):
+        if word == f"--{name}" != "--help" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            if not isinstance(fields[name].default, bool):
+                parser.error(f"--{name}: got no value, wants {_wanted(fields[name])}")
             argv[i] += "=true"                            # --overwrite alone means true
     options, rest = parser.parse_args(argv)
     if rest:

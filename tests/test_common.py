@@ -134,7 +134,9 @@ class Refused(unittest.TestCase):
 
     def test_value_without_a_flag_and_flag_without_a_value(self):
         self.refuse(["0.5"], "'0.5'")
-        self.refuse(["--beta_1"], "--beta_1")
+        self.refuse(["--beta_1"], "--beta_1: got no value, wants a number at least 0")
+        self.refuse(["--beta_1", "--num_epochs", "1"], "--beta_1: got no value, wants a number at least 0")
+        self.refuse(["--out_dir", "--overwrite"], "--out_dir: got no value, wants text")
 
     def test_out_dir_that_cannot_be_written(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import unittest
 from unittest import mock
@@ -146,16 +144,14 @@ class Killed(OfScripts):
 
 class ManyProcesses(OfScripts):
     def test_two_are_one_with_the_doubled_batch(self):
-        """Five steps of each script: the curves of two processes, by torchrun, and of one with batches twice as large."""
+        """Five steps of each script: the curves of two processes, as by torchrun, and of one with batches twice as large."""
         small.write_mnist(self.folder / "data")
         commands = {script.__name__: self.argv(script, "two", num_epochs=5, batch_size=128) for script in SMALL}
         (self.folder / "all.py").write_text(
-            f"import sys, importlib; sys.path.insert(0, {str(small.ROOT)!r})\nimport common, pictures\npictures.draw_run = print\n"
-            + f"common.run(lambda: max(importlib.import_module(name).main(argv) for name, argv in {commands!r}.items()))\n")
-        ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                                str(self.folder / "all.py")], capture_output=True, text=True, timeout=300,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-        self.assertEqual(ended.returncode, 0, ended.stderr)
+            "import importlib, common\n"
+            f"common.run(lambda: max(importlib.import_module(name).main(argv) for name, argv in {commands!r}.items()))\n")
+        both, _, errs = small.two_processes(self, self.folder / "all.py", [], self.folder, "two")
+        self.assertEqual(small.ended(both, 300), [0, 0], [err.read_text() for err in errs])
         for script in SMALL:
             with mock.patch("pictures.draw_run"):
                 status, _, err = small.call(script.main, *self.argv(script, "one", num_epochs=5, batch_size=256))

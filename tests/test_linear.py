@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ class Models(unittest.TestCase):
             def loss():
                 return model.loss(model(*data.train, g), g).mean()
 
-            optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, history_size=30, tolerance_change=0,
+            optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, history_size=5, tolerance_change=0,
                                           tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
             def closure():
@@ -140,7 +141,7 @@ class Models(unittest.TestCase):
             for _ in range(200):
                 gaps.append(report.check(model, f, data, {})["gap"])
                 optimizer.step(closure)
-                if gaps[-1] < 1e-5 or len(gaps) > 1 and gaps[-2] - gaps[-1] < 1e-8:
+                if gaps[-1] < 1e-4 or len(gaps) > 1 and gaps[-2] - gaps[-1] < 1e-8:
                     break
             beside = report.check(model, f, data, {})
             gaps.append(beside["gap"])
@@ -258,9 +259,10 @@ class CommandLines(small.InFolder):
         small.write_mnist(self.folder / "data")
 
     def run_script(self, script, *argv):
-        status, out, err = small.call(
-            script.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs", "--num_epochs", 2,
-            "--num_samples", 20, "--device", "cpu", *argv)
+        with mock.patch("pictures.draw_run"):                 # of each setting; theirs of grids are drawn
+            status, out, err = small.call(
+                script.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs", "--num_epochs", 2,
+                "--num_samples", 20, "--device", "cpu", *argv)
         self.assertEqual(status, 0, err)
         return out
 

@@ -146,7 +146,7 @@ class Made(small.InFolder):
 
     def test_a_diverged_setting_says_so(self):
         with mock.patch.dict(reproduce.EXPERIMENTS["table_vae_sigma"].__dict__, commands=[
-                "MNIST_HVAE_Relu.py --lr 1e6,0.001 --d_hidden 8 --num_samples 0 --batch_size 8"]):
+                "MNIST_HVAE_Relu.py --lr 1e6,0.001 --d_hidden 8 --num_samples 0 --batch_size 8"]), mock.patch("pictures.draw_run"):
             status, _, err = self.call("table_vae_sigma")
         self.assertEqual(status, 1)
         text = (self.folder / "results" / "table_vae_sigma.md").read_text()

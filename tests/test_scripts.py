@@ -11,6 +11,7 @@ import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -148,9 +149,13 @@ class CommandLine(small.WithMnist):
         """Trained and evaluated anew, not shown again."""
         found = []
         for out_dir in ("once", "again"):
-            process = self.start("MNIST_HVAE_Relu.py", "--out_dir", out_dir, "--num_epochs", "2", "--num_samples", "20",
-                                 "--beta_1", "0.5,1", "--device", "cpu")
-            out, err = process.communicate(timeout=120)
+            out, err = (self.folder / f"{out_dir}.{stream}" for stream in ("out", "err"))
+            process = small.FORKS.Process(target=small.as_command, args=("MNIST_HVAE_Relu.py", [
+                "--out_dir", out_dir, "--num_epochs", 2, "--num_samples", 20, "--beta_1", "0.5,1", "--device", "cpu",
+                "--data_dir", "data"], self.folder, out, err))
+            process.start()
+            process.join(120)
+            out, err = out.read_text(), err.read_text()
             self.assertIn("training 2 settings: epoch 2/2", err)
             results = [json.loads(path.read_text()) for path in sorted((self.folder / out_dir).rglob("result.json"))]
             found.append((out, [(result["metrics"], result["curves"]) for result in results]))
@@ -190,9 +195,10 @@ class Grids(small.InFolder):
         small.write_mnist(self.folder / "data")
 
     def run_grid(self, *argv):
-        status, out, err = small.call(
-            MNIST_HVAE_Relu.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs",
-            "--d_hidden", 16, "--num_epochs", 1, "--num_samples", 0, "--device", "cpu", *argv)
+        with mock.patch("pictures.draw_run"):                 # those of each setting take most of the time
+            status, out, err = small.call(
+                MNIST_HVAE_Relu.main, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs",
+                "--d_hidden", 16, "--num_epochs", 1, "--num_samples", 0, "--device", "cpu", *argv)
         self.assertEqual(status, 0, err)
         table = out.strip().split("\n\n")[0]
         return [line.split() for line in table.split("\n")[1:]], err
