@@ -3,17 +3,22 @@
     python reproduce.py                                   # lists them
     python reproduce.py table_cvae figure_cvae_beta
     python reproduce.py --all --seed 1,2,3
+    torchrun --nproc_per_node=4 reproduce.py --all        # commands dealt over four processes
 
-Each lands in results/: <name>.md and <name>.csv, and <name>.png where there is something to see. Dang et al. (2024, arXiv
-2306.05023); both objectives where theirs counts the reconstruction twice. What is finished is not trained again.
+Each lands in results/: <name>.md and <name>.csv, and <name>.png where there is something to see; README.md there shows them all,
+each with what comments.md says of it. Dang et al. (2024, arXiv 2306.05023); both objectives where theirs counts the reconstruction
+twice. What is finished is not trained again: after a kill, the same command.
 """
 import contextlib
 import csv
 import datetime
 import importlib
 import io
+import os
+import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -460,6 +465,10 @@ def seconds(result):
     return sum(of / (result.get("side_by_side", 1) if name == "train" else 1) for name, of in result["seconds"].items())
 
 
+def minutes(seconds):
+    return f"{sum(seconds) / 60:.0f} min"
+
+
 def measured(result):
     """{column: value} of one result: its metrics, or how it compares with a theorem."""
     metrics = dict(result["metrics"] or {}) if "metrics" in result else {}
@@ -529,7 +538,8 @@ def tables(name, experiment, runs):
     seeds = sorted({f.seed for run in runs for f in run.settings})
     about = (f"{', '.join(dict.fromkeys(r['dataset'] for run in runs for r in run.results))}; {first['device']}; "
              f"python {first['versions']['python']}, torch {first['versions']['torch']}; epochs {', '.join(map(str, epochs)) or '-'}; "
-             f"seed {', '.join(map(str, seeds))}; {datetime.date.today()}; nats per test example")
+             f"seed {', '.join(map(str, seeds))}; {minutes(seconds(r) for run in runs for r in run.results)}; {datetime.date.today()}; "
+             "nats per test example")
     picture = [f"\n![{experiment.asks}]({name}.png)"] if experiment.draw else []
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
@@ -545,14 +555,90 @@ def show(f, seeds):
         runs = [Run(command, f, seeds) for command in experiment.commands]
         done, wanted = [result for run in runs for result in run.results], sum(len(run.settings) for run in runs)
         print(f"{name}: {experiment.asks}\n    {len(done)} of {wanted} settings finished"
-              + (f", which took {sum(map(seconds, done)) / 60:.0f} min" if done else ""), end="")
+              + (f", which took {minutes(map(seconds, done))}" if done else ""), end="")
         with contextlib.suppress(OSError), open(Path(f.results_dir, f"{name}.csv")) as file:
             rows = list(csv.DictReader(file))
-            print(f"; {Path(f.results_dir, name)}: {len(rows)} settings in {sum(float(row['seconds']) for row in rows) / 60:.0f} min "
+            print(f"; {Path(f.results_dir, name)}: {len(rows)} settings in {minutes(float(row['seconds']) for row in rows)} "
                   f"on {rows[0]['device']}", end="")
         print()
         for command in experiment.commands:
             print(f"    python {command}")
+
+
+SHORT = 12                                                # rows of tables that README.md shows
+
+
+def section(markdown, name):
+    """A result's part of README.md, of its <name>.md: the tables only where they are short, else where they are."""
+    _, asks, about, *parts = markdown.strip().split("\n\n")
+    tables = [part for part in parts if part.startswith("|") or part.startswith("`")]
+    if sum(part.count("\n| ") for part in tables) > SHORT:
+        parts = [part for part in parts if part not in tables]
+    where = f"{about}. Table: [.md]({name}.md), [.csv]({name}.csv)"
+    return "\n\n".join([f"## {name}", f"*{asks}* {where}", *parts])
+
+
+def write_readme(folder):
+    """README.md of all results that are in this folder, and of comments.md: what stands there before its first heading comes first,
+    what under a result's name below that result, all else at the end."""
+    path = Path(folder, "comments.md")
+    first, *comments = re.split(r"^## ", path.read_text() if path.exists() else "# Results", flags=re.M)
+    comments, parts = {name: text for name, _, text in (part.partition("\n") for part in comments)}, [first.strip()]
+    for name in EXPERIMENTS:
+        comment = comments.pop(name, "").strip()
+        with contextlib.suppress(FileNotFoundError):
+            parts += [section(Path(folder, f"{name}.md").read_text(), name), *([comment] if comment else [])]
+    parts += [f"## {name}\n{text.rstrip()}" for name, text in comments.items()]
+    files.write(Path(folder, "README.md"), lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
+
+
+def expected(f, runs):
+    """The seconds that each run's unfinished settings may take, from the tables in --results_dir; of commands without one the mean."""
+    took = {}
+    for path in Path(f.results_dir).glob("*.csv"):
+        with open(path) as file:
+            for row in csv.DictReader(file):
+                took.setdefault(row["command"], []).append(float(row["seconds"]))
+    took = {command: np.mean(of) for command, of in took.items()}
+    usual = np.mean([60.0, *took.values()])
+    return [(len(run.settings) - len(run.results)) * took.get(run.command, usual) for run in runs]
+
+
+def deal(costs, world):
+    """The places of the runs of so many costs that each of so many processes makes: the dearest first, each to whom has least to do."""
+    hands, sums = [[] for _ in range(world)], [0.0] * world
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        least = sums.index(min(sums))
+        hands[least].append(place)
+        sums[least] += costs[place] + 1                   # of a finished one: it is looked at
+    return hands
+
+
+@contextlib.contextmanager
+def alone():
+    """Within, this process is the only one for a script, but for its GPU."""
+    kept = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+class Progress:
+    """A line on stderr before each of some runs: how many, the time so far, and the time left if all take as they were expected to."""
+
+    def __init__(self, costs):
+        rank, world = common.processes()
+        self.who, self.costs, self.begun, self.done = f"process {rank}: " if world > 1 else "", costs, time.monotonic(), 0
+
+    def make(self, run):
+        spent, before = time.monotonic() - self.begun, sum(self.costs[:self.done])
+        left = sum(self.costs[self.done:]) * (spent / before if before else 1.0)
+        spent, left = (datetime.timedelta(seconds=round(of)) for of in (spent, left))
+        self.done += 1
+        print(f"{self.who}command {self.done} of {len(self.costs)}, {spent}, about {left} left: python {run.command}", file=sys.stderr, flush=True)
+        with alone():
+            return run.make()
 
 
 def main(argv=None):
@@ -571,15 +657,28 @@ def main(argv=None):
     if not names:
         show(f, seeds)
         return 0
-    status = 0
-    for name in names:
-        runs = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
-        status = max([status, *(run.make() for run in runs)])
+    made = {name: [Run(command, f, seeds) for command in EXPERIMENTS[name].commands] for name in names}
+    runs, (rank, world), status = [run for of in made.values() for run in of], common.processes(), 0
+    costs = expected(f, runs)
+    if world > 1:                                         # then process 0 finds all of it finished
+        hand = deal(costs, world)[rank]
+        progress = Progress([costs[place] for place in hand])
+        with contextlib.redirect_stdout(io.StringIO()):
+            for place in hand:
+                progress.make(runs[place])
+        common.meet()
+        if rank > 0:
+            return 0
+        costs = [0.0] * len(runs)
+    progress = Progress(costs)
+    for name, runs in made.items():
+        status = max([status, *(progress.make(run) for run in runs)])
         markdown, table = tables(name, EXPERIMENTS[name], runs)
         if EXPERIMENTS[name].draw:
             EXPERIMENTS[name].draw(Path(f.results_dir, f"{name}.png"), runs)
         files.write(Path(f.results_dir, f"{name}.csv"), lambda file: file.write(table.encode()))
         files.write(Path(f.results_dir, f"{name}.md"), lambda file: file.write(markdown.encode()))
+        write_readme(f.results_dir)
         print(f"made: {Path(f.results_dir, name)}.md", file=sys.stderr)
     return status
 

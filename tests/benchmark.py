@@ -13,7 +13,7 @@ one by one: the deep ones do, and on a CPU those with convolutions.
 
 `python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, with the flags that it was given, `...
 whole` the time of MNIST_CVAE_Relu.py from start to table beside a straightforward script's, both with any flags added
-(--data_dir), and `... cuda` what only a GPU can show.
+(--data_dir), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
 """
 import collections
 import contextlib
@@ -22,6 +22,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,12 +31,14 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import datasets
 import deep
+import pictures
 import report
 import training
 import MNIST_CVAE_Relu
@@ -53,6 +56,11 @@ DEEP = {"latents": "2,2", "num_ch": 8, "diffusion_ch": 8, "batch_size": 100, "nu
 
 ON_CUDA = {"auxiliary_epochs": 1}                         # the same on a GPU, where the defaults do
 STEPS = 20, 60                                            # of a deep model there: what the difference takes is a step's time
+
+# Of the main job, each alone: training rows, settings side by side, hidden units, and draws of the log-likelihood of IMAGES images.
+GROWTH = {"rows": (1_000, 3_000, 10_000, 30_000, 60_000), "settings": (1, 3, 10, 25, 50), "d_hidden": (64, 128, 256, 512, 1_024),
+          "draws": (10, 100, 1_000, 10_000)}
+GROWTH_PNG = small.ROOT / "results" / "growth.png"
 
 
 def quietly():
@@ -292,6 +300,49 @@ def whole(argv):
           f"log-likelihood {evaluation:.0f} s; {(training + evaluation) / ours:.1f} times as long")
 
 
+def grown(what, value, rows, epochs):
+    """In a process of its own: the seconds of an epoch of MNIST_HVAE_Relu.py, or of evaluating its draws, where one thing is of this
+    size; and the process's peak memory in GiB, on a GPU the GPU's."""
+    flags = {"d_hidden": {"d_hidden": value}, "draws": {"num_samples": value}}.get(what, {})
+    f = MNIST_HVAE_Relu.Flags(num_epochs=epochs, **flags)
+    device = common.device_of(f)
+    x = torch.rand(value if what == "rows" else rows, 784, device=device)
+    data = datasets.Data("random", (x,), (x[:IMAGES[device.type]],))
+    if what == "draws":
+        model = training.build(MNIST_HVAE_Relu.HVAE, f, data).eval()
+        took = statistics.median(seconds(lambda: report.evaluate(model, f, data), device) for _ in range(epochs))
+    else:
+        settings = [dataclasses.replace(f, beta_1=0.1 * (k + 1)) for k in range(value if what == "settings" else 1)]
+        took = seconds(lambda: training.train_group(MNIST_HVAE_Relu.HVAE, settings, data), device) / epochs
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return took, peak
+
+
+def growth():
+    """A table and a picture, on logarithmic axes, of time and memory over what grows; the exponents are of the largest three sizes,
+    where fixed costs no longer hide it."""
+    print(f"{common.device_name(common.device_of(MNIST_HVAE_Relu.Flags()))}, torch {torch.__version__}; {EXAMPLES:,} rows but where they "
+          f"grow, {EPOCHS} epochs; a process each")
+    rows, panels = [["what", "size", "seconds", "peak GiB"]], []
+    for what, sizes in GROWTH.items():
+        with small.FORKS.Pool(1, maxtasksperchild=1) as pool:
+            found = pool.starmap(grown, [(what, size, EXAMPLES, EPOCHS) for size in sizes], chunksize=1)
+        rows += [[what, f"{size:,}", f"{took:.3f}", f"{peak:.2f}"] for size, (took, peak) in zip(sizes, found)]
+        for name, of in zip(("seconds", "peak GiB"), zip(*found)):
+            exponent = np.polyfit(np.log(sizes[-3:]), np.log(of[-3:]), 1)[0]
+            panels.append((what, name, sizes, of, exponent))
+    common.print_rows(rows)
+    for what, name, _, _, exponent in panels:
+        print(f"{name} over {what}: exponent {exponent:.2f}")
+
+    def draw(axes):
+        for ax, (what, name, sizes, of, exponent) in zip(axes.T.flat, panels):
+            ax.loglog(sizes, of, "o-", label=f"exponent {exponent:.2f}")
+            ax.set(xlabel=what, ylabel=f"{name} of an evaluation" if what == "draws" else f"{name} of an epoch")
+            ax.legend(fontsize=7)
+    pictures.save_figure(GROWTH_PNG, len(GROWTH), 2, 3.2, 2.6, "", draw)
+
+
 def of_steps(Model, f, data, module, count):
     """The seconds of so many training steps of one setting, and of what comes before the first."""
     rows = slice(count * f.batch_size)
@@ -355,7 +406,7 @@ def on_cuda(device="cuda"):
 
 def main(argv=None):
     what, *argv = (sys.argv[1:] if argv is None else argv) or ["ratios"]
-    works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "cuda": on_cuda}
+    works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "growth": growth, "cuda": on_cuda}
     if what not in works:
         sys.exit(f"python -m tests.benchmark {what}: wants one of {', '.join(works)}")
     works[what]()

@@ -6,6 +6,7 @@ import sys
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
 
 import training
@@ -86,6 +87,22 @@ class Modes(small.InFolder):
         self.assertRegex(line, r"^MNIST_CVAE_Relu.py from start to table: \d+ s; .* training \d+ s, log-likelihood \d+ s; \d")
         self.assert_positive(re.search(r"table: (\d+) s; .* (\S+) times as long$", line).groups())
 
+    def test_growth(self):
+        """Each size in a process of its own, and exponents of the largest three."""
+        sizes = {"rows": (100, 200), "settings": (1, 2), "d_hidden": (8, 16), "draws": (1, 10, 100, 1000)}
+        with mock.patch.object(benchmark, "GROWTH", sizes), mock.patch.object(benchmark, "GROWTH_PNG", self.folder / "growth.png"):
+            first, names, *rows = self.printed("growth")
+        self.assertEqual(names.split(), ["what", "size", "seconds", "peak", "GiB"])
+        table, exponents = [row.split() for row in rows[:10]], rows[10:]
+        self.assertEqual([row[:2] for row in table], [[what, f"{size:,}"] for what, of in sizes.items() for size in of])
+        for row in table:
+            self.assert_positive(row[2:])
+        self.assertEqual(len(exponents), 8)
+        found = float(re.fullmatch(r"seconds over draws: exponent (-?\d\.\d\d)", exponents[-2])[1])
+        expected = np.polyfit(np.log([10, 100, 1000]), np.log([float(row[2]) for row in table[-3:]]), 1)[0]
+        self.assertAlmostEqual(found, expected, delta=0.1)    # of times that are printed in milliseconds
+        self.assertTrue((self.folder / "growth.png").read_bytes().startswith(b"\x89PNG"))
+
     def test_cuda_on_any_device(self):
         with mock.patch.object(benchmark, "MNIST", (32, 8)), mock.patch.object(benchmark, "STEPS", (1, 2)), \
                 mock.patch.object(benchmark, "ON_CUDA", DEEP):
@@ -119,7 +136,7 @@ class Modes(small.InFolder):
 
     def test_no_such_mode(self):
         status, out, _ = small.call(benchmark.main, "speed")
-        self.assertEqual((status, out), ("python -m tests.benchmark speed: wants one of ratios, scripts, whole, cuda", ""))
+        self.assertEqual((status, out), ("python -m tests.benchmark speed: wants one of ratios, scripts, whole, growth, cuda", ""))
 
 
 class PlainDeep(unittest.TestCase):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tempfile
+import time
 import unittest
 from unittest import mock
 
@@ -29,11 +30,17 @@ class Made(small.InFolder):
 
     def test_a_table_and_a_figure_of_the_same_runs(self):
         """Every row of the table is its result.json, exact and released objective; the figure trains nothing anew."""
+        (self.folder / "results").mkdir()
+        (self.folder / "results" / "comments.md").write_text(
+            "# All\n\nWhat it is.\n\n## more\n\nAt the end.\n\n## figure_cvae_beta\n\nWhat it shows.\n\n## figure_hvae_eta\n\nNot made.\n")
         with mock.patch("pictures.draw_run"):                   # each run's own pictures take most of the time
             status, _, err = self.call("table_cvae", "figure_cvae_beta", "--seed", "1,2")
         self.assertEqual(status, 0, err)
         self.assertEqual(self.left(), {"table_cvae.md", "table_cvae.csv", "figure_cvae_beta.md", "figure_cvae_beta.csv",
-                                       "figure_cvae_beta.png"})
+                                       "figure_cvae_beta.png", "comments.md", "README.md"})
+        commands = re.findall(r"^command (\d) of 6, \d:\d\d:\d\d, about \d+:\d\d:\d\d left: python (.*)$", err, flags=re.M)
+        self.assertEqual(commands, [(str(i), command) for i, command in enumerate(
+            [command for name in ("table_cvae", "figure_cvae_beta") for command in reproduce.EXPERIMENTS[name].commands], 1)])
         self.assertEqual(err.count("training 4 settings: epoch 1/1"), 8)      # of exact and released, two sweeps, two seeds
         results = [json.loads(path.read_text()) for path in (self.folder / "runs" / "MNIST_CVAE_Relu").glob("*/result.json")]
         by_settings = {json.dumps(r["settings"], sort_keys=True): r["metrics"] for r in results}
@@ -54,6 +61,18 @@ class Made(small.InFolder):
         self.assertEqual(len(elbos), 2)
         self.assertIn(f"| {np.mean(elbos):.2f} ± {np.std(elbos, ddof=1):.2f} |", text)
         self.assertRegex(text, r"\nRank correlation of .*: kl -?\d\.\d\d, AU ")
+        # README.md has what there is of each, in the order of EXPERIMENTS, and comments.md's words where they belong.
+        parts = re.split("^## ", (self.folder / "results" / "README.md").read_text(), flags=re.M)
+        self.assertEqual([part.partition("\n")[0] for part in parts], ["# All", "figure_cvae_beta", "table_cvae", "more"])
+        self.assertEqual([words in part for part, words in zip(parts, ("What it is.", "What it shows.", "Direction: along ", "At the end."))],
+                         [True] * 4)
+        self.assertIn("![Does a heavier KL collapse more units of a CVAE?](figure_cvae_beta.png)", parts[1])
+        self.assertIn("| beta = 0.5 | ", parts[1])            # two tables of four rows are shown, four of them are not
+        self.assertNotIn("| beta = 0.5 | ", parts[2])
+        for name, part in zip(("figure_cvae_beta", "table_cvae"), parts[1:]):
+            self.assertIn(f"Table: [.md]({name}.md), [.csv]({name}.csv)", part)
+            self.assertRegex(part, r"; epochs 1; seed 1, 2; 0 min; 2\d\d\d-\d\d-\d\d; nats per test example")
+            self.assertIn("Collapse: of ", part)
         picture = (self.folder / "results" / "figure_cvae_beta.png").read_bytes()
         self.assertTrue(picture.startswith(b"\x89PNG"))
         # Again: all is there.
@@ -81,7 +100,7 @@ class Made(small.InFolder):
         self.assertEqual(status, 0, err)
         self.assertEqual({name for name in self.left() if name.endswith(".png")},
                          {f"{name}.png" for name in names if name.startswith("figure")})
-        self.assertEqual(len(self.left()), 2 * 7 + 5)
+        self.assertEqual(len(self.left()), 2 * 7 + 5 + 1)
         theorems = (self.folder / "results" / "table_theorems.md").read_text()
         self.assertRegex(theorems, r"\| script \| .*verdict \|\n\|---\|---\|---\|---\|\n\| matrix_VAE \| \d\.\de-\d\d \| .*VERIFIED \|\n\n")
         self.assertIn("wants 0 to 0.05", theorems)            # one epoch on 256 images does not arrive
@@ -169,6 +188,54 @@ class Made(small.InFolder):
                 reproduce.main([*argv, "--results_dir", str(self.folder / "results")])
             self.assertEqual(end.exception.code, 2)
             self.assertIn(words, err.getvalue())
+
+
+class Dealt(small.InFolder):
+    def rows(self, results):
+        with open(self.folder / results / "table_vae_sigma.csv") as file:
+            return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+    def argv(self, name):
+        return ["table_vae_sigma", "--data_dir", self.folder / "data", "--out_dir", self.folder / f"{name}_runs", "--results_dir",
+                self.folder / name, "--device", "cpu", "--num_epochs", 2]
+
+    def test_over_two_processes_and_after_a_kill(self):
+        """Each command made once, by one of two; process 0 prints and writes all. Alone, killed and again: the same numbers."""
+        small.write_mnist(self.folder / "data")
+        both, outs, errs = small.two_processes(self, "reproduce.py", self.argv("two"), self.folder, "two")
+        self.assertEqual(small.ended(both), [0, 0], [err.read_text() for err in errs])
+        first, second = (err.read_text() for err in errs)
+        self.assertEqual([err.count("training: epoch 2/2") for err in (first, second)], [2, 2])
+        self.assertIn("process 1: command 2 of 2, ", second)
+        self.assertIn("command 4 of 4, ", first)
+        self.assertEqual([out.read_text().count("nats per test example") for out in outs], [4, 0])
+
+        def start():
+            process = small.FORKS.Process(target=small.as_command, args=(
+                "reproduce.py", self.argv("killed"), self.folder, self.folder / "out", self.folder / "err"))
+            process.start()
+            self.addCleanup(process.kill)
+            return process
+
+        process, deadline = start(), time.monotonic() + 60
+        while "command 3 of 4" not in ((self.folder / "err").read_text() if (self.folder / "err").exists() else ""):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        self.assertFalse((self.folder / "killed").exists())
+        process = start()
+        process.join(60)
+        self.assertEqual(process.exitcode, 0, (self.folder / "err").read_text())
+        self.assertEqual((self.folder / "err").read_text().count("already trained"), 2)
+        self.assertEqual(len(self.rows("two")), 4)
+        self.assertEqual(self.rows("killed"), self.rows("two"))
+
+    def test_hands(self):
+        """Everything once; the most that one has to do is at most a third above what is possible (Graham 1969)."""
+        self.assertEqual(reproduce.deal([1.0, 5.0, 3.0, 3.0], 2), [[1, 0], [2, 3]])
+        self.assertEqual(reproduce.deal([0.0] * 4, 2), [[0, 2], [1, 3]])
+        self.assertEqual(reproduce.deal([7.0], 3), [[0], [], []])
 
 
 class Commands(unittest.TestCase):
