@@ -194,9 +194,7 @@ def predictions(runs):
     for script, results in by_script(runs).items():
         if "theory" not in results[0]:
             if len(results) > 2:
-                correlations = theory.linear_correlations(results)
-                yield (f"{script}: {len(results)} settings; rank correlation of predicted and trained "
-                       + ", ".join(f"{metric} {value:.2f}" for metric, value in correlations.items()))
+                yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {ranks(results)}"
             else:
                 pairs = [pair for result in results for pair in theory.beside_linear(result) if pair[0].startswith("kl")]
                 yield f"{script}: " + ", ".join(
@@ -208,6 +206,12 @@ def predictions(runs):
             wrong, far = wrong + bool(distances), max([far, *distances])
         yield f"{script}: every unit is active or collapsed as predicted in {len(results) - wrong} of {len(results)} settings" + (
             f", in {wrong} but for one whose threshold is within {far:.1%} of beta" if wrong else "")
+
+
+def ranks(results):
+    """The rank correlations of all metrics that are not the same throughout."""
+    correlations = theory.linear_correlations(results).items()
+    return ", ".join(f"{metric} {value:.2f}" for metric, value in correlations if not np.isnan(value)) or "none"
 
 
 def misplaced(result):
@@ -496,12 +500,12 @@ def measured(result):
 
 
 def cell(column, values):
-    """Of seeds' values mean ± standard deviation; a text as it is, if they agree."""
+    """Of seeds' values mean ± standard deviation; a text as it is, if they agree, and of a prediction the first: it has no seed."""
     if isinstance(values[0], str):
         return " / ".join(dict.fromkeys(values))
     number = {"max error": "{:.1e}", "gap": "{:.1e}", "singular values off": "{:.2%}", "headroom": "{:.3f}", "headroom_2": "{:.3f}",
               "objective, training": "{:.3f}", "test": "{:.3f}"}.get(column, "{:.2f}")
-    if len(values) == 1:
+    if len(values) == 1 or column.startswith("linear "):
         return number.format(values[0]) if isinstance(values[0], float) else str(values[0])
     return f"{number.format(np.mean(values))} ± {number.format(np.std(values, ddof=1))}"
 
@@ -527,8 +531,8 @@ def tables(name, experiment, runs):
                   for key, repeats in finished.items()]
         linear = [result for result in run.results if "metrics" in result and theory.closed_form(result)]
         if len(linear) > 2:
-            words.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: " + ", ".join(
-                f"{metric} {correlation:.2f}" for metric, correlation in theory.linear_correlations(linear).items()) + ".")
+            words.append(f"\nRank correlation of what the closed form of the linear model predicts and what was trained: {ranks(linear)} "
+                         f"(`{run.command}`).")
     lines = []
     for commands, head, table, words in parts if experiment.rows else []:
         head, *table = ["| " + " | ".join(row) + " |" for row in (head, *table)]
