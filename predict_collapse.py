@@ -13,6 +13,7 @@ import dataclasses
 import math
 import pickle
 import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ def opened(f, flag):
     if not read:
         common.stop(f, f"--{flag}: got {path!r}, wants a file that ends in {', '.join(readers)}")
     try:
-        rows, array = read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")               # of an empty file, of a sparse tensor: it is said below
+            rows, array = read(path)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"of type {array.dtype}, wants numbers")
         if array.ndim < (2 if flag == "x" else 1) or not array.size:
@@ -102,7 +105,10 @@ def _csv(path):
 
 
 def _pt(path):
-    array = torch.load(path, weights_only=True, map_location="cpu", mmap=True).numpy()
+    tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    if not torch.is_tensor(tensor):
+        raise ValueError(f"it holds a {type(tensor).__name__}, wants a tensor")
+    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()       # numpy has no bfloat16
     return lambda start, stop: array[start:stop], array
 
 

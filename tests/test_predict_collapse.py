@@ -2,6 +2,7 @@
 import json
 import math
 import unittest
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -108,15 +109,18 @@ class Predictions(Case):
         np.savetxt(self.folder / "x.csv", x, delimiter=",", fmt="%.9g")
         np.savetxt(self.folder / "named.csv", x, delimiter=",", fmt="%.9g", header="a,b,c,d,e,f", comments="")
         torch.save(torch.from_numpy(x), self.folder / "x.pt")
+        torch.save(torch.from_numpy(x).requires_grad_(), self.folder / "grad.pt")
         self.save("fortran.npy", np.asfortranarray(x))
         self.save("double.npy", x.astype(np.float64))
         self.save("deep.npy", x.reshape(300, 2, 3))
-        for name in ("x.npz", "x.csv", "named.csv", "x.pt", "fortran.npy", "double.npy", "deep.npy", "x.npy"):
+        for name in ("x.npz", "x.csv", "named.csv", "x.pt", "grad.pt", "fortran.npy", "double.npy", "deep.npy", "x.npy"):
             with mock.patch("predict_collapse.CHUNK", 7 if name == "x.npy" else 4096):
                 found = self.predict("--x", self.folder / name)[0]["predicted"]
             for key, values in expected.items():
                 np.testing.assert_allclose(found[key], values, rtol=1e-7, atol=1e-9, err_msg=f"{name} {key}")
         whole = self.predict("--x", self.save("int.npy", np.round(10 * x).astype(np.int16)))[0]["predicted"]
+        torch.save(torch.from_numpy(np.round(10 * x)).bfloat16(), self.folder / "half.pt")      # exact: whole numbers of few bits
+        self.assertEqual(self.predict("--x", self.folder / "half.pt")[0]["predicted"], whole)
         theta = np.linalg.svd(np.round(10 * x) / 300**0.5, compute_uv=False)
         np.testing.assert_allclose(whole["theta"], theta, rtol=1e-7)
 
@@ -182,15 +186,19 @@ class Wrong(Case):
         (self.folder / "text.csv").write_text("a,b\nc,d\n1,2\n")
         (self.folder / "text.pt").write_text("no tensor")
         (self.folder / "text.npz").write_text("no archive")
+        (self.folder / "empty.csv").write_text("")
+        torch.save({"x": torch.ones(3, 2)}, self.folder / "dict.pt")
+        torch.save(torch.eye(3).to_sparse(), self.folder / "sparse.pt")
         np.savez(self.folder / "two.npz", a=self.x, b=self.y)
         np.save(self.folder / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
         self.save("words.npy", np.array([["a", "b"]] * 3))
         self.save("complex.npy", self.x * 1j)
         self.save("none.npy", self.x[:0])
         self.save("vector.npy", self.x[:, 0])
-        for name in ("text.npy", "empty.npy", "text.csv", "text.pt", "text.npz", "two.npz", "objects.npy", "words.npy", "complex.npy",
+        for name in ("text.npy", "empty.npy", "text.csv", "text.pt", "text.npz", "empty.csv", "dict.pt", "sparse.pt", "two.npz", "objects.npy", "words.npy", "complex.npy",
                      "none.npy", "vector.npy", "absent.npy"):
-            self.refuse(["--x", self.folder / name], "--x", name, "cannot be read as an array")
+            with warnings.catch_warnings(action="error"):
+                self.refuse(["--x", self.folder / name], "--x", name, "cannot be read as an array")
         self.refuse(["--x", self.folder / "x.txt"], "--x", "wants a file that ends in .npy, .npz, .csv, .pt")
 
     def test_rows_that_do_not_do(self):
