@@ -201,12 +201,22 @@ ATTACK_STEPS = 30
 
 
 def evaluate_further(models, settings, data):
-    """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder."""
+    """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder. What is there is shown."""
     for model, f, d in zip(models, settings, data):
         common.use_precision(f)
         for name in filter(None, f.evaluate.split(",")) if common.processes()[0] == 0 and model is not None else []:
-            with common.seeded(f.seed, "evaluation", d.test[0].device):
-                FURTHER[name](model, common.on_device(f, d.test[0]), f, d)
+            measure, show = FURTHER[name]
+            result = files.read_result(f, d, f"{name}.json")
+            if not result:
+                with common.seeded(f.seed, "evaluation", d.test[0].device):
+                    result = files.describe(f, d) | measure(model, common.on_device(f, d.test[0]), f, d)
+                files.write_json(files.run_dir(f, d) / f"{name}.json", result)
+            print(f"\n{caption(result, f, d)}: ", end="")
+            show(result)
+
+
+def caption(result, f, data):
+    return f"{files.caption_of([f], [data])} seed={f.seed}, {result['images']} test images"
 
 
 @torch.no_grad()
@@ -218,9 +228,8 @@ def compression(model, scalars, f, data):
     terms = model(x, scalars, sample_shape=(1,), **given)
     kls = [terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item() / math.log(2) for level in common.levels(terms)[::-1]]     # top first
     images = [model.reconstruct(x, scalars, keep) for keep in range(len(kls) + 1)]
-    result = {"bits": np.cumsum([0.0, *kls]).tolist(), "squared_error": [(x - of).square().mean().item() for of in images]}
-    files.write_json(files.run_dir(f, data) / "compression.json", files.describe(f, data) | result)
-    caption = f"{files.caption_of([f], [data])} seed={f.seed}, {len(x)} test images"
+    result = {"images": len(x), "bits": np.cumsum([0.0, *kls]).tolist(),
+              "squared_error": [(x - of).square().mean().item() for of in images]}
 
     def draw(axes):
         axes[0][0].plot(result["bits"], result["squared_error"], "o-")
@@ -232,8 +241,12 @@ def compression(model, scalars, f, data):
         axes[0][0].set(xlabel="KL of the top k levels (bits per image)", ylabel="mean squared error per pixel", ylim=(0, None))
         pictures.show_images(axes[0][1], f"test images, then with the top 0 to {len(kls)} levels",
                              torch.cat([x[:12], *(of[:12] for of in images)]), 12, fontsize=8)
-    pictures.save_figure(files.run_dir(f, data) / "compression.png", 2, 1, 5.0, 4.4, caption, draw)
-    print(f"\n{caption}: top levels kept, bits of KL, squared error per pixel")
+    pictures.save_figure(files.run_dir(f, data) / "compression.png", 2, 1, 5.0, 4.4, caption(result, f, data), draw)
+    return result
+
+
+def show_compression(result):
+    print("top levels kept, bits of KL, squared error per pixel")
     common.print_rows([["levels", "bits", "squared error"], *([str(k), f"{bits:.2f}", f"{error:.4f}"] for k, (bits, error) in enumerate(
         zip(result["bits"], result["squared_error"])))])
 
@@ -274,8 +287,7 @@ def attack(model, scalars, f, data):
                          "distance_random": (by_chance - whole).flatten(1).norm(dim=1).mean().item()})
     shown |= {f"moved by at most {radius}": best, "reconstructions of those": after}
     model.requires_grad_(True)
-    files.write_json(files.run_dir(f, data) / "attack.json", files.describe(f, data) | {"levels": count, "rows": rows})
-    caption = f"{files.caption_of([f], [data])} seed={f.seed}, {len(x)} test images, the top {count} learned levels"
+    result = {"images": len(x), "levels": count, "rows": rows}
 
     def draw(axes):
         for ax, name, label in zip(axes[0], ("symmetric_kl", "distance"), (
@@ -286,9 +298,15 @@ def attack(model, scalars, f, data):
             ax.legend(fontsize=7)
         for ax, (title, images) in zip(axes[1:].flat, shown.items()):
             pictures.show_images(ax, title, images[:50], fontsize=8)
-    pictures.save_figure(files.run_dir(f, data) / "attack.png", 2, 3, 4.4, 3.0, caption, draw)
-    print(f"\n{caption}: mean symmetric KL (nats) and L2 distance of the reconstructions, attacked and moved at random")
-    common.print_rows([list(rows[0]), *([f"{value:.4g}" for value in row.values()] for row in rows)])
+    words = f"{caption(result, f, data)}, the top {count} learned levels"
+    pictures.save_figure(files.run_dir(f, data) / "attack.png", 2, 3, 4.4, 3.0, words, draw)
+    return result
 
 
-FURTHER = {"compression": compression, "attack": attack}
+def show_attack(result):
+    print(f"mean symmetric KL (nats) of the top {result['levels']} learned levels and L2 distance of the reconstructions, attacked and "
+          "moved at random")
+    common.print_rows([list(result["rows"][0]), *([f"{value:.4g}" for value in row.values()] for row in result["rows"])])
+
+
+FURTHER = {"compression": (compression, show_compression), "attack": (attack, show_attack)}

@@ -253,6 +253,25 @@ def levels_in_use(runs):
                + (f"of {len(active)} levels collapsed: {', '.join(collapsed)}." if collapsed else f"each of {len(active)} levels has some."))
 
 
+def beside_the_first(runs):
+    """Of each model after the first, seeds' means: how far its log p(x) and ELBO are above the first one's, and by which terms."""
+    finished = [(run.script, [result["metrics"] for result in run.results if result["metrics"]]) for run in runs]
+    means = [(script, {name: np.mean([of[name] for of in seeds]) for name in seeds[0]}) for script, seeds in finished if seeds]
+    for script, here in means[1:]:
+        first, there = means[0]
+        context = here[f"kl{common.levels(here)[-1]}"] if "context_baseline" in here else 0.0
+        terms = {"reconstruction": there["reconstruction"] - here["reconstruction"],
+                 "learned latents": there["kl"] - (here["kl"] - context)} | ({"context": -context} if context else {})
+        log_px = f"log p(x) {here['log_px'] - there['log_px']:+.2f} nats, " if "log_px" in here else ""
+        yield (f"{script} beside {first}: {log_px}ELBO {here['elbo'] - there['elbo']:+.2f} nats, of which "
+               + ", ".join(f"{name} {nats:+.2f}" for name, nats in terms.items()) + ".")
+
+
+def of_deep_models(runs):
+    yield from levels_in_use(runs)
+    yield from beside_the_first(runs)
+
+
 def collapsed_by(runs):
     """How many levels with a headroom have collapsed units, by the objective or by training, over all settings and seeds."""
     levels = [of for run in runs for result in run.results for of in (result.get("headroom") or {}).values()]
@@ -395,7 +414,7 @@ EXPERIMENTS = {
                                     both(CORRELATION)),
     "table_deep": Experiment(
         "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay in use?",
-        [f"{command} --evaluate compression,attack" for command in DEEP], by_level, levels_in_use),
+        [f"{command} --evaluate compression,attack" for command in DEEP], by_level, of_deep_models),
     "table_deep_ablation": Experiment(
         "What is each part of the Ladder, DCT- and DVP-VAE as published worth, at few epochs?",
         [f"{command} --num_epochs 4" for command in ABLATED]),

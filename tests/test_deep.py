@@ -1,5 +1,6 @@
 """The deep models: going on after a kill, many processes, and what deep.py holds: schedule, average, measurements."""
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -350,8 +351,14 @@ class Further(OfScripts):
         self.data, self.model = datasets.Data("digits", (self.x,), (self.x,)), LinearTop()
 
     def measure(self, what):
-        with contextlib.redirect_stdout(io.StringIO()):
-            getattr(deep, what)(self.model, self.f, self.f, self.data)
+        """What a run leaves; again, what is there is shown without a model."""
+        f, printed = dataclasses.replace(self.f, evaluate=what), []
+        for model in (self.model, object()):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                deep.evaluate_further([model], [f], [self.data])
+            printed.append(out.getvalue())
+        self.assertEqual(printed[0], printed[1])
+        self.assertIn("seed=0, 6 test images: ", printed[0])
         folder = files.run_dir(self.f, self.data)
         self.assertTrue((folder / f"{what}.png").read_bytes().startswith(b"\x89PNG"))
         return json.loads((folder / f"{what}.json").read_text())

@@ -132,6 +132,7 @@ class Made(small.InFolder):
         by_level = ", ".join(f"{result['metrics'][f'kl_{level}']:.2f}" for level in (3, 2, 1))
         text = (self.folder / "results" / "table_deep.md").read_text()
         self.assertIn(f"| {by_level} | ", text)
+        self.assertRegex(text, r"\nMNIST_HVAE_DCT beside MNIST_HVAE_Ladder: ELBO .* nats, of which reconstruction .*, context -\d")
         self.assertEqual(text.count("| kl from the top |"), 1)        # models of the same columns are rows of one table
         self.assertTrue((self.folder / "results" / "table_deep.png").read_bytes().startswith(b"\x89PNG"))
 
@@ -287,6 +288,18 @@ class Sentences(unittest.TestCase):
         self.assertEqual(list(reproduce.levels_in_use([ladder, dct, diverged])), [
             "MNIST_HVAE_Ladder: 2 of 5 units carry more than 0.01 nats; of 2 levels collapsed: 2.",
             "MNIST_HVAE_DCT: 2 of 3 units carry more than 0.01 nats; each of 2 levels has some."])
+
+    def test_beside_the_first(self):
+        """A ladder without a context, a model with one, two seeds each: the terms' differences sum to the ELBO's."""
+        ladder = self.run_of("MNIST_HVAE_Ladder.py", [
+            {"log_px": -90.0 - k, "elbo": -95.0 - k, "reconstruction": 60.0 + k, "kl": 35.0, "kl_2": 10.0, "kl_1": 25.0} for k in (0, 2)])
+        dct = self.run_of("MNIST_HVAE_DCT.py", [
+            {"log_px": -92.0, "elbo": -97.5, "reconstruction": 58.0, "kl": 39.5, "kl_1": 20.0, "kl_2": 4.0, "kl_3": 15.5, "context_baseline": 20.0},
+            None, {"log_px": -92.0, "elbo": -97.5, "reconstruction": 58.0, "kl": 39.5, "kl_1": 20.0, "kl_2": 4.0, "kl_3": 15.5,
+                   "context_baseline": 20.0}])
+        self.assertEqual(list(reproduce.beside_the_first([ladder, self.run_of("MNIST_HVAE_DVP.py", [None]), dct])), [
+            "MNIST_HVAE_DCT beside MNIST_HVAE_Ladder: log p(x) -1.00 nats, ELBO -1.50 nats, of which reconstruction +3.00, learned latents +11.00, "
+            "context -15.50."])
 
     def test_collapsed_by(self):
         run = self.run_of("MNIST_CVAE_Relu.py --beta 0.5,1,2,4", [{}] * 5)
