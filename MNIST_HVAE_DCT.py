@@ -387,7 +387,6 @@ class DCTVAE(nn.Module):
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, L, l) for l in range(L, 0, -1))
         self.last_block = Bottleneck(c, c, f.d_hidden or c, gate=True) if self.own else nn.Conv2d(c_z, c, 1)
         self.to_x = nn.Sequential(nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1))
-        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def top_down(self, c, features, choose):
         """[(p(z_l|z_>l, c), q(z_l|z_>l, c, x), z_l = choose(l, p, q)) for l = L, ..., 1], each (n, c_z, side, side), of contexts

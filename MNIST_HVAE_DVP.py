@@ -346,7 +346,6 @@ class DVPVAE(nn.Module):
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch + self.c_x, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
-        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def q_u(self, x):
         """q(u|x), (B, c_x, k, k)."""
@@ -483,7 +482,6 @@ class VampLadder(nn.Module):
             self.register_buffer(name, torch.ones(f.pseudoinputs, c_z, sides[0], sides[0]))
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
-        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     p_x, loss = DVPVAE.p_x, DVPVAE.loss
 

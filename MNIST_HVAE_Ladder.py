@@ -133,7 +133,6 @@ class LadderVAE(nn.Module):
         self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
         self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
         self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
-        self.to(memory_format=torch.channels_last)        # faster on the CPU
 
     def top_down(self, n, features, choose):
         """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1. Without
