@@ -34,10 +34,10 @@ MAX_WHOLE = 10**9                                         # of a whole number wi
 def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False, evaluation=False, before=None):
     """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
 
-    low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that differ
-    in nothing else are trained side by side as one batched model. A vector may also be several numbers joined by "/", one a
-    unit, and is then that text. evaluation marks what training does not know: runs that differ in nothing else share it.
-    before is what runs did before there was the flag, where its default is not that.
+    low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that differ in
+    nothing else are trained side by side as one batched model. A vector may also be several numbers joined by "/", one a unit, and
+    is then that text. evaluation marks what training does not know: runs that differ in nothing else share it. before is what
+    runs did before there was the flag, where its default is not that.
     """
     if type(default) is int and high is None:
         high = MAX_WHOLE
@@ -71,7 +71,8 @@ class FitFlags(RunFlags):
     lr: float = flag(1e-3, "Adam's learning rate", above=0)
     lr_schedule: str = flag("constant", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
     grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
-    matmul: str = flag("float32", "precision of matrix products and convolutions on CUDA", choices=("float32", "tf32"))
+    matmul: str = flag("float32", "precision of matrix products, on CUDA of convolutions, too: tf32 (CUDA) or bf16 (CPU) where it has them",
+                       choices=("float32", "tf32", "bf16"))
     checkpoint_seconds: float = flag(60.0, "seconds of training between checkpoints", low=0)
     overwrite: bool = flag(False, "train again what is finished")
 
@@ -177,11 +178,9 @@ def _values(field, text):
 
 
 def parse_flags(Flags, argv=None):
-    """The settings of a command line: one `Flags` per combination of the listed values, the script's own flags first.
-
-    Any flag takes one value, a list 0.1,0.5,1.0 or an inclusive range 0.1:5.0:0.1. Whatever is wrong with argv (default:
-    sys.argv[1:]), with the device or with the output folder ends the program here: status 2, one line, the flag named.
-    """
+    """The settings of a command line: one `Flags` per combination of the listed values (0.1,0.5,1.0, or 0.1:5.0:0.1, the last one
+    included), the script's own flags first. Whatever is wrong with argv (default: sys.argv[1:]), with the device or with the
+    output folder ends the program here: status 2, one line, the flag named."""
     argv = getattr(Flags, "expanded", list)(sys.argv[1:] if argv is None else argv)
     own, shared = own_and_shared(Flags)
     fields = own | shared
@@ -286,8 +285,10 @@ def device_name(device):
 
 
 def use_precision(f):
-    """Let CUDA round matrix products and convolutions to TF32, or not, as --matmul says."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = getattr(f, "matmul", None) == "tf32"
+    """Let matrix products, and CUDA's convolutions, be rounded, or not, as --matmul says."""
+    precision = {"tf32": "high", "bf16": "medium"}.get(getattr(f, "matmul", None), "highest")
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def processes():
@@ -325,10 +326,8 @@ def generator(seed, purpose, device="cpu"):
 
 @contextlib.contextmanager
 def seeded(seed, purpose, device):
-    """Give the default generators to one purpose, and put them back after.
-
-    Layers' initial weights, torch.distributions and dropout take no generator, they draw from the default one.
-    """
+    """Give the default generators to one purpose, and put them back after: layers' initial weights, torch.distributions and
+    dropout take no generator, they draw from the default one."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(seed, purpose))
         yield

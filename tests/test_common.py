@@ -210,10 +210,13 @@ class CudaDevice(unittest.TestCase):
         self.assertEqual(self.device_of(0), (torch.device("cpu"), []))
 
     def test_precision_holds_wherever_it_is_used(self):
-        for matmul in ("float32", "tf32"):
-            torch.backends.cudnn.allow_tf32 = matmul != "tf32"
+        self.addCleanup(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        for matmul, precision in (("float32", "highest"), ("tf32", "high"), ("bf16", "medium")):
+            rounds = matmul != "float32"
+            torch.backends.cudnn.allow_tf32 = not rounds
             self.device_of(1, matmul=matmul)
-            self.assertEqual((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), (matmul == "tf32",) * 2)
+            self.assertEqual((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), (rounds,) * 2)
+            self.assertEqual(torch.get_float32_matmul_precision(), precision)
 
     def test_more_processes_than_gpus(self):
         two = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
