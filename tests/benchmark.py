@@ -300,35 +300,38 @@ def whole(argv):
           f"log-likelihood {evaluation:.0f} s; {(training + evaluation) / ours:.1f} times as long")
 
 
-def grown(what, value, rows, epochs):
+def grown(what, value, rows, times):
     """In a process of its own: the seconds of an epoch of MNIST_HVAE_Relu.py, or of evaluating its draws, where one thing is of this
-    size; and the process's peak memory in GiB, on a GPU the GPU's."""
+    size, the least of so many times; and the process's peak memory above what it began with, in GiB, on a GPU the GPU's."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flags = {"d_hidden": {"d_hidden": value}, "draws": {"num_samples": value}}.get(what, {})
-    f = MNIST_HVAE_Relu.Flags(num_epochs=epochs, **flags)
+    f = MNIST_HVAE_Relu.Flags(num_epochs=1, **flags)
     device = common.device_of(f)
     x = torch.rand(value if what == "rows" else rows, 784, device=device)
     data = datasets.Data("random", (x,), (x[:IMAGES[device.type]],))
     if what == "draws":
         model = training.build(MNIST_HVAE_Relu.HVAE, f, data).eval()
-        took = statistics.median(seconds(lambda: report.evaluate(model, f, data), device) for _ in range(epochs))
+        work = lambda: report.evaluate(model, f, data)
     else:
         settings = [dataclasses.replace(f, beta_1=0.1 * (k + 1)) for k in range(value if what == "settings" else 1)]
-        took = seconds(lambda: training.train_group(MNIST_HVAE_Relu.HVAE, settings, data), device) / epochs
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return took, peak
+        work = lambda: training.train_group(MNIST_HVAE_Relu.HVAE, settings, data)
+    took = min(seconds(work, device) for _ in range(times))
+    if device.type == "cuda":
+        return took, torch.cuda.max_memory_allocated() / 2**30
+    return took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
 def growth():
     """A table and a picture, on logarithmic axes, of time and memory over what grows; the exponents are of the largest three sizes,
     where fixed costs no longer hide it."""
     print(f"{common.device_name(common.device_of(MNIST_HVAE_Relu.Flags()))}, torch {torch.__version__}; {EXAMPLES:,} rows but where they "
-          f"grow, {EPOCHS} epochs; a process each")
-    rows, panels = [["what", "size", "seconds", "peak GiB"]], []
+          f"grow; the least of {EPOCHS} times; a process each")
+    rows, panels = [["what", "size", "seconds", "GiB"]], []
     for what, sizes in GROWTH.items():
         with small.FORKS.Pool(1, maxtasksperchild=1) as pool:
             found = pool.starmap(grown, [(what, size, EXAMPLES, EPOCHS) for size in sizes], chunksize=1)
-        rows += [[what, f"{size:,}", f"{took:.3f}", f"{peak:.2f}"] for size, (took, peak) in zip(sizes, found)]
-        for name, of in zip(("seconds", "peak GiB"), zip(*found)):
+        rows += [[what, f"{size:,}", f"{took:.3f}", f"{peak:.3f}"] for size, (took, peak) in zip(sizes, found)]
+        for name, of in zip(("seconds", "GiB"), zip(*found)):
             exponent = np.polyfit(np.log(sizes[-3:]), np.log(of[-3:]), 1)[0]
             panels.append((what, name, sizes, of, exponent))
     common.print_rows(rows)
@@ -338,6 +341,8 @@ def growth():
     def draw(axes):
         for ax, (what, name, sizes, of, exponent) in zip(axes.T.flat, panels):
             ax.loglog(sizes, of, "o-", label=f"exponent {exponent:.2f}")
+            ax.set_yticks(of, [f"{value:.2g}" for value in of])
+            ax.set_yticks([], minor=True)
             ax.set(xlabel=what, ylabel=f"{name} of an evaluation" if what == "draws" else f"{name} of an epoch")
             ax.legend(fontsize=7)
     pictures.save_figure(GROWTH_PNG, len(GROWTH), 2, 3.2, 2.6, "", draw)

@@ -92,7 +92,7 @@ class Modes(small.InFolder):
         sizes = {"rows": (100, 200), "settings": (1, 2), "d_hidden": (8, 16), "draws": (1, 10, 100, 1000)}
         with mock.patch.object(benchmark, "GROWTH", sizes), mock.patch.object(benchmark, "GROWTH_PNG", self.folder / "growth.png"):
             first, names, *rows = self.printed("growth")
-        self.assertEqual(names.split(), ["what", "size", "seconds", "peak", "GiB"])
+        self.assertEqual(names.split(), ["what", "size", "seconds", "GiB"])
         table, exponents = [row.split() for row in rows[:10]], rows[10:]
         self.assertEqual([row[:2] for row in table], [[what, f"{size:,}"] for what, of in sizes.items() for size in of])
         for row in table:
