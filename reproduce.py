@@ -368,10 +368,10 @@ REMEDIED = (("MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 1.0,2.0", "-
 
 # Of about one size, 84,000 to 95,000 parameters.
 DEEP = ["MNIST_HVAE_Ladder.py --preset small", "MNIST_HVAE_DCT.py --preset small", "MNIST_HVAE_DVP.py --preset small"]
-ABLATED = ["MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717", "MNIST_HVAE_Ladder.py --preset small --linear_path false",
+ABLATED = ["MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717", "MNIST_HVAE_Ladder.py --preset small --linear_path true,false",
            "MNIST_HVAE_Ladder.py --preset small --num_ch 32 --d_hidden 16",
-           "MNIST_HVAE_DCT.py --preset small --grad_clip 5,543", "MNIST_HVAE_DCT.py --preset small --decoder aggregate",
-           "MNIST_HVAE_DCT.py --preset small --step_variance fixed"]
+           "MNIST_HVAE_DCT.py --preset small --grad_clip 5,543", "MNIST_HVAE_DCT.py --preset small --decoder state,aggregate",
+           "MNIST_HVAE_DCT.py --preset small --step_variance learned,fixed"]
 
 EXPERIMENTS = {
     "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
