@@ -26,7 +26,8 @@ import training
 @dataclass
 class Flags(deep.DeepFlags):
     # What two CPU cores can do in minutes; the defaults are the published setting, for a GPU.
-    small = "--latents 2,2 --num_ch 16 --diffusion_ch 8 --batch_size 100 --num_epochs 12 --num_samples 100 --num_test 1000"
+    small = ("--latents 2,2 --num_ch 16 --diffusion_ch 8 --decoder aggregate --batch_size 100 --num_epochs 12 --num_samples 100 "
+             "--num_test 1000")
     batch_size: int = common.flag(128, "examples per gradient step and process", low=1)
     num_epochs: int = common.flag(600, "passes over the training set", low=1)
     optimizer: str = common.flag("adamw", "of the weights", choices=("adamax", "adamw"))
@@ -34,6 +35,7 @@ class Flags(deep.DeepFlags):
     lr_schedule: str = common.flag("constant", "after the warm-up", choices=("constant", "cosine"))
     warmup_epochs: float = common.flag(0.0, "epochs in which the learning rate rises from 0", low=0)
     weight_decay: float = common.flag(1e-2, "its weight decay", low=0)
+    grad_clip: float = common.flag(543.0, "largest gradient norm", above=0)
     ema: float = common.flag(0.0, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
     context_size: int = common.flag(7, "frequencies of the context along each axis", low=1, high=28)
     bits: int = common.flag(0, "bits of each coefficient of the context; 0 is 2, of cifar10 5", low=0, high=12)
