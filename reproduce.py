@@ -259,7 +259,8 @@ def beside_the_first(runs):
     means = [(script, {name: np.mean([of[name] for of in seeds]) for name in seeds[0]}) for script, seeds in finished if seeds]
     for script, here in means[1:]:
         first, there = means[0]
-        context = here[f"kl{common.levels(here)[-1]}"] if "context_baseline" in here else 0.0
+        top = max(filter(None, common.levels(here)), key=lambda level: int(level[1:]))
+        context = here[f"kl{top}"] if "context_baseline" in here else 0.0
         terms = {"reconstruction": there["reconstruction"] - here["reconstruction"],
                  "learned latents": there["kl"] - (here["kl"] - context)} | ({"context": -context} if context else {})
         log_px = f"log p(x) {here['log_px'] - there['log_px']:+.2f} nats, " if "log_px" in here else ""
