@@ -207,7 +207,7 @@ def evaluate_further(models, settings, data):
         for name in filter(None, f.evaluate.split(",")) if common.processes()[0] == 0 and model is not None else []:
             measure, show = FURTHER[name]
             result = files.read_result(f, d, f"{name}.json")
-            if not result:
+            if "images" not in (result or {}):            # an earlier version did not count them
                 with common.seeded(f.seed, "evaluation", d.test[0].device):
                     result = files.describe(f, d) | measure(model, common.on_device(f, d.test[0]), f, d)
                 files.write_json(files.run_dir(f, d) / f"{name}.json", result)

@@ -620,8 +620,8 @@ def write_readme(folder):
 def expected(f, runs):
     """The seconds that each run's unfinished settings may take, from the tables in --results_dir; of commands without one the mean."""
     took = {}
-    for path in Path(f.results_dir).glob("*.csv"):
-        with open(path) as file:
+    for name in EXPERIMENTS:
+        with contextlib.suppress(FileNotFoundError), open(Path(f.results_dir, f"{name}.csv")) as file:
             for row in csv.DictReader(file):
                 took.setdefault(row["command"], []).append(float(row["seconds"]))
     took = {command: np.mean(of) for command, of in took.items()}

@@ -330,7 +330,7 @@ def growth():
     for what, sizes in GROWTH.items():
         with small.FORKS.Pool(1, maxtasksperchild=1) as pool:
             found = pool.starmap(grown, [(what, size, EXAMPLES, EPOCHS) for size in sizes], chunksize=1)
-        rows += [[what, f"{size:,}", f"{took:.3f}", f"{peak:.3f}"] for size, (took, peak) in zip(sizes, found)]
+        rows += [[what, f"{size:,}", f"{took:.4f}", f"{peak:.3f}"] for size, (took, peak) in zip(sizes, found)]
         for name, of in zip(("seconds", "GiB"), zip(*found)):
             exponent = np.polyfit(np.log(sizes[-3:]), np.log(of[-3:]), 1)[0]
             panels.append((what, name, sizes, of, exponent))

@@ -100,7 +100,7 @@ class Modes(small.InFolder):
         self.assertEqual(len(exponents), 8)
         found = float(re.fullmatch(r"seconds over draws: exponent (-?\d\.\d\d)", exponents[-2])[1])
         expected = np.polyfit(np.log([10, 100, 1000]), np.log([float(row[2]) for row in table[-3:]]), 1)[0]
-        self.assertAlmostEqual(found, expected, delta=0.1)    # of times that are printed in milliseconds
+        self.assertAlmostEqual(found, expected, delta=0.1)    # of times that are printed in tenths of a millisecond
         self.assertTrue((self.folder / "growth.png").read_bytes().startswith(b"\x89PNG"))
 
     def test_cuda_on_any_device(self):

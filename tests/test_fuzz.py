@@ -1,4 +1,4 @@
-"""Whatever the command line, a script runs or says in one line which flag is wrong: 350 random ones."""
+"""Whatever the command line, a script runs or says in one line which flag is wrong: 500 random ones."""
 import contextlib
 import os
 import random
@@ -48,7 +48,7 @@ class CommandLines(unittest.TestCase):
                 patch.start()
                 self.addCleanup(patch.stop)
             ended = {0: 0, 1: 0, 2: 0}
-            for case in range(350):
+            for case in range(500):
                 [script] = draw.choices(SCRIPTS, [6, 2, 8, 1])      # the last take longest
                 own, shared = common.own_and_shared(script.Flags)
                 fields = own | shared
@@ -76,7 +76,7 @@ class CommandLines(unittest.TestCase):
                         self.assertRegex(err, r"^\w+\.py: error: ")
                     else:
                         self.assertGreater(len(out.strip().split("\n")), 1)
-            self.assertGreater(ended[0], 60)
+            self.assertGreater(ended[0], 100)
             self.assertGreater(ended[2], 100)
 
 
