@@ -1,5 +1,5 @@
-"""Everything that is drawn. First how a picture is made and saved, then those of one run, then those of a grid. Without a
-display; matplotlib and torchvision are imported where they draw, so that a script starts fast.
+"""Everything that is drawn. First how a picture is made and saved, then those of one run, of a grid, of reproduce.py's
+experiments. Without a display; matplotlib and torchvision are imported where they draw, so that a script starts fast.
 """
 import dataclasses
 import itertools
@@ -304,3 +304,117 @@ def draw_heat_maps(path, flags, cells, caption):
             ax.set(title=name, xlabel=column_flag, ylabel=row_flag, xticks=range(len(column_values)),
                    yticks=range(len(row_values)), xticklabels=column_values, yticklabels=row_values)
     save_figure(path, columns, math.ceil(len(names) / columns), 3.4, 3.2, caption, draw)
+
+
+# Those of an experiment of reproduce.py, to a path, of its runs: each one command line, with the results of its settings.
+
+def units_by_level(run):
+    """The mean KL of every unit of each level, level 1 first: a list of arrays, of the run's first setting."""
+    units = run.units(0)
+    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + sum(name.startswith("unit_kl_") for name in units))]
+
+
+def by_script(runs):
+    """{script: the results of its settings with a closed form, each once}."""
+    found = {}
+    for run in runs:
+        for result in run.results:
+            if theory.closed_form(result):
+                found.setdefault(run.script, {})[str(result["settings"])] = result
+    return {script: list(results.values()) for script, results in found.items()}
+
+
+def collapse_curves(path, runs):
+    """A row of panels a command, a panel a level."""
+    levels = [name for name in runs[0].units(0) if name.startswith("unit_kl")]
+
+    def draw(axes):
+        for row, run in zip(axes, runs):
+            labels = [", ".join(f"{name} = {value}" for name, value in of.items()) or run.script for of in run.rows()]
+            for ax, kl in zip(row, levels):
+                plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
+                ax.set(title=run.words() + (f", z{kl[-1]}" if len(levels) > 1 else ""))
+    save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
+
+
+def beside(path, runs):
+    """One panel, a curve a command."""
+    draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
+
+
+def of_the_grid(name):
+    """The picture of this name that the script itself draws of its grid."""
+    def copy(path, runs):
+        files.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
+    return copy
+
+
+def per_digit(path, runs):
+    """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
+    def draw(axes):
+        for row, run in zip(axes, runs):
+            correlation = theory.linear_correlations(run.results)
+            for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
+                digits = [result["settings"]["digit"] for result in run.results]
+                pairs = [next(pair[1:] for pair in theory.beside_linear(result) if pair[0] == metric) for result in run.results]
+                predicted, trained = zip(*pairs)
+                ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
+                ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
+                ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
+                ax.legend(fontsize=7)
+    save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
+
+
+def rates(path, runs):
+    """The KL of each run over its training, and after it on the test images, beside the delta that it cannot fall below."""
+    found = {("standard" if f.prior == "standard" else f"δ = {f.delta:g}"): (f, run.results[i]) for run in runs
+             for i, f in enumerate(run.settings) if i in run.of_first_seed() and run.results[i]["metrics"]}
+
+    def draw(axes):
+        during, after = axes[0]
+        for k, (label, (f, result)) in enumerate(found.items()):
+            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["smallest_rate"], result["metrics"]
+            during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
+            during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
+            against = ("against the model's own prior", "against the auxiliary prior", "δ") if k == 0 else (None,) * 3
+            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=against[0])
+            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=against[1])
+            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
+        during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
+        after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
+        during.locator_params(axis="x", integer=True)
+        during.legend(fontsize=7)
+        after.legend(fontsize=7)
+    save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+
+
+def by_level(path, runs):
+    """The KL of each level, and the share of its units that are active, a bar a model."""
+    units = {run.script: units_by_level(run) for run in runs if run.results[0]["metrics"]}
+    levels = range(1, 1 + max(map(len, units.values()), default=0))
+
+    def draw(axes):
+        for k, (script, kls) in enumerate(units.items()):
+            places = [level + 0.8 * ((k + 0.5) / len(units) - 0.5) for level in levels[:len(kls)]]
+            style = {"width": 0.8 / len(units), "color": f"C{k}", "hatch": ("", "//", "..")[k % 3], "label": script}
+            axes[0][0].bar(places, [kl.sum() for kl in kls], **style)
+            axes[0][1].bar(places, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
+        for ax, label in zip(axes[0], ("KL (nats per test example)", "share of units with a KL above 0.01 nats")):
+            ax.set(xlabel="level, 1 next to the image", ylabel=label, xticks=levels, ylim=(0, None))
+        axes[0][0].legend(fontsize=7)
+    save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+
+
+def against_prediction(path, runs):
+    """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
+    panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
+              if len(results) > 2 for level in theory.levels_of(theory.closed_form(results[0]))}
+
+    def draw(ax, title, panel):
+        results, kl = panel
+        points = [pair[1:] for result in results for pair in theory.beside_linear(result) if pair[0] == kl]
+        ax.plot(*zip(*points), "o", markersize=4)
+        ax.axline((points[0][0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
+        ax.set_title(title, fontsize=8)
+    draw_panels(path, panels, 3.4, 3.0, "", draw)

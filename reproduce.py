@@ -45,111 +45,13 @@ class Flags:
 
 @dataclass
 class Experiment:
-    """What it asks, the command lines it stands for, and, each one of the functions below, how it is drawn (None: it is not)
-    and what its table ends with: sentences. rows says whether the table has a row for each setting; the .csv has."""
+    """What it asks, the command lines it stands for, by which function of pictures.py it is drawn (None: it is not), and by which
+    one below its table ends with sentences. rows says whether the table has a row for each setting; the .csv has."""
     asks: str
     commands: list
     draw: object = None
     says: object = None
     rows: bool = True
-
-
-# --------------------------------------------------------------------------------------------------------------- figures
-
-def collapse_curves(path, runs):
-    """A row of panels a command, a panel a level."""
-    levels = [name for name in runs[0].units(0) if name.startswith("unit_kl")]
-
-    def draw(axes):
-        for row, run in zip(axes, runs):
-            labels = [", ".join(f"{name} = {value}" for name, value in of.items()) or run.script for of in run.rows()]
-            for ax, kl in zip(row, levels):
-                pictures.plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
-                ax.set(title=run.words() + (f", z{kl[-1]}" if len(levels) > 1 else ""))
-    pictures.save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
-
-
-def beside(path, runs):
-    """One panel, a curve a command."""
-    pictures.draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
-
-
-def of_the_grid(name):
-    """The picture of this name that the script itself draws of its grid."""
-    def copy(path, runs):
-        files.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
-    return copy
-
-
-def per_digit(path, runs):
-    """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
-    def draw(axes):
-        for row, run in zip(axes, runs):
-            correlation = theory.linear_correlations(run.results)
-            for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
-                digits = [result["settings"]["digit"] for result in run.results]
-                pairs = [next(pair[1:] for pair in theory.beside_linear(result) if pair[0] == metric) for result in run.results]
-                predicted, trained = zip(*pairs)
-                ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
-                ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
-                ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
-                ax.legend(fontsize=7)
-    pictures.save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
-
-
-def rates(path, runs):
-    """The KL of each run over its training, and after it on the test images, beside the delta that it cannot fall below."""
-    found = {("standard" if f.prior == "standard" else f"δ = {f.delta:g}"): (f, run.results[i]) for run in runs
-             for i, f in enumerate(run.settings) if i in run.of_first_seed() and run.results[i]["metrics"]}
-
-    def draw(axes):
-        during, after = axes[0]
-        for k, (label, (f, result)) in enumerate(found.items()):
-            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["smallest_rate"], result["metrics"]
-            during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
-            during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
-            against = ("against the model's own prior", "against the auxiliary prior", "δ") if k == 0 else (None,) * 3
-            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=against[0])
-            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=against[1])
-            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
-        during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
-        after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
-        during.locator_params(axis="x", integer=True)
-        during.legend(fontsize=7)
-        after.legend(fontsize=7)
-    pictures.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
-
-
-def by_level(path, runs):
-    """The KL of each level, and the share of its units that are active, a bar a model."""
-    units = {run.script: units_by_level(run) for run in runs if run.results[0]["metrics"]}
-    levels = range(1, 1 + max(map(len, units.values()), default=0))
-
-    def draw(axes):
-        for k, (script, kls) in enumerate(units.items()):
-            places = [level + 0.8 * ((k + 0.5) / len(units) - 0.5) for level in levels[:len(kls)]]
-            style = {"width": 0.8 / len(units), "color": f"C{k}", "hatch": ("", "//", "..")[k % 3], "label": script}
-            axes[0][0].bar(places, [kl.sum() for kl in kls], **style)
-            axes[0][1].bar(places, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
-        for ax, label in zip(axes[0], ("KL (nats per test example)", "share of units with a KL above 0.01 nats")):
-            ax.set(xlabel="level, 1 next to the image", ylabel=label, xticks=levels, ylim=(0, None))
-        axes[0][0].legend(fontsize=7)
-    pictures.save_figure(path, 2, 1, 4.8, 3.6, "", draw)
-
-
-def against_prediction(path, runs):
-    """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
-    panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
-              if len(results) > 2 for level in theory.levels_of(theory.closed_form(results[0]))}
-
-    def draw(ax, title, panel):
-        results, kl = panel
-        points = [pair[1:] for result in results for pair in theory.beside_linear(result) if pair[0] == kl]
-        ax.plot(*zip(*points), "o", markersize=4)
-        ax.axline((points[0][0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
-        ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
-        ax.set_title(title, fontsize=8)
-    pictures.draw_panels(path, panels, 3.4, 3.0, "", draw)
 
 
 # ------------------------------------------------------------------------------------------- what a table ends with
@@ -191,7 +93,7 @@ def learnable_and_fixed(runs):
 
 def predictions(runs):
     """Of each script, how the closed form's predictions compare with all that was trained."""
-    for script, results in by_script(runs).items():
+    for script, results in pictures.by_script(runs).items():
         if "theory" not in results[0]:
             if len(results) > 2:
                 yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {ranks(results)}"
@@ -236,20 +138,14 @@ def above_delta(runs):
                 yield f"Prior {f.prior}: a KL of {kl:.2f} nats{bound}; against the auxiliary prior {fitted:.2f}."
 
 
-def units_by_level(run):
-    """The mean KL of every unit of each level, level 1 first: a list of arrays, of the run's first setting."""
-    units = run.units(0)
-    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + sum(name.startswith("unit_kl_") for name in units))]
-
-
 def levels_in_use(runs):
     """Of each model, which levels carry information and how many units."""
     for run in runs:
         if not run.results[0]["metrics"]:
             continue
-        active = [int((kl > theory.ACTIVE).sum()) for kl in units_by_level(run)]
+        active = [int((kl > theory.ACTIVE).sum()) for kl in pictures.units_by_level(run)]
         collapsed = [str(level) for level, count in enumerate(active, 1) if not count]
-        yield (f"{run.script}: {sum(active)} of {sum(map(len, units_by_level(run)))} units carry more than {theory.ACTIVE} nats; "
+        yield (f"{run.script}: {sum(active)} of {sum(map(len, pictures.units_by_level(run)))} units carry more than {theory.ACTIVE} nats; "
                + (f"of {len(active)} levels collapsed: {', '.join(collapsed)}." if collapsed else f"each of {len(active)} levels has some."))
 
 
@@ -326,16 +222,6 @@ def remedies(runs):
                f"{len(of)} cases (a setting, a seed and a remedy each), and changed it by {np.mean(of):+.3f} nats on average.")
 
 
-def by_script(runs):
-    """{script: the results of its settings with a closed form, each once}."""
-    found = {}
-    for run in runs:
-        for result in run.results:
-            if theory.closed_form(result):
-                found.setdefault(run.script, {})[str(result["settings"])] = result
-    return {script: list(results.values()) for script, results in found.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------- experiments
 
 def both(command):
@@ -375,35 +261,35 @@ ABLATED = ["MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717", "MNIST_HVAE
            "MNIST_HVAE_DCT.py --preset small --decoder state --grad_clip 5 --step_variance learned,fixed"]
 
 EXPERIMENTS = {
-    "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), collapse_curves),
-    "figure_cvae_eta": Experiment("Does a noisier decoder collapse more units of a CVAE?", both(CVAE_ETA), collapse_curves),
+    "figure_cvae_beta": Experiment("Does a heavier KL collapse more units of a CVAE?", both(CVAE_BETA), pictures.collapse_curves),
+    "figure_cvae_eta": Experiment("Does a noisier decoder collapse more units of a CVAE?", both(CVAE_ETA), pictures.collapse_curves),
     "table_cvae": Experiment("What do beta and eta_dec do to a CVAE's log-likelihood, KL and active units?",
                              both(CVAE_BETA) + both(CVAE_ETA)),
     "figure_single_digit": Experiment(
         "Does the linear theory say, from a digit's images alone, how much z tells of it?",
-        DIGITS[:2], per_digit),
-    "figure_single_digit_cnn": Experiment("The same with convolutions.", DIGITS[2:], per_digit),
+        DIGITS[:2], pictures.per_digit),
+    "figure_single_digit_cnn": Experiment("The same with convolutions.", DIGITS[2:], pictures.per_digit),
     "figure_hvae_beta_1": Experiment("What does beta_1 collapse, at which level?",
-                                     both("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"), collapse_curves),
+                                     both("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"), pictures.collapse_curves),
     "figure_hvae_beta_2": Experiment("What does beta_2 collapse, at which level?",
-                                     both("MNIST_HVAE_Relu.py --beta_2 0.1,0.5,1.0,2.0"), collapse_curves),
+                                     both("MNIST_HVAE_Relu.py --beta_2 0.1,0.5,1.0,2.0"), pictures.collapse_curves),
     "figure_hvae_eta": Experiment("What does eta_dec collapse, at which level?",
-                                  both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"), collapse_curves),
+                                  both("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"), pictures.collapse_curves),
     "table_hvae": Experiment("What do beta_1, beta_2 and eta_dec do to an HVAE's log-likelihood, KLs and active units?",
                              both(HVAE_BETA_1) + both(HVAE_BETA_2) + both(HVAE_ETA)),
     "figure_hvae_samples": Experiment(
         "Where over beta_1 and beta_2 does z2 still tell one digit from another?",
-        ["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"], of_the_grid("reconstructions_2.png")),
+        ["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"], pictures.of_the_grid("reconstructions_2.png")),
     "figure_hvae_cnn_samples": Experiment(
         "The same with convolutions.",
-        ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"], of_the_grid("reconstructions_2.png")),
-    "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, beside,
+        ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"], pictures.of_the_grid("reconstructions_2.png")),
+    "figure_vae_sigma": Experiment("Does a learnable encoder variance collapse units that a fixed one keeps?", VAES, pictures.beside,
                                    learnable_and_fixed),
     "table_vae_sigma": Experiment("What does a learnable encoder variance gain and lose?", VAES, says=learnable_and_fixed),
     "figure_cvae_linear": Experiment("Do fifty linear CVAEs collapse where theorem 2 says?",
-                                     [CVAE_LINEAR], of_the_grid("theory.png")),
+                                     [CVAE_LINEAR], pictures.of_the_grid("theory.png")),
     "figure_hvae_linear": Experiment("Do seventy linear HVAEs collapse where theorem 3 says?",
-                                     [HVAE_LINEAR], of_the_grid("theory.png")),
+                                     [HVAE_LINEAR], pictures.of_the_grid("theory.png")),
     "table_theorems": Experiment(
         "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
         ["matrix_VAE.py --learnable_sigma true,false", "matrix_CVAE.py", "matrix_HVAE_learnable_sigma_2.py",
@@ -416,17 +302,18 @@ EXPERIMENTS = {
                                     both(CORRELATION)),
     "table_deep": Experiment(
         "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay in use?",
-        [f"{command} --evaluate compression,attack" for command in DEEP], by_level, of_deep_models),
+        [f"{command} --evaluate compression,attack" for command in DEEP], pictures.by_level, of_deep_models),
     "table_deep_ablation": Experiment(
         "What is each part of the Ladder and the DCT-VAE as published worth, at few epochs?",
         [f"{command} --num_epochs 4" for command in ABLATED]),
     "figure_delta": Experiment(
         "Does a prior that no posterior can match keep the rate of a VAE with an autoregressive decoder above δ?",
-        ["MNIST_VAE_Delta.py --preset small --prior standard", "MNIST_VAE_Delta.py --preset small --delta 2,5,10"], rates, above_delta),
+        ["MNIST_VAE_Delta.py --preset small --prior standard", "MNIST_VAE_Delta.py --preset small --delta 2,5,10"],
+        pictures.rates, above_delta),
     "figure_prediction": Experiment(
         "How far does the closed form, from the training data alone, tell the KL that is trained?",
         [CVAE_LINEAR, HVAE_LINEAR, *VAES, *LINEAR, *DIGITS, *both(CVAE_BETA), *both(CVAE_ETA), *both(CORRELATION),
-         *both(HVAE_BETA_1), *both(HVAE_BETA_2), *both(HVAE_ETA)], against_prediction, predictions, rows=False),
+         *both(HVAE_BETA_1), *both(HVAE_BETA_2), *both(HVAE_ETA)], pictures.against_prediction, predictions, rows=False),
 }
 
 
