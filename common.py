@@ -431,12 +431,10 @@ class Progress:
         if not end and now - self.shown < (0.2 if self.terminal else 30):
             return
         self.shown, seconds = now, max(now - self.start, 1e-9)
-        def clock(seconds):
-            return str(datetime.timedelta(seconds=round(seconds)))
-
         rate = (done - self.before) / seconds
-        left = "" if end or not rate else f", {clock((self.total - done) / rate)} left"
-        line = f"{self.what}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, {clock(seconds)}{left}"
+        so_far, left = (datetime.timedelta(seconds=round(of)) for of in (seconds, (self.total - done) / rate if rate else 0))
+        line = (f"{self.what}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, {so_far}"
+                + (f", {left} left" if rate and not end else ""))
         if self.terminal:                                 # a line that wraps could not be taken back
             line = f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}"
         print(line, end="" if self.terminal and not end else "\n", file=sys.stderr, flush=True)
@@ -465,13 +463,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(main):
-    """Run a script's main and exit with its status; Ctrl-C, SIGTERM and a full disk end with one line."""
+    """Run a script's main and exit with its status; Ctrl-C, SIGTERM and a full disk end with one line, a closed stdout with none."""
     def terminated(number, frame):
         raise Interrupted(number)
 
     signal.signal(signal.SIGTERM, terminated)
     try:
         status = main()
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)     # a second one changes nothing
         print("\ninterrupted; what was finished stays, and the same command goes on from there", file=sys.stderr)
@@ -485,6 +484,9 @@ def run(main):
             raise
         print(f"\n{what}", file=sys.stderr)
         status = 1
+    except BrokenPipeError:                               # whoever read along, as head does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except OSError as wrong:
         if wrong.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -493,6 +495,5 @@ def run(main):
         status = 1
     if processes()[1] > 1:                                # torch.distributed's threads may abort a process torn down around them
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

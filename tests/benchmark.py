@@ -12,8 +12,7 @@ MNIST_VAE_Delta.py both loops take an epoch of each of its two phases. Nor is th
 one by one: the deep ones do, and on a CPU those with convolutions.
 
 `python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, with the flags that it was given, `...
-whole` the time of MNIST_CVAE_Relu.py from start to table beside a straightforward script's, both with any flags added
-(--data_dir), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
+whole` what the main job takes from start to table beside plain scripts, with any flags added (--num_epochs 20), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
 """
 import collections
 import contextlib
@@ -41,7 +40,6 @@ import deep
 import pictures
 import report
 import training
-import MNIST_CVAE_Relu
 import MNIST_HVAE_Relu
 from tests import small
 
@@ -270,34 +268,63 @@ def of_scripts(argv):
             print(f"{path.name:42} {per_epoch:8.2f} s per epoch, {usage.ru_maxrss / 2**20:5.2f} GiB, {' '.join(words)}", flush=True)
 
 
+@torch.no_grad()
+def plain_evaluation(model, g, images, draws):
+    """(log p(x), KLs, AU, AU_kl) of images, as a short script computes them: so many draws of ten images at a time."""
+    log_px, kls, means = [], [], []
+    for x in images.split(10):
+        terms = model(x, g, sample_shape=(draws,))
+        log_px.append(terms["log_w"].logsumexp(0) - torch.tensor(float(draws)).log())
+        kls.append(torch.stack([terms["unit_kl_1"].mean(0), terms["kl_2"].mean(0)]))
+        means.append(torch.stack([terms["mean_1"].expand(len(x), -1), terms["mean_2"].mean(0)]))
+    kl = torch.cat(kls, 1).mean(1)
+    return (torch.cat(log_px).mean().item(), kl.sum(-1).tolist(), (torch.cat(means, 1).var(1) > 0.01).sum(-1).tolist(),
+            (kl > 0.01).sum(-1).tolist())
+
+
+def plain(argv):
+    """What MNIST_HVAE_Relu.py trains and measures, in the shortest plain loops; prints the seconds of both, and log p(x)."""
+    [f] = common.parse_flags(MNIST_HVAE_Relu.Flags, argv)
+    [data], models, found = datasets.load_mnist([f]), [], []
+    x = data.test[0]
+    training = seconds(lambda: models.append(small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).eval()), x.device)
+    evaluation = seconds(lambda: found.extend(plain_evaluation(models[0], common.on_device(f, x), x, f.num_samples)), x.device)
+    print(training, evaluation, found[0])
+
+
 def whole(argv):
-    """MNIST_CVAE_Relu.py, at its defaults 100 epochs and 1000 draws for 10,000 test images, from start to table; and a
-    straightforward script, of which an epoch over a sixth of the images and the log-likelihood of 50 images are measured and
-    scaled up."""
+    """The main job from start to table; the same in plain loops, in a process of its own; and a straightforward script, of which an
+    epoch over a sixth of the images and the log-likelihood of 50 images, one by one, are measured and scaled up."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = ["--out_dir", folder, *argv]
-        [f], models = common.parse_flags(MNIST_CVAE_Relu.Flags, argv), []
+        words = ["--out_dir", folder, *argv]
+        [f], models = common.parse_flags(MNIST_HVAE_Relu.Flags, words), []
         device = common.device_of(f)
-        start = time.perf_counter()
-        subprocess.run([sys.executable, str(small.ROOT / "MNIST_CVAE_Relu.py"), *argv],
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-        ours = time.perf_counter() - start
+
+        def timed(*command):
+            start = time.perf_counter()
+            out = subprocess.run([sys.executable, *command, *words], cwd=small.ROOT, check=True, stdout=subprocess.PIPE,
+                                 stderr=subprocess.DEVNULL, text=True).stdout
+            return out, time.perf_counter() - start
+
+        _, ours = timed("MNIST_HVAE_Relu.py")
+        [result] = [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
+        out, plainly = timed("-m", "tests.benchmark", "plain")
         small.write_mnist(folder, MNIST[0] // 6, 1)
         import torchvision
         images = torchvision.datasets.MNIST(folder, transform=torchvision.transforms.ToTensor())
-        training = seconds(lambda: models.append(usual_way(MNIST_CVAE_Relu.CVAE, f, images)), device) * 6 * f.num_epochs
-
-        @torch.no_grad()
-        def one_by_one():
-            g = common.on_device(f, torch.zeros(0, device=device))
-            for k in range(50):
-                x, y = datasets.quarters(images[k][0].to(device).view(1, 784))
-                log_w = models[0].eval()(x, y, g, sample_shape=(f.num_samples,))["log_w"]
-                (log_w.logsumexp(0) - torch.tensor(float(f.num_samples)).log()).item()
-
-        evaluation = seconds(one_by_one, device) / 50 * MNIST[1]
-    print(f"MNIST_CVAE_Relu.py from start to table: {ours:.0f} s; a straightforward script, scaled up: training {training:.0f} s, "
-          f"log-likelihood {evaluation:.0f} s; {(training + evaluation) / ours:.1f} times as long")
+        training = seconds(lambda: models.append(usual_way(MNIST_HVAE_Relu.HVAE, f, images).eval()), device) * 6 * f.num_epochs
+        one_by_one, g = torch.stack([images[k][0].view(784) for k in range(50)]).to(device), common.on_device(f, torch.zeros(0, device=device))
+        evaluation = MNIST[1] / 50 * seconds(
+            lambda: [plain_evaluation(models[0], g, x, f.num_samples) for x in one_by_one.split(1)], device)
+    rows = [["seconds", "start to table", "training", "evaluation", "the rest", "log p(x)"]]
+    for name, took, *of, log_px in (
+            ("MNIST_HVAE_Relu.py", ours, result["seconds"]["train"], result["seconds"]["evaluate"], result["metrics"]["log_px"]),
+            ("in plain loops", plainly, *map(float, out.split())),
+            ("a DataLoader's, image by image", None, training, evaluation, None)):
+        rest = [f"{took:.2f}", *(f"{part:.2f}" for part in of), f"{took - sum(of):.2f}", f"{log_px:.2f}"] if took else [
+            "-", *(f"{part:.2f}" for part in of), "-", "-"]
+        rows.append([name, *rest])
+    common.print_rows(rows)
 
 
 def grown(what, value, rows, times):
@@ -411,7 +438,8 @@ def on_cuda(device="cuda"):
 
 def main(argv=None):
     what, *argv = (sys.argv[1:] if argv is None else argv) or ["ratios"]
-    works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "growth": growth, "cuda": on_cuda}
+    works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "plain": lambda: plain(argv),
+             "growth": growth, "cuda": on_cuda}
     if what not in works:
         sys.exit(f"python -m tests.benchmark {what}: wants one of {', '.join(works)}")
     works[what]()
