@@ -84,8 +84,8 @@ def show_images(ax, title, images, columns=10, **font):
 
 
 def draw_collapse(path, runs, caption):
-    """Collapse curves, a panel a level, a line a run: runs is {label: {"unit_kl" of each level: (n, d)}}."""
-    kls = [name for name in next(iter(runs.values())) if name.startswith("unit_kl")]
+    """Collapse curves, a panel a level, a line a run that has it: runs is {label: {"unit_kl" of each level: (n, d)}}."""
+    kls = dict.fromkeys(name for run in runs.values() for name in run if name.startswith("unit_kl"))
 
     def draw(ax, title, kl):
         plot_collapse(ax, runs, kl)
@@ -98,9 +98,10 @@ def plot_collapse(ax, runs, kl):
     from matplotlib import colormaps
     every = math.ceil(len(runs) / 12)                     # run has its label: a legend must not be taller than its axes
     for k, (label, run) in enumerate(runs.items()):
-        ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post", label=label if k % every == 0 else None,
-                color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
-                linestyle=("-", "--", "-.", ":")[k % 4])
+        if kl in run:
+            ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post", label=label if k % every == 0 else None,
+                    color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
+                    linestyle=("-", "--", "-.", ":")[k % 4])
     ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
     if len(runs) > 1:
         ax.legend(fontsize=7)
@@ -273,11 +274,11 @@ def draw_sheets(folder, flags, cells, caption):
     (row_flag, row_values), (column_flag, column_values) = flags.items()
     sheets = {cell: list(reconstructions(*cells[cell], 20).items()) for cell in cells
               if hasattr(cells[cell][0], "reconstructions")}
-    for k in range(len(next(iter(sheets.values()), []))):
+    for k in range(max(map(len, sheets.values()), default=0)):
         def draw(axes):
             for (i, row), (j, column) in itertools.product(enumerate(row_values), enumerate(column_values)):
                 axes[i][j].axis("off")
-                if (row, column) in sheets:
+                if k < len(sheets.get((row, column), [])):
                     title, images = sheets[row, column][k]
                     show_images(axes[i][j], f"{row_flag} = {row}, {column_flag} = {column}", images, 5, fontsize=8)
             axes[0][0].figure.suptitle(title, fontsize=9)
@@ -288,7 +289,7 @@ def draw_heat_maps(path, flags, cells, caption):
     """A heat map for every metric, each cell with its number."""
     (row_flag, row_values), (column_flag, column_values) = flags.items()
     metrics = {key: files.read_result(f, d, "result.json")["metrics"] for key, (_, f, d) in cells.items()}
-    names = list(next(iter(metrics.values())))
+    names = list(dict.fromkeys(name for of in metrics.values() for name in of))
     columns = min(4, len(names))
 
     def draw(axes):

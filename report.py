@@ -311,7 +311,8 @@ def report(models, settings, data, counterpart=None):
 def print_table(results, settings, data):
     """One row a setting; rows that differ in nothing but the seed are one, mean ± standard deviation."""
     flags, seeds = list(files.varying(settings, data)), len({f.seed for f in settings})
-    measured = next((result["metrics"] for result in results if result["metrics"]), {})
+    of_each = sorted([result["metrics"] or {} for result in results], key=len, reverse=True)    # in the order of those that have most
+    measured = dict.fromkeys(name for of in of_each for name in of)
     by_level = [name for name in common.levels(measured)[::-1] if name]     # the top first
     by_level = by_level if len(by_level) > MANY_LEVELS else []
     metrics = [name for name in measured if not any(name.endswith(level) for level in by_level)]
@@ -326,7 +327,7 @@ def print_table(results, settings, data):
     table = [flags + (metrics or ["metrics"])]
     for key, repeats in rows.items():
         finished = [m for m in repeats if m]
-        cells = [_cell([m[name] for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
+        cells = [_cell([m.get(name) for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
         table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
     train, test = (" to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)})) for counts in zip(
         *((len(d.train[0]), len(d.test[0])) for d in data)))
@@ -340,7 +341,7 @@ def print_table(results, settings, data):
         table = [flags + ["level", *kinds]]
         for key, repeats in rows.items():
             finished = [m for m in repeats if m]
-            for level in by_level if finished else []:
+            for level in [level for level in by_level if finished and f"kl{level}" in finished[0]]:
                 table.append([*key, level[1:], *(_cell([m[name + level] for m in finished], len(repeats)) for name in kinds)])
         print()
         common.print_rows(table)
@@ -368,7 +369,9 @@ def print_verdicts(results, settings, data):
 
 
 def _cell(values, repeats):
-    """A metric's text; over seeds mean ± standard deviation."""
+    """A metric's text, "-" if there is none; over seeds mean ± standard deviation."""
+    if values[0] is None:
+        return "-"
     if repeats == 1:
         return common.cell(values[0])
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""

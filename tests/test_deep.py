@@ -17,6 +17,7 @@ import common
 import datasets
 import deep
 import files
+import pictures
 import training
 import MNIST_HVAE_DCT
 import MNIST_HVAE_DVP
@@ -43,6 +44,28 @@ class OfScripts(small.InFolder):
 
 
 class CommandLine(OfScripts):
+    def test_settings_that_measure_different_things(self):
+        """A prior with a context on top and one without, with a log-likelihood and without: "-" for what a setting does not have."""
+        small.write_mnist(self.folder / "data")
+        argv = self.argv(MNIST_HVAE_DVP, "runs", num_epochs=1, batch_size=128, latents="2,1", prior="vamp,diffusion", pseudoinputs=5)
+        status, out, err = small.call(MNIST_HVAE_DVP.main, *argv)
+        self.assertEqual(status, 0, err)
+        with mock.patch.object(pictures, "draw_run"):
+            status, out, err = small.call(MNIST_HVAE_DVP.main, *argv, "--num_samples", "0,2")
+        self.assertEqual(status, 0, err)
+        _, names, *rows = out.strip().split("\n")[:6]
+        self.assertEqual(names.split()[2:4], ["log_px", "elbo"])
+        rows = [dict(zip(names.split(), row.split())) for row in rows]
+        self.assertEqual([(row["prior"], row["num_samples"]) for row in rows], [
+            ("vamp", "0"), ("vamp", "2"), ("diffusion", "0"), ("diffusion", "2")])
+        self.assertEqual([row["log_px"] == "-" for row in rows], [True, False, True, False])
+        self.assertEqual([row["context_baseline"] == "-" for row in rows], [True, True, True, False])     # beside a log-likelihood
+        levels = [row.split()[:3] for row in out.strip().split("\n")[8:]]
+        self.assertEqual(levels, [[*row, str(level)] for row, top in (
+            (["vamp", "0"], 3), (["vamp", "2"], 3), (["diffusion", "0"], 4), (["diffusion", "2"], 4)) for level in range(top, 0, -1)])
+        [sheets] = [folder for folder in (self.folder / "runs").rglob("grids/*") if "num_samples=0+2" in folder.name]
+        self.assertEqual({path.name for path in sheets.glob("*.png")} - {"metrics.png"}, {f"reconstructions_{k}.png" for k in range(6)})
+
     def test_each_script_leaves_complete_results(self):
         """Files, the table of totals, the table level by level; the same command again shows them and trains nothing."""
         small.write_mnist(self.folder / "data")
