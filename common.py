@@ -185,15 +185,15 @@ def parse_flags(Flags, argv=None):
     own, shared = own_and_shared(Flags)
     fields = own | shared
     parser = optparse.OptionParser(
-        prog=f"{script_name(Flags)}.py", usage="%prog [--flag value] ...",
+        prog=f"{script_name(Flags)}.py", usage=f"%prog {getattr(Flags, 'before_flags', '')}[--flag value] ...",
         description=(inspect.getmodule(Flags).__doc__ or "").strip().split("\n\n")[0],
         epilog="A value may be a list 0.1,0.5,1.0 or a range 0.1:5.0:0.1 (first:last:step, the last one included): every "
                "combination is trained.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")       # one line, no usage
-    groups = [parser.add_option_group("This experiment"), parser.add_option_group("Every experiment")]
+    groups = [parser.add_option_group(title) for title in (("This experiment", "Every experiment") if shared else ("Flags",))]
     for name, field in fields.items():
         groups[name in shared].add_option(f"--{name}", dest=name, metavar="VALUE", help=(
-            f"{field.metadata['help']} ({_wanted(field)}; default {field.default})"))
+            f"{field.metadata['help']} ({_wanted(field).removesuffix(f' and at most {MAX_WHOLE}')}; default {field.default})"))
 
     for i, word in enumerate(argv):
         name = word[2:].partition("=")[0]

@@ -34,6 +34,7 @@ import theory
 
 @dataclass
 class Flags:
+    before_flags = "[name of a table or figure] ... "
     all: bool = common.flag(False, "make all of them")
     num_epochs: int = common.flag(0, "passes over the training set; 0 for each script's own", low=0)
     seed: int = common.flag(0, "seed, or a list of them for mean ± std", low=0)
