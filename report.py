@@ -399,7 +399,8 @@ def print_theory(results, settings, data):
         differ += [f"{files.spell(key) + ': ' if key else ''}{what}" for what in theory.disagreements(beside)]
     print("\npredicted (trained): active units; largest error of a singular value over the largest predicted one; nats per "
           "training example")
-    common.print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    columns = max(rows, key=len)                          # without draws nothing is sampled
+    common.print_rows([list(columns), *([row.get(name, "-") for name in columns] for row in rows)])
     print("\n".join(f"DIFFERS {line}" for line in differ) or "trained as predicted")
 
 

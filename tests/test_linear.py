@@ -282,6 +282,12 @@ class CommandLines(small.InFolder):
         self.assertIn("DIFFERS beta=0.5: ", out)
         self.assertNotIn("trained as predicted", out)
 
+    def test_without_draws_in_one_setting(self):
+        """Nothing is sampled there, and the other's estimate stays."""
+        table = self.run_script(MNIST_CVAE_Linear, "--num_samples", "0,20", "--dim_z", 2).split("predicted (trained)")[1].split("\n")[1:4]
+        self.assertEqual([line.endswith("-") for line in table[1:]], [True, False])
+        self.assertRegex(table[2], r" \d\.\d{6} ± \S+$")
+
     def test_map_over_two_flags(self):
         self.run_script(MNIST_HVAE_Linear_learnable_sigma_2, "--beta_1", "0.5,2", "--beta_2", "0.5,2", "--d_1", 2, "--d_2", 2)
         self.assertIn("theory.png", self.names(MNIST_HVAE_Linear_learnable_sigma_2))
