@@ -4,8 +4,6 @@ import errno
 import io
 import math
 import os
-import signal
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -19,7 +17,6 @@ import datasets
 import files
 import MNIST_HVAE_Relu
 import MNIST_VAE_Linear_nonlearnable_sigma
-from tests import small
 from tests.small import call
 
 
@@ -248,26 +245,6 @@ class Run(unittest.TestCase):
             self.assertIn("runs/x/model.pt could not be written", err.getvalue())
         with self.assertRaises(OSError):                      # others are no full disk
             common.run(mock.Mock(side_effect=OSError(errno.EACCES, "no")))
-
-
-    def test_a_closed_stdout_is_none(self):
-        """As of `| head -1`: no traceback, and the status that a shell gives to what a signal ended."""
-        with tempfile.TemporaryDirectory() as folder:
-            err = Path(folder, "err")
-            process = small.FORKS.Process(target=prints_to_nobody, args=(err,))
-            process.start()
-            self.assertEqual(small.ended([process]), [128 + signal.SIGPIPE])
-            self.assertEqual(err.read_text(), "")
-
-
-def prints_to_nobody(err):
-    nobody, stdout = os.pipe()
-    os.close(nobody)
-    os.dup2(stdout, 1)
-    with open(err, "w") as file:
-        os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", closefd=False)
-    common.run(lambda: print("x" * 10**6))
 
 
 class Noise(unittest.TestCase):

@@ -12,7 +12,7 @@ import time
 import unittest
 from pathlib import Path
 
-
+import common
 import pictures
 import training
 from tests import small
@@ -22,12 +22,14 @@ from tests.small import ROOT
 def child(argv, output, file_size=None, die_at=None, counted=None):
     """Run MNIST_CVAE_Relu.py as from the command line, with its output in a file, in a child of small.FORKS.
 
-    With die_at or counted it counts moments: the training's steps, each tenth of which then leaves a checkpoint, and what it does
-    to files; it draws no pictures, which take most of the time and are not compared. It kills itself just before moment die_at;
-    counted is a file to write the number of all moments to.
+    It draws no pictures, which take most of the time and are not compared, but where a file_size limits them. With die_at or
+    counted it counts moments: the training's steps, each tenth of which then leaves a checkpoint, and what it does to files. It
+    kills itself just before moment die_at; counted is a file to write the number of all moments to.
     """
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    else:
+        pictures.save_figure = lambda *args: None
     if die_at or counted:
         at_moments(die_at, counted)
     small.as_command("MNIST_CVAE_Relu.py", argv, ".", output, output)
@@ -49,7 +51,6 @@ def at_moments(die_at, counted):
     training.Training.record = before(training.Training.record)
     for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "rmdir")):
         setattr(module, name, before(getattr(module, name)))
-    pictures.save_figure = lambda *args: None
     training.Checkpoint.due = lambda checkpoint, seconds: next(steps) % 10 == 0
 
 
@@ -168,6 +169,25 @@ class Killed(Processes):
             self.assertIn("could not be written", log.strip().split("\n")[-1])
             self.run_to_its_end(name)
             self.assertEqual(self.left(name), expected)
+
+
+def prints_to_nobody(err):
+    nobody, stdout = os.pipe()
+    os.close(nobody)
+    os.dup2(stdout, 1)
+    with open(err, "w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", closefd=False)
+    common.run(lambda: print("x" * 10**6))
+
+
+class Unread(small.InFolder):
+    def test_a_closed_stdout(self):
+        """As of `| head -1`: no traceback, and the status that a shell gives to what a signal ended."""
+        process = small.FORKS.Process(target=prints_to_nobody, args=(self.folder / "err",))
+        process.start()
+        self.assertEqual(small.ended([process]), [128 + signal.SIGPIPE])
+        self.assertEqual((self.folder / "err").read_text(), "")
 
 
 class Dealt(small.InFolder):
