@@ -362,6 +362,7 @@ def per_digit(path, runs):
                 ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
                 ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
                 ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
+                ax.locator_params(axis="y", integer=True)
                 ax.legend(fontsize=7)
     save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
 
