@@ -27,6 +27,8 @@ import torch
 
 # Validation would make the host wait for the GPU at every density, and fails under vmap.
 torch.distributions.Distribution.set_default_validate_args(False)
+# Once glibc has freed a block this large, it keeps smaller ones instead of fetching them cleared from the system each time.
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 MAX_WHOLE = 10**9                                         # of a whole number without a limit of its own
 
@@ -298,8 +300,7 @@ def processes():
 
 def share(settings):
     """The places of the settings that this process is to train: dealt out, first to first, over all processes."""
-    rank, world = processes()
-    return range(rank, len(settings), world)
+    return range(processes()[0], len(settings), processes()[1])
 
 
 def meet():
@@ -421,8 +422,7 @@ class Progress:
         """before of total were done earlier."""
         rank, world = processes()
         self.what = what if world == 1 else f"process {rank}: {what}"
-        self.total, self.unit, self.before = total, unit, before
-        self.start, self.shown = time.monotonic(), -math.inf
+        self.total, self.unit, self.before, self.start, self.shown = total, unit, before, time.monotonic(), -math.inf
         self.terminal = sys.stderr.isatty() and world == 1
 
     def update(self, done, note="", end=False):
