@@ -12,7 +12,8 @@ MNIST_VAE_Delta.py both loops take an epoch of each of its two phases. Nor is th
 one by one: the deep ones do, and on a CPU those with convolutions.
 
 `python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, with the flags that it was given, `...
-whole` what the main job takes from start to table beside plain scripts, with any flags added (--num_epochs 20), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
+whole` what the main job takes from start to table beside plain scripts, with any flags added (--num_epochs 20; `... plain` is one
+of those), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
 """
 import collections
 import contextlib
