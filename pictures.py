@@ -104,7 +104,7 @@ def plot_collapse(ax, runs, kl):
                     linestyle=("-", "--", "-.", ":")[k % 4])
     ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
     if len(runs) > 1:
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, handlelength=4)             # long enough to tell the lines apart
 
 
 def plot_headroom(ax, title, found):
