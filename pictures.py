@@ -410,7 +410,7 @@ def by_level(path, runs):
 def against_prediction(path, runs):
     """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
     panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
-              if len(results) > 2 for level in theory.levels_of(theory.closed_form(results[0]))}
+              if theory.can_be_ranked(results) for level in theory.levels_of(theory.closed_form(results[0]))}
 
     def draw(ax, title, panel):
         results, kl = panel

@@ -96,7 +96,7 @@ def predictions(runs):
     """Of each script, how the closed form's predictions compare with all that was trained."""
     for script, results in pictures.by_script(runs).items():
         if "theory" not in results[0]:
-            if len(results) > 2:
+            if theory.can_be_ranked(results):
                 yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {ranks(results)}"
             else:
                 pairs = [pair for result in results for pair in theory.beside_linear(result) if pair[0].startswith("kl")]
@@ -439,7 +439,7 @@ def tables(name, experiment, runs):
         table += [[key, *(cell(column, [of[column] for of in repeats]) if repeats else "diverged" for column in columns)]
                   for key, repeats in finished.items()]
         linear = [result for result in run.results if "metrics" in result and theory.closed_form(result)]
-        if len(linear) > 2:
+        if theory.can_be_ranked(linear):
             words.append(f"\nRank correlation of what the closed form of the linear model predicts and what was trained: {ranks(linear)} "
                          f"(`{run.command}`).")
     lines = []

@@ -375,6 +375,11 @@ def beside_linear(result):
         yield f"AU_kl{level}", active, metrics[f"AU_kl{level}"]
 
 
+def can_be_ranked(results):
+    """Whether results are of three settings or more, seeds aside, so that a rank correlation says something."""
+    return len({str(result["settings"] | {"seed": None}) for result in results}) > 2
+
+
 def linear_correlations(results):
     """{metric: Spearman's rank correlation of predicted and trained over results}, nan where one of them is constant."""
     correlations = {}

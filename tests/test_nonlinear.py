@@ -417,6 +417,10 @@ class Synthetic(unittest.TestCase):
             self.assertEqual(names[1:7], ["elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"])
             self.assertEqual([name + "_train" for name in names[1:7]] + ["headroom"], names[7:])
             self.assertIn("rank correlation of predicted and trained over 3 settings: kl ", out)
+            status, out, err = small.call(Synthetic_CVAE_Relu_correlation.main, *argv, "--num_draws", "0", "--seed", "0,1,2")
+            self.assertEqual(status, 0, err)
+            self.assertIn("linear kl", out)
+            self.assertNotIn("rank correlation", out)     # of one setting there is nothing to rank
             status, out, err = small.call(Synthetic_CVAE_Relu_correlation.main, *argv, "--dim_x", "3")
             self.assertEqual((status, out), (2, ""))
             self.assertIn("--dim_x: got 3, wants --dim_y = 4", err)
