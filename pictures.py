@@ -224,14 +224,15 @@ def draw_beside_linear(path, flags, results, caption):
     """What the closed form of the linear model predicts, across, and what was trained, up: a row a level, KL and active
     units, a point a setting, with their rank correlation over settings."""
     correlations = theory.linear_correlations(list(results.values()))
+    levels = theory.levels_of(theory.closed_form(next(iter(results.values()))))
 
     def draw(axes):
-        for row, level in zip(axes, theory.levels_of(theory.closed_form(next(iter(results.values()))))):
+        for row, level in zip(axes, levels):
             for ax, title, metrics in zip(row, ("KL (nats)", "active units"), ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
                 for metric, marker, side in zip(metrics, "ox", ("left", "right")):
                     points = np.array([(predicted, trained) for result in results.values()
                                        for name, predicted, trained in theory.beside_linear(result) if name == metric])
-                    ax.plot(*points.T, marker, label=f"{metric}, rank correlation {correlations[metric]:.2f}")
+                    ax.plot(*points.T, marker, label=with_rank(metric, correlations.get(metric)))
                     for point in np.unique(points, axis=0):
                         here = [", ".join(map(str, key)) for key, of in zip(results, points) if (of == point).all()]
                         ax.annotate("; ".join(here), point, xytext=(5, 5) if side == "left" else (-5, 5), ha=side,
@@ -240,7 +241,11 @@ def draw_beside_linear(path, flags, results, caption):
                 ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)      # as predicted
                 ax.set(xlabel="predicted of the linear model", ylabel="trained", title=f"z{level.removeprefix('_')}: {title}")
                 ax.legend(fontsize=7, title=f"a point a {', '.join(flags)}", title_fontsize=7)
-    save_figure(path, 2, len(correlations) // 3, 4.8, 3.8, caption, draw)
+    save_figure(path, 2, len(levels), 4.8, 3.8, caption, draw)
+
+
+def with_rank(label, correlation):
+    return label if correlation is None else f"{label}, rank correlation {correlation:.2f}"
 
 
 def draw_active_map(path, flags, cells, caption):
@@ -360,7 +365,7 @@ def per_digit(path, runs):
                 pairs = [next(pair[1:] for pair in theory.beside_linear(result) if pair[0] == metric) for result in run.results]
                 predicted, trained = zip(*pairs)
                 ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
-                ax.plot(digits, trained, "o", color="C0", label=f"trained, rank correlation {correlation[metric]:.2f}")
+                ax.plot(digits, trained, "o", color="C0", label=with_rank("trained", correlation.get(metric)))
                 ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
                 ax.locator_params(axis="y", integer=True)
                 ax.legend(fontsize=7)

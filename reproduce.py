@@ -97,7 +97,7 @@ def predictions(runs):
     for script, results in pictures.by_script(runs).items():
         if "theory" not in results[0]:
             if theory.can_be_ranked(results):
-                yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {ranks(results)}"
+                yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {theory.ranks(results)}"
             else:
                 pairs = [pair for result in results for pair in theory.beside_linear(result) if pair[0].startswith("kl")]
                 yield f"{script}: " + ", ".join(
@@ -109,12 +109,6 @@ def predictions(runs):
             wrong, far = wrong + bool(distances), max([far, *distances])
         yield f"{script}: every unit is active or collapsed as predicted in {len(results) - wrong} of {len(results)} settings" + (
             f", in {wrong} but for one whose threshold is within {far:.1%} of beta" if wrong else "")
-
-
-def ranks(results):
-    """The rank correlations of all metrics that are not the same throughout."""
-    correlations = theory.linear_correlations(results).items()
-    return ", ".join(f"{metric} {value:.2f}" for metric, value in correlations if not np.isnan(value)) or "none"
 
 
 def misplaced(result):
@@ -440,7 +434,7 @@ def tables(name, experiment, runs):
                   for key, repeats in finished.items()]
         linear = [result for result in run.results if "metrics" in result and theory.closed_form(result)]
         if theory.can_be_ranked(linear):
-            words.append(f"\nRank correlation of what the closed form of the linear model predicts and what was trained: {ranks(linear)} "
+            words.append(f"\nRank correlation of what the closed form of the linear model predicts and what was trained: {theory.ranks(linear)} "
                          f"(`{run.command}`).")
     lines = []
     for commands, head, table, words in parts if experiment.rows else []:

@@ -381,16 +381,21 @@ def can_be_ranked(results):
 
 
 def linear_correlations(results):
-    """{metric: Spearman's rank correlation of predicted and trained over results}, nan where one of them is constant."""
+    """{metric: Spearman's rank correlation of predicted and trained over results}, of those metrics that neither is constant in."""
     correlations = {}
     for triples in zip(*map(beside_linear, results)):
         ranks = []
         for values in (np.round([triple[k] for triple in triples], 2) for k in (1, 2)):        # as they are printed
             below, same = values[:, None] > values, values[:, None] == values
             ranks.append(below.sum(1) + same.sum(1) / 2)  # ties share their mean rank
-        constant = any(np.ptp(of) == 0 for of in ranks)
-        correlations[triples[0][0]] = math.nan if constant else np.corrcoef(*ranks)[0, 1]
+        if all(np.ptp(of) > 0 for of in ranks):
+            correlations[triples[0][0]] = np.corrcoef(*ranks)[0, 1]
     return correlations
+
+
+def ranks(results):
+    """linear_correlations as words."""
+    return ", ".join(f"{metric} {value:.2f}" for metric, value in linear_correlations(results).items()) or "none"
 
 
 def print_units(theory, found):

@@ -361,10 +361,12 @@ class LinearTwin(unittest.TestCase):
         self.assertAlmostEqual(found["kl"], 4.5 / math.sqrt(4.5 * 5), places=12)
         self.assertAlmostEqual(found["AU"], -1, places=12)
 
-    def test_rank_correlation_of_a_constant_is_none(self):
-        found = theory.linear_correlations(self.results([(1, 1), (2, 2), (3, 3)], [(5, 4), (5, 3), (5, 2)]))
-        self.assertAlmostEqual(found["kl"], 1, places=12)
-        self.assertTrue(math.isnan(found["AU"]))
+    def test_rank_correlation_of_a_constant_is_left_out(self):
+        """KLs' ranks 1, 2, 3 and 2, 1, 3, of differences 1, 1, 0: 1 - 6 * 2 / 24."""
+        results = self.results([(1, 2), (2, 1), (3, 3)], [(5, 4), (5, 3), (5, 2)])
+        self.assertEqual(list(theory.linear_correlations(results)), ["kl"])
+        self.assertEqual(theory.ranks(results), "kl 0.50")
+        self.assertEqual(theory.ranks(self.results([(1, 0), (2, 0), (3, 0)], [(1, 0), (1, 0), (2, 0)])), "none")
 
 
 class Synthetic(unittest.TestCase):

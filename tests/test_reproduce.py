@@ -276,15 +276,6 @@ class Sentences(unittest.TestCase):
             f"Direction: along beta_1, kl_2 rises or stays in 3 of 4 steps (`{grid}`).",
             f"Direction: along beta_2, kl_2 falls or stays in 1 of 3 steps (`{grid}`)."])
 
-    def test_ranks(self):
-        """Predicted KLs 3, 2, 1 against trained 5, 4, 6: Spearman's 1 - 6 (1 + 1 + 4) / 24 with the ranks' differences 1, 1, 2 is -0.5;
-        a metric that is the same throughout is left out."""
-        results = [{"predicted": predicted, "trained": trained} for predicted, trained in zip((3.0, 2.0, 1.0), (5.0, 4.0, 6.0))]
-        with mock.patch("theory.beside_linear", lambda of: [("kl", of["predicted"], of["trained"]), ("AU", 16, of["trained"])]):
-            self.assertEqual(reproduce.ranks(results), "kl -0.50")
-        with mock.patch("theory.beside_linear", lambda of: [("kl", of["predicted"], 0.0)]):
-            self.assertEqual(reproduce.ranks(results), "none")
-
     def test_levels_in_use(self):
         """Units are counted by their mean over the test images; a level without any is collapsed."""
         ladder, dct = (reproduce.Run(f"MNIST_HVAE_{kind}.py", reproduce.Flags(out_dir=tempfile.gettempdir()), [0])
