@@ -182,7 +182,7 @@ class Training:
             if phase == list(self.phases)[-1]:
                 if self.world > 1:                        # of each process its own
                     now["tally"] = {name: value[self.rank].to(self.device) for name, value in now["tally"].items()}
-                print(f"going on in epoch {now['epoch']} of {epochs}, from {self.checkpoint.path}", file=sys.stderr)
+                print(f"going on after {now['epoch'] - 1} of {epochs} epochs, from {self.checkpoint.path}", file=sys.stderr)
         start = time.monotonic() - now["seconds"]
 
         def keep(order):

@@ -149,7 +149,7 @@ class Killed(OfScripts):
                             ends += 1
                             files.unlock()
                 self.assertEqual((status, ends), (0, 2 + len(phases)), err)
-                self.assertIn("going on in epoch", err)
+                self.assertIn("going on after ", err)
                 self.assertEqual(phases, set(PHASES.get(script, [""])))
                 again, same = self.left(script, "killed")
                 self.assertEqual(again, trained)
@@ -218,7 +218,7 @@ class Stopped(OfScripts):
                 self.assertEqual(of.count("interrupted; what was finished stays"), 1, of)
                 self.assertNotIn("Traceback", of)
             self.assertEqual(len(list((self.folder / "stopped").rglob("checkpoints/*.pt"))), 1)
-            going_on += "going on in epoch" in log[0]
+            going_on += "going on after " in log[0]
         self.assertEqual(going_on, 3)
         status, log = end(*start("stopped", 4))
         self.assertEqual(status, [0, 0], log)

@@ -120,7 +120,7 @@ class Killed(Processes):
                 continue
             self.assertEqual(process.exitcode, 0, self.log(f"killed_{runs}"))
             self.assertEqual(self.left(f"killed_{runs}"), expected)
-            went_on += self.log(f"killed_{runs}").count("going on in epoch")
+            went_on += self.log(f"killed_{runs}").count("going on after ")
             runs += 1
             if kills == 20:
                 break
@@ -243,7 +243,7 @@ class Dealt(small.InFolder):
         self.assertEqual(small.ended(both), [0, 0])
         err = "".join(path.read_text() for path in errs)
         self.assertEqual(err.count("already trained"), 3)
-        self.assertIn("going on in epoch", err)
+        self.assertIn("going on after ", err)
         self.assertEqual(len(outs[0].read_text().strip().split("\n\n")[0].split("\n")), 2 + 6)
 
     def test_many_processes_end_at_once(self):

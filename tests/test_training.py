@@ -321,7 +321,7 @@ class Checkpoints(small.InFolder):
             for stop_after in (1, 3, 4, 6, 12) + ((13,) if count > 1 else ()):
                 self.fit(settings, data, stop_after)
                 found, err = self.fit(settings, data)
-                self.assertIn("going on in epoch", err)
+                self.assertIn("going on after ", err)
                 for a, b in zip(expected, found):
                     for name, value in a.state_dict().items():
                         self.assertTrue(torch.equal(value, b.state_dict()[name]), (count, stop_after, name))
@@ -348,7 +348,7 @@ class Checkpoints(small.InFolder):
         with mock.patch("training.train_group", wraps=training.train_group) as spy:
             found, err = self.fit(again, data)
         self.assertEqual(len(spy.call_args.args[1]), 3)
-        self.assertIn("going on in epoch 4 of 3", err)
+        self.assertIn("going on after 3 of 3 epochs", err)
         self.assertEqual(err.count("already trained"), 1)
         for a, b in zip(expected, found):
             for name, value in a.state_dict().items():
