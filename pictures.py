@@ -387,7 +387,7 @@ def rates(path, runs):
             after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=against[0])
             after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=against[1])
             after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
-        during.set(xlabel="epoch", ylabel="KL (nats per training example)", yscale="symlog", ylim=(0, None))
+        during.set(xlabel="epoch", ylabel="KL (nats per training example)", ylim=(0, None))
         after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
         during.locator_params(axis="x", integer=True)
         during.legend(fontsize=7)
