@@ -420,4 +420,4 @@ def print_linear(results, settings, data):
         print("\nlinear: what the closed form of the linear model predicts from the same training data, beside what was trained")
         common.print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
     if theory.can_be_ranked(results):
-        print(f"rank correlation of predicted and trained over {len(results)} settings: {theory.ranks(results)}")
+        print(f"rank correlation of predicted and trained over {len(results)} settings: {theory.correlations_in_words(results)}")

@@ -97,7 +97,7 @@ def predictions(runs):
     for script, results in pictures.by_script(runs).items():
         if "theory" not in results[0]:
             if theory.can_be_ranked(results):
-                yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {theory.ranks(results)}"
+                yield f"{script}: {len(results)} settings; rank correlation of predicted and trained {theory.correlations_in_words(results)}"
             else:
                 pairs = [pair for result in results for pair in theory.beside_linear(result) if pair[0].startswith("kl")]
                 yield f"{script}: " + ", ".join(
@@ -434,8 +434,8 @@ def tables(name, experiment, runs):
                   for key, repeats in finished.items()]
         linear = [result for result in run.results if "metrics" in result and theory.closed_form(result)]
         if theory.can_be_ranked(linear):
-            words.append(f"\nRank correlation of what the closed form of the linear model predicts and what was trained: {theory.ranks(linear)} "
-                         f"(`{run.command}`).")
+            words.append("\nRank correlation of what the closed form of the linear model predicts and what was trained: "
+                         f"{theory.correlations_in_words(linear)} (`{run.command}`).")
     lines = []
     for commands, head, table, words in parts if experiment.rows else []:
         head, *table = ["| " + " | ".join(row) + " |" for row in (head, *table)]

@@ -381,9 +381,10 @@ def can_be_ranked(results):
 
 
 def linear_correlations(results):
-    """{metric: Spearman's rank correlation of predicted and trained over results}, of those metrics that neither is constant in."""
+    """{metric: Spearman's rank correlation of predicted and trained over results}, of those metrics that neither is constant in;
+    {} where there is nothing to rank."""
     correlations = {}
-    for triples in zip(*map(beside_linear, results)):
+    for triples in zip(*map(beside_linear, results)) if can_be_ranked(results) else ():
         ranks = []
         for values in (np.round([triple[k] for triple in triples], 2) for k in (1, 2)):        # as they are printed
             below, same = values[:, None] > values, values[:, None] == values
@@ -393,8 +394,8 @@ def linear_correlations(results):
     return correlations
 
 
-def ranks(results):
-    """linear_correlations as words."""
+def correlations_in_words(results):
+    """linear_correlations as the end of a sentence."""
     return ", ".join(f"{metric} {value:.2f}" for metric, value in linear_correlations(results).items()) or "none"
 
 

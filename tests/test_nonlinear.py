@@ -351,9 +351,9 @@ class LinearTwin(unittest.TestCase):
 
     def results(self, kls, AUs):
         """Results of as many settings, each (predicted, trained); predicted active units carry 1 nat."""
-        return [{"metrics": {"kl": kl, "AU": AU, "AU_kl": AU},
+        return [{"settings": {"beta": k, "seed": 0}, "metrics": {"kl": kl, "AU": AU, "AU_kl": AU},
                  "linear": {"kl": [of_linear / 2, of_linear / 2], "information": [1.0] * active + [0.005] * 2}}
-                for (of_linear, kl), (active, AU) in zip(kls, AUs)]
+                for k, ((of_linear, kl), (active, AU)) in enumerate(zip(kls, AUs))]
 
     def test_rank_correlation(self):
         """Spearman's: Pearson's of ranks, ties at their mean rank. Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)."""
@@ -365,8 +365,16 @@ class LinearTwin(unittest.TestCase):
         """KLs' ranks 1, 2, 3 and 2, 1, 3, of differences 1, 1, 0: 1 - 6 * 2 / 24."""
         results = self.results([(1, 2), (2, 1), (3, 3)], [(5, 4), (5, 3), (5, 2)])
         self.assertEqual(list(theory.linear_correlations(results)), ["kl"])
-        self.assertEqual(theory.ranks(results), "kl 0.50")
-        self.assertEqual(theory.ranks(self.results([(1, 0), (2, 0), (3, 0)], [(1, 0), (1, 0), (2, 0)])), "none")
+        self.assertEqual(theory.correlations_in_words(results), "kl 0.50")
+        self.assertEqual(theory.correlations_in_words(self.results([(1, 0), (2, 0), (3, 0)], [(1, 0), (1, 0), (2, 0)])), "none")
+
+    def test_two_settings_or_seeds_of_one_are_not_ranked(self):
+        results = self.results([(1, 1), (2, 2), (3, 3)], [(1, 1), (2, 2), (3, 3)])
+        self.assertEqual(set(theory.linear_correlations(results)), {"kl", "AU", "AU_kl"})
+        self.assertEqual(theory.linear_correlations(results[:2]), {})
+        for seed, result in enumerate(results):
+            result["settings"] = {"beta": 1.0, "seed": seed}
+        self.assertEqual(theory.linear_correlations(results), {})
 
 
 class Synthetic(unittest.TestCase):
