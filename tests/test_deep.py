@@ -26,7 +26,8 @@ import MNIST_VAE_Delta
 from tests import small
 
 SMALL = {MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4", MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
-         MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2", MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2"}
+         MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
+         MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2"}
 PHASES = {MNIST_VAE_Delta: ["", "auxiliary"]}
 
 

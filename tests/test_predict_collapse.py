@@ -195,8 +195,8 @@ class Wrong(Case):
         self.save("complex.npy", self.x * 1j)
         self.save("none.npy", self.x[:0])
         self.save("vector.npy", self.x[:, 0])
-        for name in ("text.npy", "empty.npy", "text.csv", "text.pt", "text.npz", "empty.csv", "dict.pt", "sparse.pt", "two.npz", "objects.npy", "words.npy", "complex.npy",
-                     "none.npy", "vector.npy", "absent.npy"):
+        for name in ("text.npy", "empty.npy", "text.csv", "text.pt", "text.npz", "empty.csv", "dict.pt", "sparse.pt", "two.npz",
+                     "objects.npy", "words.npy", "complex.npy", "none.npy", "vector.npy", "absent.npy"):
             with warnings.catch_warnings(action="error"):
                 self.refuse(["--x", self.folder / name], "--x", name, "cannot be read as an array")
         self.refuse(["--x", self.folder / "x.txt"], "--x", "wants a file that ends in .npy, .npz, .csv, .pt")
