@@ -76,6 +76,13 @@ class Made(small.InFolder):
             self.assertIn("Collapse: of ", part)
         picture = (self.folder / "results" / "figure_cvae_beta.png").read_bytes()
         self.assertTrue(picture.startswith(b"\x89PNG"))
+        # The picture is of the first seed, and says so.
+        self.assertIn("*The picture is of seed 1.*", parts[1])
+        self.assertNotIn("The picture is of", parts[2])
+        for seed in ("1", "2"):
+            self.call("figure_cvae_beta", "--seed", seed)
+            self.assertEqual((self.folder / "results" / "figure_cvae_beta.png").read_bytes() == picture, seed == "1")
+            self.assertNotIn("The picture is of", (self.folder / "results" / "figure_cvae_beta.md").read_text())
         # Again: all is there.
         status, _, err = self.call("table_cvae", "--seed", "1,2")
         self.assertEqual((status, err.count("training")), (0, 0))
