@@ -155,7 +155,8 @@ def draw_grid(models, settings, data):
     if len(flags) not in (1, 2) or not cells:
         return
     folder = grid_dir(settings, data)
-    caption = files.caption_of(settings, data)
+    seeds = dict.fromkeys(f.seed for _, f, _ in cells.values())
+    caption = f"{files.caption_of(settings, data)} seed={','.join(map(str, seeds))}"
     scalars = [field.name for field in dataclasses.fields(settings[0]) if field.metadata["scalar"]]
     dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)
     exact = all(hasattr(model, "predicted") for model, _, _ in cells.values())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import datasets
+import pictures
 import MNIST_HVAE_Relu
 from tests import small
 from tests.small import ROOT
@@ -94,7 +95,7 @@ class CommandLine(small.WithMnist):
 
         with ThreadPoolExecutor(2) as pool:                   # each is one thread
             runs = dict(zip(SCRIPTS, pool.map(run, SCRIPTS)))
-        for script, (_, metrics, pictures) in SCRIPTS.items():
+        for script, (_, metrics, drawn) in SCRIPTS.items():
             with self.subTest(script=script):
                 out, err, status = runs[script]
                 self.assertEqual(status, 0, err)
@@ -114,7 +115,7 @@ class CommandLine(small.WithMnist):
                     self.assertTrue(all((units[name] >= 0).all() for name in units if name.startswith("unit_kl")))
                 state = torch.load(run / "model.pt", weights_only=True)
                 self.assertTrue(all(value.isfinite().all() for value in state.values()))
-                self.assertEqual({path.name for path in run.glob("*.png")}, pictures)
+                self.assertEqual({path.name for path in run.glob("*.png")}, drawn)
                 self.assertTrue(all(min(png_size(path)) > 300 for path in run.glob("*.png")))
                 self.assertEqual([path for path in run.iterdir() if path.name.startswith(".")], [])
                 # The table is the last thing printed, on stdout: a caption, the metrics' names, a row; then the theory.
@@ -231,8 +232,11 @@ class Grids(small.InFolder):
         self.assertGreater(width, height)                     # three columns, two rows
 
     def test_seeds(self):
-        """A row is mean ± sample standard deviation over seeds; two flags' grids do not take each other's place."""
-        (names, *rows), _ = self.run_grid("--beta_1", "0.1,2", "--seed", "1,2,3")
+        """A row is mean ± sample standard deviation over seeds, pictures are of the first one; two flags' grids do not take each other's
+        place."""
+        with mock.patch("pictures.save_figure", wraps=pictures.save_figure) as save:
+            (names, *rows), _ = self.run_grid("--beta_1", "0.1,2", "--seed", "1,2,3")
+        self.assertEqual([call.args[5].split()[-1] for call in save.call_args_list], ["seed=1"] * 2)
         self.assertEqual((names[0], len(rows)), ("beta_1", 2))
         for row in rows:
             elbos = [self.results()[float(row[0]), 1.0, seed]["elbo"] for seed in (1, 2, 3)]
