@@ -80,7 +80,7 @@ class Made(small.InFolder):
         self.assertIn("*The picture is of seed 1.*", parts[1])
         self.assertNotIn("The picture is of", parts[2])
         for seed in ("1", "2"):
-            self.call("figure_cvae_beta", "--seed", seed)
+            self.assertEqual(self.call("figure_cvae_beta", "--seed", seed)[0], 0)
             self.assertEqual((self.folder / "results" / "figure_cvae_beta.png").read_bytes() == picture, seed == "1")
             self.assertNotIn("The picture is of", (self.folder / "results" / "figure_cvae_beta.md").read_text())
         # Again: all is there.
