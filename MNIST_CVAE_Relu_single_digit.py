@@ -1,20 +1,36 @@
-"""ReLU CVAE on one digit of MNIST: does the linear theory say how many units each digit keeps?
+"""ReLU CVAE on one digit of MNIST: does the linear theory predict how many units each digit keeps?
 
-    CUDA_VISIBLE_DEVICES=0 python MNIST_CVAE_Relu_single_digit.py --eta_enc 0.5 --eta_dec 0.5 --beta 1.0
+    python MNIST_CVAE_Relu_single_digit.py --eta_enc 0.5 --eta_dec 0.5 --beta 1.0
     python MNIST_CVAE_Relu_single_digit.py --digit 0:9
 
-The CVAE of MNIST_CVAE_Relu.py (Dang et al. 2024, arXiv 2306.05023), trained on the images of one class. What theorem 2
-predicts of a linear CVAE from the same images is printed beside what was trained: the more x tells about y, the more
-units collapse.
+The model is the CVAE of MNIST_CVAE_Relu.py, trained on the images of one digit. x is the lower
+left quarter of the image. y consists of the other three quarters.
+
+How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
+with one draw of z per image. The learning rate is 1e-3 throughout. Each setting's gradient is
+clipped to a norm of 0.01. The training step opens training.py.
+
+What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
+CVAE, MNIST_CVAE_Linear_single_digit.py. Let theta_i be the i-th eigenvalue of the matrix
+
+    E = E[y y^T] - E[y x^T] E[x x^T]^+ E[x y^T]
+
+E is smaller if x predicts y better. Unit i of a linear CVAE collapses if and only if
+
+    theta_i <= beta eta_dec^2
+
+The script prints this prediction, computed from the same images, next to the trained nonlinear
+CVAE.
 """
 from dataclasses import dataclass
 
+import common
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-import common
 import datasets
+import headroom
 import report
 import theory
 import training
@@ -26,30 +42,47 @@ class Flags(common.RemedyFlags, common.TrainFlags):
     beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
     eta_enc: float = common.scalar(0.5, "std of the prior p(z|x)", above=0)
     eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
-    start_std: float = common.scalar(0.1, "std of q(z|x,y) that training starts from, as a share of the prior's", low=0.01, high=10,
-                                     before=1.0)
+    start_std: float = common.scalar(
+        0.1, "initial std of q(z|x,y), relative to the prior's std", low=0.01, high=10
+    )
     dim_z: int = common.flag(16, "units of z", low=1)
     d_hidden: int = common.flag(100, "units of each hidden layer", low=1)
-    dropout: float = common.flag(0.0, "share of the pixels of x that training drops", low=0, high=1)
+    dropout: float = common.flag(
+        0.0, "probability with which training drops a pixel of x", low=0, high=1
+    )
     grad_clip: float = common.flag(0.01, "largest gradient norm of a setting", above=0)
-    released_objective: bool = common.flag(False, "count the reconstruction twice, as the authors' released code does")
+    released_objective: bool = common.flag(
+        False, "count the reconstruction twice, as the authors' released code does"
+    )
+
+
+def reconstruction_weight(f):
+    """The weight of -log p(y|x,z) in the loss: 1, or 2 with --released_objective."""
+    return 2 if f.released_objective else 1
 
 
 class CVAE(nn.Module):
-    """x is the lower left quarter of the image (196 pixels), y the other three (588), each f and g an MLP:
+    """A CVAE whose maps are MLPs with one ReLU layer. Here x has 196 pixels and y has 588 pixels:
 
-        q(z|x,y) = N(f_x(x) + f_y(y), diag s(x, y)^2)   p(z|x)   = N(0, eta_enc^2 I)
-                                                        p(y|x,z) = N(g_x(x) + g_z(z), eta_dec^2 I)
+        q(z|x,y) = N(f_x(x) + f_y(y), diag s(x, y)^2)
+        p(z|x)   = N(0, eta_enc^2 I)
+        p(y|x,z) = N(g_x(x) + g_z(z), eta_dec^2 I)
+
+    The networks f_x and f_y have 2 dim_z outputs each. The second half of their sum gives s(x, y).
     """
 
     def __init__(self, f):
         super().__init__()
 
         def mlp(d_in, d_out):
-            return nn.Sequential(nn.Linear(d_in, f.d_hidden), nn.ReLU(), nn.Linear(f.d_hidden, d_out))
+            return nn.Sequential(
+                nn.Linear(d_in, f.d_hidden), nn.ReLU(), nn.Linear(f.d_hidden, d_out)
+            )
 
-        self.f_x, self.f_y = mlp(196, 2 * f.dim_z), mlp(588, 2 * f.dim_z)      # mean and std
-        self.g_x, self.g_z = mlp(196, 588), mlp(f.dim_z, 588)
+        self.f_x = mlp(196, 2 * f.dim_z)
+        self.f_y = mlp(588, 2 * f.dim_z)
+        self.g_x = mlp(196, 588)
+        self.g_z = mlp(f.dim_z, 588)
 
     def q_z(self, x, y, f):
         mean, raw_std = (self.f_x(x) + self.f_y(y)).chunk(2, dim=-1)
@@ -62,50 +95,85 @@ class CVAE(nn.Module):
         return self.g_x(x) + self.g_z(z)
 
     def forward(self, x, y, f, sample_shape=()):
-        """x (B, 196), y (B, 588). Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
+        """The terms of the ELBO for x (B, 196) and y (B, 588), in nats. Shapes are in report.py.
+
+        With r = y - g_x(x), the reconstruction term is log N(r; g_z(z), eta_dec^2 I).
+        """
         x = nn.functional.dropout(x, f.dropout, self.training)
-        q_z, p_z = self.q_z(x, y, f), self.p_z(f)
-        z = q_z.rsample(sample_shape)                                    # (S, B, dim_z)
-        log_py_z = common.log_normal_affine(y - self.g_x(x), self.g_z[-1], self.g_z[:-1](z), f.eta_dec)
+        q_z = self.q_z(x, y, f)
+        p_z = self.p_z(f)
+        z = q_z.rsample(sample_shape)
+
+        r = y - self.g_x(x)
+        log_py_z = common.log_normal_affine(r, self.g_z[-1], self.g_z[:-1](z), f.eta_dec)
         terms = {"log_px_z": log_py_z, "kl": kl_divergence(q_z, p_z)}
+
+        # Only the evaluation needs the importance weights p(y, z|x) / q(z|x,y).
         if not self.training:
             terms["log_w"] = log_py_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)
             terms["mean"] = q_z.mean / f.eta_enc
         return terms
 
     def loss(self, terms, f):
-        """The negative beta-ELBO, -log p(y|x,z) + beta KL, in nats, (B,)."""
-        reconstruction = -terms["log_px_z"] * (2 if f.released_objective else 1)
+        """The negative beta-ELBO per example, -log p(y|x,z) + beta KL, in nats, (B,).
+
+        The flags --released_objective and --free_bits change the first and the second term.
+        """
+        reconstruction = -terms["log_px_z"] * reconstruction_weight(f)
         return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
-    def unexplained(self, x, y, f, draws):
-        """For headroom: what z is inferred from, and the mean of y expected over z; see report.py."""
+    # What the report compares with the theory (see report.py).
+
+    def residuals(self, x, y, f, draws):
+        """Describe y minus its expected reconstruction, as headroom.py needs it.
+
+        The expectation over z is a mean over `draws` draws.
+        """
         x = nn.functional.dropout(x, f.dropout)
         z = self.q_z(x, y, f).sample((draws,))
-        return {"": dict(reads=(x, y), mean=[(self.g_x[-1], self.g_x[:-1](x)), (self.g_z[-1], self.g_z[:-1](z).mean(0))],
-                         beta=f.beta, weight=2 if f.released_objective else 1, std=f.eta_dec)}
+        residual = headroom.Residual(
+            encoder_input=(x, y),
+            mean_parts=[
+                (self.g_x[-1], self.g_x[:-1](x)),
+                (self.g_z[-1], self.g_z[:-1](z).mean(0)),
+            ],
+            beta=f.beta,
+            weight=reconstruction_weight(f),
+            std=f.eta_dec,
+        )
+        return {"": residual}
 
     @staticmethod
     def linear_optimum(f, data):
         """Theorem 2: the units of the linear CVAE at its optimum on the same data."""
-        if f.beta == 0:                                                  # no optimum is finite
+        # Without the KL no optimum is finite.
+        if f.beta == 0:
             return None
-        beta = f.beta / 2 if f.released_objective else f.beta            # a reconstruction counted twice halves beta
-        E = theory.residual(data.moment, 196)
-        return theory.cvae_optimum(theory.spectrum(E), f.dim_z, beta, f.eta_enc, f.eta_dec)
+        E = theory.moment_given_x(data.moment, dim_x=196)
+        return theory.cvae_optimum(
+            theta=theory.spectrum(E),
+            dim_z=f.dim_z,
+            # Counting the reconstruction twice has the same optimum as halving beta.
+            beta=f.beta / reconstruction_weight(f),
+            eta_enc=f.eta_enc,
+            eta_dec=f.eta_dec,
+        )
 
     def reconstructions(self, x, y, f):
-        mean = self.q_z(x, y, f).mean
-        return {"test images": datasets.whole_images(x, y),
-                "y from x and z": datasets.whole_images(x, self.y_mean(x, mean)),
-                "y from x alone (z = 0)": datasets.whole_images(x, self.y_mean(x, 0 * mean))}
+        """Images (B, 784) for a picture. z is the mean of q(z|x,y), or the mean 0 of p(z|x)."""
+        z = self.q_z(x, y, f).mean
+        return {
+            "test images": datasets.whole_images(x, y),
+            "y from x and z": datasets.whole_images(x, self.y_mean(x, z)),
+            "y from x alone (z = 0)": datasets.whole_images(x, self.y_mean(x, 0 * z)),
+        }
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     data = datasets.load_mnist_quarters(settings)
-    models = training.fit(CVAE, settings, data)
-    return report.report(models, settings, data)
+    runs = training.fit(CVAE, settings, data)
+    return report.report(runs)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,43 @@
-"""DVP-VAE on MNIST: whether pseudoinputs with a density of their own, a diffusion model's, keep a deep hierarchy in use.
+"""DVP-VAE on MNIST: do pseudoinputs with a density of their own keep a deep hierarchy in use?
 
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DVP.py
-    python MNIST_HVAE_DVP.py --context dct,downsample,linear
+    CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DVP.py --context dct,downsample,linear
     python MNIST_HVAE_DVP.py --prior diffusion,vamp --preset small
     torchrun --nproc_per_node=4 MNIST_HVAE_DVP.py --dataset omniglot --autocast bf16
 
-The best prior is the average posterior, which a VampPrior approximates by posteriors at pseudoinputs u (Tomczak & Welling 2018,
-arXiv 1705.07120). Here u = f(x) is a small picture of x, untrained, so that it cannot collapse; every level's prior reads it,
-and a variational diffusion model is its density (Kuzina & Tomczak 2024, arXiv 2412.01373). The rest is MNIST_HVAE_Ladder.py.
+How it is trained: Adamax minimises the negative beta-ELBO in batches of 250 images for 300 epochs,
+with one draw of the latents and one time of the diffusion model per image. The learning rate rises
+to 0.01 in two epochs and then falls to 1e-5 as a cosine. The weight decay is 1e-6, and gradients
+are clipped to a norm of 5. An exponential average of the weights (0.999) is evaluated. `train`
+below makes the steps. The loop around them is `training.Training`, which also writes checkpoints.
+
+The best prior is the average posterior. A VampPrior approximates it by the posteriors at
+pseudoinputs u (Tomczak & Welling 2018, arXiv 1705.07120). In the DVP-VAE u = f(x) is a small
+picture of x (Kuzina & Tomczak 2024, arXiv 2412.01373). The map f is not trained, so that u cannot
+collapse. The prior of every level reads u, and a diffusion model is the density of u. The rest is
+the model of MNIST_HVAE_Ladder.py.
+
+With `--prior vamp` the model is that ladder VAE under a VampPrior, whose pseudoinputs are trained.
 """
 import math
 from dataclasses import dataclass
 
+import common
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    kl_divergence,
+)
 from torch.nn import functional as F
 
-import common
 import datasets
 import deep
+import processes
 import report
 import theory
 import training
@@ -27,42 +45,82 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # What two CPU cores can do in minutes; the defaults are the published setting, for a GPU.
-    small = ("--latents 2,2 --num_ch 16 --diffusion_ch 6 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 "
-             "--num_samples 100 --num_test 1000")
-    prior: str = common.flag("diffusion", "diffusion, or vamp for the VampPrior that it amortises, pseudoinputs that are trained",
-                             choices=("diffusion", "vamp"))
+    # Two CPU cores train this in minutes. The defaults are the published setting, for a GPU.
+    small = (
+        "--latents 2,2 --num_ch 16 --diffusion_ch 6 --batch_size 100 --num_epochs 12 "
+        "--warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000"
+    )
+
+    prior: str = common.flag(
+        "diffusion",
+        "prior of the top level: diffusion for the DVP-VAE, or vamp for a VampPrior, whose "
+        "pseudoinputs are trained",
+        choices=("diffusion", "vamp"),
+    )
     pseudoinputs: int = common.flag(500, "pseudoinputs of --prior vamp", low=1, high=100_000)
-    context: str = common.flag("dct", "the map f of x to its pseudoinput: low frequencies, means over squares, or the principal "
-                                      "components of the training images", choices=("dct", "downsample", "linear"))
-    context_size: int = common.flag(7, "a pseudoinput is so many numbers high and wide", low=1, high=28)
-    num_steps: int = common.flag(25, "steps of the diffusion model in sampling", low=1, high=10_000, evaluation=True)
-    diffusion_ch: int = common.flag(16, "channels of the diffusion model's network", low=1, high=4096)
-    latents: str = common.flag("4,4", "latents of each scale, the coarsest first, the last at half the image's side, of cifar10 at "
-                                      "the whole: 4,4 is 4 of 7x7 and 4 of 14x14")
-    d_z: int = common.flag(0, "channels of a latent; 0 is 1, of cifar10 3", low=0, high=4096)
+    context: str = common.flag(
+        "dct",
+        "the map f from x to its pseudoinput: low frequencies, means over squares, or the "
+        "principal components of the training images",
+        choices=("dct", "downsample", "linear"),
+    )
+    context_size: int = common.flag(
+        7, "height and width of a pseudoinput, in numbers", low=1, high=28
+    )
+    num_steps: int = common.flag(
+        25, "steps of the diffusion model in sampling", low=1, high=10_000, evaluation=True
+    )
+    diffusion_ch: int = common.flag(
+        16, "channels of the diffusion model's network", low=1, high=4096
+    )
+    latents: str = common.flag(
+        "4,4",
+        "number of latents at each scale, the coarsest first; the last scale has half the image's "
+        "side, or for cifar10 the whole side; 4,4 means 4 latents of 7x7 and 4 of 14x14",
+    )
+    d_z: int = common.flag(0, "channels of a latent; 0 is 1, for cifar10 3", low=0, high=4096)
     num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
-    d_hidden: int = common.flag(0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096)
-    linear_path: bool = common.flag(True, "a 1x1 convolution beside the block of each prior and posterior", before=False)
+    d_hidden: int = common.flag(
+        0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096
+    )
+    linear_path: bool = common.flag(
+        True, "add a 1x1 convolution to the block of each prior and posterior"
+    )
     preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
-    evaluate: str = common.flag("", "further measurements: compression, attack or both, joined by a comma")
+    evaluate: str = common.flag(
+        "", "further measurements: compression, attack or both, joined by a comma"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        deep.sides_of_latents(self)                       # now rather than when a model is built
+        # Wrong --latents end the program at once, not only when a model is built.
+        deep.latent_sides(self)
 
 
 class Bottleneck(nn.Sequential):
-    """1x1, 3x3, 3x3 and 1x1 convolutions, SiLU between them, `hidden` channels: (B, c_in, H, W) to (B, c_out, H, W). start scales
-    the initial weights of the last one."""
+    """Four convolutions, 1x1, 3x3, 3x3 and 1x1, with SiLU between them.
+
+    They map (B, c_in, H, W) to (B, c_out, H, W), with `hidden` channels in between. The initial
+    weights of the last convolution are multiplied by `start`.
+    """
 
     def __init__(self, c_in, c_out, hidden, start=1.0):
-        super().__init__(nn.Conv2d(c_in, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
-                         nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(), deep.scaled(nn.Conv2d(hidden, c_out, 1), start))
+        super().__init__(
+            nn.Conv2d(c_in, hidden, 1),
+            nn.SiLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.SiLU(),
+            deep.scaled(nn.Conv2d(hidden, c_out, 1), start),
+        )
 
 
 class Head(nn.Module):
-    """What a state says of a distribution: a 1x1 convolution, if --linear_path, plus a bottleneck that starts at 0."""
+    """The parameters of a distribution, (B, c_out, H, W), from a state (B, c_in, H, W).
+
+    They are the output of a bottleneck that starts at 0, plus a 1x1 convolution if --linear_path.
+    """
 
     def __init__(self, f, c_in, c_out):
         super().__init__()
@@ -70,37 +128,57 @@ class Head(nn.Module):
         self.linear = nn.Conv2d(c_in, c_out, 1) if f.linear_path else None
 
     def forward(self, s):
-        return self.block(s) if self.linear is None else self.block(s) + self.linear(s)
+        if self.linear is None:
+            return self.block(s)
+        return self.block(s) + self.linear(s)
 
 
 class Encoder(nn.Module):
-    """x (B, c_x, H, W) to the features e of each scale, {side: (B, c, side, side)}, from the finest side that there can be down."""
+    """The feature e of each scale, {side: (B, c, side, side)}, from images x (B, c_x, H, W).
+
+    The scales go from the finest possible one down to the coarsest that has latents. Each has three
+    residual blocks, then the mean over squares leads to the scale's side.
+    """
 
     def __init__(self, f, sides):
         super().__init__()
-        c, finest = f.num_ch, deep.finest_side(f)
-        self.sides = [finest >> k for k in range((finest // min(sides)).bit_length())]
+        c = f.num_ch
+        self.sides = [deep.finest_side(f)]
+        while self.sides[-1] > min(sides):
+            self.sides.append(self.sides[-1] // 2)
+
         self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
-        self.scales = nn.ModuleList(nn.ModuleList(Bottleneck(c, c, f.d_hidden or c) for _ in range(3)) for _ in self.sides)
+        self.scales = nn.ModuleList()
+        for _ in self.sides:
+            blocks = [Bottleneck(c, c, f.d_hidden or c) for _ in range(3)]
+            self.scales.append(nn.ModuleList(blocks))
 
     def forward(self, x):
-        e, features = self.x_to_e(x), {}
+        e = self.x_to_e(x)
+        features = {}
         for side, blocks in zip(self.sides, self.scales):
             for block in blocks:
                 e = e + block(F.silu(e))
-            e = features[side] = F.avg_pool2d(e, e.shape[-1] // side)
+            e = F.avg_pool2d(e, e.shape[-1] // side)
+            features[side] = e
         return features
 
 
 class Latent(nn.Module):
-    """One level: p(z_l|z_>l) and q(z_l|z_>l, x), z_l (B, c_z, side, side), and what becomes of the state s (B, c, side, side).
-    The prior reads c_prior channels. Level 1 leaves no state behind: nothing would read it."""
+    """One level: p(z_l|z_>l), q(z_l|z_>l, x), and how z_l changes the state s.
+
+    z_l is (B, c_z, side, side), s is (B, c, side, side). The prior reads `c_prior` channels. L is
+    the number of levels. Level 1 leaves no state behind, since nothing would read it.
+    """
 
     def __init__(self, f, side, c_z, c_prior, L, level):
         super().__init__()
         c = f.num_ch
-        self.side, self.parts = side, [c_z, c_z, c if level > 1 else 0]
-        self.s_to_p, self.s_to_q = Head(f, c_prior, sum(self.parts)), Head(f, c, 2 * c_z)
+        self.side = side
+        # The prior's head gives mean, log-variance and h.
+        self.parts = [c_z, c_z, c if level > 1 else 0]
+        self.s_to_p = Head(f, c_prior, sum(self.parts))
+        self.s_to_q = Head(f, c, 2 * c_z)
         if level > 1:
             self.z_to_s = deep.scaled(nn.Conv2d(c_z, c, 1), L**-0.5)
             self.s_to_s = Bottleneck(c, c, f.d_hidden or c, start=L**-0.5)
@@ -111,241 +189,371 @@ class Latent(nn.Module):
         return normal(mean, log_var), h
 
     def q(self, s, e):
-        """q(z_l|z_>l, x)."""
-        return normal(*self.s_to_q((e + s) / math.sqrt(2)).to(s.dtype).chunk(2, dim=1))
+        """q(z_l|z_>l, x), where e is the encoder's feature of this scale."""
+        mean, log_var = self.s_to_q((e + s) / math.sqrt(2)).to(s.dtype).chunk(2, dim=1)
+        return normal(mean, log_var)
 
     def update(self, s, h, z):
+        """The state that the next level reads."""
         s = s + h + self.z_to_s(z)
         return s + self.s_to_s(s)
 
 
 def normal(mean, log_var):
+    """N(mean, exp(log_var)), where the log-variance is clamped to [-10, 1]."""
     return Normal(mean, (log_var.clamp(-10, 1) / 2).exp())
 
 
 class Context(nn.Module):
-    """f: x (B, c_x, H, H) in [0, 1] -> f(x) (B, c_x, k, k), in [-1, 1] on the training set, a map fixed before training:
+    """f from x (B, c_x, H, H) in [0, 1] to the pseudoinput f(x) (B, c_x, k, k), fixed in training:
 
-        f(x) = (A x - centre) / extent  of each channel,  A (k^2, H^2),  the image of u:  A^+ (centre + extent u)
+        f(x) = (A x - centre) / extent,   A (k^2, H^2), for each channel
+        the image of u = A^+ (centre + extent u)
 
-    dct: the k x k lowest frequencies of the orthonormal 2-D discrete cosine transform, extent the largest magnitude of each.
-    downsample: means over k x k squares. linear: the k^2 principal components of the training images about 0, of all linear
-    maps the one that keeps most of them; extent as in dct. Binarised pixels can reach a little beyond [-1, 1].
+    --context chooses A. dct: the k x k lowest frequencies of the orthonormal discrete cosine
+    transform. downsample: means over k x k squares. linear: the k^2 principal components of the
+    training images about 0. No other linear map to k^2 numbers keeps more of the images.
+
+    f(x) is in [-1, 1] for the training images, since `extent` is the largest magnitude of each
+    number of A x (1/2 for downsample). It can be a little beyond for their binary draws.
     """
 
     def __init__(self, f):
         super().__init__()
         c_x, side, _ = datasets.image_shape(f.dataset)
-        self.kind, self.k, self.side = f.context, f.context_size, side
-        if f.context == "dct":                            # sqrt(2/H) cos(pi a (i + 1/2) / H), over sqrt 2 at a = 0
-            a, i = torch.arange(self.k)[:, None], torch.arange(side, dtype=torch.float64)
-            along = torch.where(a > 0, math.sqrt(2 / side), math.sqrt(1 / side)) * (math.pi / side * a * (i + 0.5)).cos()
+        k = f.context_size
+        self.kind = f.context
+        self.k = k
+        self.side = side
+        self.centre = 0.5 if f.context == "downsample" else 0.0
+
+        # 1. The map along one axis, (k, H).
+        if f.context == "dct":
+            a = torch.arange(k)[:, None]
+            i = torch.arange(side, dtype=torch.float64)
+            scale = torch.where(a > 0, math.sqrt(2 / side), math.sqrt(1 / side))
+            along = scale * (math.pi / side * a * (i + 0.5)).cos()
         else:
-            along = F.adaptive_avg_pool1d(torch.eye(side, dtype=torch.float64), self.k).T
+            along = F.adaptive_avg_pool1d(torch.eye(side, dtype=torch.float64), k).T
+
+        # 2. The map along both axes. With --context linear `fit` replaces it.
         A = torch.kron(along, along)
         self.register_buffer("A", A.float())
         self.register_buffer("A_inverse", torch.linalg.pinv(A).float())
-        self.register_buffer("extent", torch.full((c_x, self.k**2), 0.5))
-        self.register_buffer("mean", torch.zeros(c_x, self.k, self.k))
-        self.register_buffer("std", torch.ones(c_x, self.k, self.k))
-        self.register_buffer("covariance", torch.eye(c_x * self.k**2))
-        self.centre = 0.5 if f.context == "downsample" else 0.0
+
+        # 3. What `fit` measures.
+        self.register_buffer("extent", torch.full((c_x, k**2), 0.5))
+        self.register_buffer("mean", torch.zeros(c_x, k, k))
+        self.register_buffer("std", torch.ones(c_x, k, k))
+        self.register_buffer("covariance", torch.eye(c_x * k**2))
 
     def fit(self, images):
-        """Measure on the training images what the map needs, and mean, covariance and std of their f(x), which are about those of
-        r(u); that is no narrower than its p(u|z_0)."""
+        """Measure, on training images (n, c_x, H, H) in [0, 1], what the map depends on.
+
+        Mean, covariance and std of their f(x) are measured, too. The std is at least the std of
+        p(u|z_0), since r(u) is no narrower.
+        """
         if self.kind == "linear":
-            _, directions = theory.modes(theory.second_moment(images.flatten(0, 1).flatten(1)))
-            self.A.copy_(directions[:, :self.k**2].T)
-            self.A_inverse.copy_(directions[:, :self.k**2])
+            pixels = images.flatten(0, 1).flatten(1)
+            _, directions = theory.modes(theory.second_moment(pixels))
+            self.A.copy_(directions[:, : self.k**2].T)
+            self.A_inverse.copy_(directions[:, : self.k**2])
         if self.kind != "downsample":
-            self.extent.copy_((images.flatten(2) @ self.A.T).abs().amax(0).clamp(min=1e-3))
+            coefficients = images.flatten(2) @ self.A.T
+            self.extent.copy_(coefficients.abs().amax(0).clamp(min=1e-3))
+
         u = self(images)
         self.mean.copy_(u.mean(0))
         self.covariance.copy_(torch.cov(u.flatten(1).T.double()))
         self.std.copy_(u.std(0).clamp(min=math.exp(Diffusion.GAMMA_0 / 2)))
 
     def log_gaussian(self, u):
-        """log r(u) of u (B, c_x, k, k), (B,), if it were a Gaussian: what r(u) is to be better than."""
+        """log r(u) in nats, (B,), of u (B, c_x, k, k), if r were a Gaussian.
+
+        The Gaussian has the mean of the training set, and its covariance plus the variance of
+        p(u|z_0). A useful r(u) gives more.
+        """
         variances, axes = torch.linalg.eigh(self.covariance.double())
         variances = variances.clamp(min=0) + math.exp(Diffusion.GAMMA_0)
-        along = (u - self.mean).flatten(1).double() @ axes
-        return -((along**2 / variances + (2 * math.pi * variances).log()).sum(1) / 2).to(u.dtype)
+        coordinates = (u - self.mean).flatten(1).double() @ axes
+        log_terms = coordinates**2 / variances + (2 * math.pi * variances).log()
+        return -(log_terms.sum(1) / 2).to(u.dtype)
 
     def forward(self, x):
         """f(x), (B, c_x, k, k), of x (B, c_x, H, H)."""
         with torch.autocast(x.device.type, enabled=False):
-            return ((x.flatten(2) @ self.A.T - self.centre) / self.extent).unflatten(2, (self.k, self.k))
+            u = (x.flatten(2) @ self.A.T - self.centre) / self.extent
+            return u.unflatten(2, (self.k, self.k))
 
     def image(self, u):
         """The image (B, c_x, H, H) of u (B, c_x, k, k)."""
         with torch.autocast(u.device.type, enabled=False):
-            return ((self.centre + self.extent * u.flatten(2)) @ self.A_inverse.T).unflatten(2, (self.side, self.side))
+            x = (self.centre + self.extent * u.flatten(2)) @ self.A_inverse.T
+            return x.unflatten(2, (self.side, self.side))
 
 
 class UNet(nn.Module):
-    """h (N, c_in, k, k) and times t (N,) in [0, 1] to (N, c_out, k, k), 0 at the start: blocks on the way in and as many on the way
-    out, each told what the one opposite had found, attention between them, all on one scale."""
+    """A network from h (N, c_in, k, k) and times t (N,) in [0, 1] to (N, c_out, k, k).
+
+    All its blocks work on one scale. A block on the way out also reads the output of the block
+    opposite to it on the way in. Attention lies between both ways. The output starts at 0.
+    """
 
     def __init__(self, c_in, c_out, c, blocks):
         super().__init__()
         half = max(1, c // 2)
-        self.register_buffer("frequencies", 1000 * 10**(-4 * torch.arange(half) / half), persistent=False)
-        self.time = nn.Sequential(nn.Linear(2 * half, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c), nn.SiLU())
+        frequencies = 1000 * 10 ** (-4 * torch.arange(half) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.time = nn.Sequential(
+            nn.Linear(2 * half, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c), nn.SiLU()
+        )
         self.first = nn.Conv2d(c_in, c, 3, padding=1)
-        self.way_in, self.middle, self.way_out = (nn.ModuleList(UNetBlock(c) for _ in range(n)) for n in (blocks, 2, blocks))
+        self.way_in = nn.ModuleList([UNetBlock(c) for _ in range(blocks)])
+        self.middle = nn.ModuleList([UNetBlock(c) for _ in range(2)])
+        self.way_out = nn.ModuleList([UNetBlock(c) for _ in range(blocks)])
         self.attention = Attention(c)
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(), deep.scaled(nn.Conv2d(c, c_out, 3, padding=1), 0))
+        self.last = nn.Sequential(
+            group_norm(c), nn.SiLU(), deep.scaled(nn.Conv2d(c, c_out, 3, padding=1), 0)
+        )
 
     def forward(self, h, t):
         angles = t[:, None] * self.frequencies
         time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        h, found = self.first(h), []
+
+        h = self.first(h)
+        skips = []
         for block in self.way_in:
             h = block(h, time)
-            found.append(h)
-        h = self.middle[1](self.attention(self.middle[0](h, time)), time)
+            skips.append(h)
+
+        h = self.middle[0](h, time)
+        h = self.attention(h)
+        h = self.middle[1](h, time)
+
         for block in self.way_out:
-            h = block(h + found.pop(), time)
+            h = block(h + skips.pop(), time)
         return self.last(h)
 
 
 class UNetBlock(nn.Module):
-    """h plus two 3x3 convolutions of it, normed by groups, the second as the time (N, 4 c) scales and shifts it; 0 at the start."""
+    """h (N, c, k, k) plus two 3x3 convolutions of it, each after a group norm and SiLU.
+
+    The embedding of the time, (N, 4 c), scales and shifts the input of the second convolution,
+    which starts at 0.
+    """
 
     def __init__(self, c):
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm_2, self.conv_2 = group_norm(c), deep.scaled(nn.Conv2d(c, c, 3, padding=1), 0)
+        self.norm_1 = group_norm(c)
+        self.conv_1 = nn.Conv2d(c, c, 3, padding=1)
+        self.norm_2 = group_norm(c)
+        self.conv_2 = deep.scaled(nn.Conv2d(c, c, 3, padding=1), 0)
         self.time = nn.Linear(4 * c, 2 * c)
 
     def forward(self, h, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
-        inner = F.silu(self.norm_2(self.conv_1(F.silu(self.norm_1(h)))) * (1 + scale) + shift)
-        if self.training:                                 # dropout of a tenth
-            inner = inner * (common.uniform_like(inner.float()) >= 0.1) / 0.9
+        inner = self.conv_1(F.silu(self.norm_1(h)))
+        inner = F.silu(self.norm_2(inner) * (1 + scale) + shift)
+        if self.training:
+            # Dropout of a tenth, by noise that several processes share out.
+            inner = inner * (processes.uniform_like(inner.float()) >= 0.1) / 0.9
         return h + self.conv_2(inner)
 
 
 class Attention(nn.Module):
-    """h (N, c, k, k) plus what each place finds at all others: two heads of scaled dot products; 0 at the start."""
+    """h (N, c, k, k) plus scaled dot-product attention between all its k k places.
+
+    It has two heads, or one if c is odd, and starts at 0.
+    """
 
     def __init__(self, c):
         super().__init__()
         self.heads = math.gcd(2, c)
-        self.norm, self.to_qkv, self.to_h = group_norm(c), nn.Conv2d(c, 3 * c, 1), deep.scaled(nn.Conv2d(c, c, 1), 0)
+        self.norm = group_norm(c)
+        self.to_qkv = nn.Conv2d(c, 3 * c, 1)
+        self.to_h = deep.scaled(nn.Conv2d(c, c, 1), 0)
 
     def forward(self, h):
-        q, k, v = self.to_qkv(self.norm(h)).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)         # (N, heads, c', k k)
+        qkv = self.to_qkv(self.norm(h)).flatten(2)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)  # (N, heads, c / heads, k k)
         weights = (q.transpose(-1, -2) @ k / math.sqrt(q.shape[-2])).softmax(-1)
         return h + self.to_h((v @ weights.transpose(-1, -2)).reshape(h.shape))
 
 
 def group_norm(c):
+    """A group norm of c channels in eight groups, or in fewer where c is no multiple of eight."""
     return nn.GroupNorm(math.gcd(8, c), c)
+
+
+# Rows that the evaluation gives to the diffusion model's network at once, to bound its memory.
+ROWS_AT_ONCE = 2**14
 
 
 class Diffusion(nn.Module):
     """r(u), u (N, c_u, k, k), a variational diffusion model (Kingma et al. 2021, arXiv 2107.00630):
 
-        q(z_t|u) = N(alpha_t u, sigma_t^2),  alpha_t^2 = sigmoid(-gamma(t)),  sigma_t^2 = sigmoid(gamma(t)),  t in [0, 1]
-        p(z_1) = N(0, I),  p(u|z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2)
-        p(z_s|z_t) = q(z_s|z_t, u) at u = (z_t - sigma_t eps^) / alpha_t,  s = t - 1/T
-        eps^(z_t, t) = sigma_t z_t + UNet(z_t, t), which starts at sigma_t z_t, the optimum if u ~ N(0, I)
+        q(z_t|u) = N(alpha_t u, sigma_t^2 I),   t in [0, 1]
+        alpha_t^2 = sigmoid(-gamma(t)),   sigma_t^2 = sigmoid(gamma(t)),   gamma linear in t
+        p(z_1) = N(0, I)
+        p(z_s|z_t) = q(z_s|z_t, u) at u = (z_t - sigma_t eps^) / alpha_t,   s = t - 1/T
+        p(u|z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2 I)
 
-    With z_t = alpha_t u + sigma_t eps_t, q is an autoregression in the noise: eps_s = rho eps_t + sqrt(1 - rho^2) eta with
-    rho = exp((gamma(s) - gamma(t)) / 2). For T to infinity
-        -log r(u) <= KL(q(z_1|u) || p(z_1)) + E[-log p(u|z_0)] + (gamma(1) - gamma(0)) / 2 E_t,eps |eps - eps^(z_t, t)|^2.
+    eps^(z_t, t) = sigma_t z_t + UNet(z_t, t) predicts eps, the noise in z_t = alpha_t u + sigma_t
+    eps. It starts at sigma_t z_t, the optimum if u ~ N(0, I). For T to infinity the bound is
+
+        -log r(u) <= KL(q(z_1|u) || p(z_1)) + E[-log p(u|z_0)]
+                     + (gamma(1) - gamma(0)) / 2 E_{t, eps} |eps - eps^(z_t, t)|^2
+
+    Samples take T steps. There q is an autoregression in the noise:
+
+        eps_s = rho eps_t + sqrt(1 - rho^2) eta,   rho = exp((gamma(s) - gamma(t)) / 2)
+
+    where eta is standard normal.
     """
 
-    GAMMA_0, GAMMA_1, BLOCKS = -6.0, 7.0, 2
+    GAMMA_0 = -6.0
+    GAMMA_1 = 7.0
+    BLOCKS = 2
 
     def __init__(self, c_u, c):
         super().__init__()
         self.network = UNet(c_u, c_u, c, self.BLOCKS)
 
     def alpha_sigma(self, t):
+        """alpha_t and sigma_t, like t."""
         gamma = self.GAMMA_0 + (self.GAMMA_1 - self.GAMMA_0) * t
         return gamma.neg().sigmoid().sqrt(), gamma.sigmoid().sqrt()
 
     def epsilon(self, z, t):
-        """eps^(z_t, t), like z (N, c_u, k, k); t (N, 1, 1, 1)."""
-        return self.alpha_sigma(t)[1] * z + self.network(z, t.flatten()).to(z.dtype)
+        """eps^(z_t, t), like z (N, c_u, k, k), at times t (N, 1, 1, 1)."""
+        _, sigma = self.alpha_sigma(t)
+        return sigma * z + self.network(z, t.flatten()).to(z.dtype)
 
     def ends(self, u):
-        """KL(q(z_1|u) || p(z_1)) + E_q[-log p(u|z_0)], in nats per coefficient, like u."""
-        alpha, sigma = self.alpha_sigma(everywhere(u, 1.0))
-        return (alpha**2 * u**2 + sigma**2 - 1 - 2 * sigma.log()) / 2 + (math.log(2 * math.pi * math.e) + self.GAMMA_0) / 2
+        """KL(q(z_1|u) || p(z_1)) + E_q[-log p(u|z_0)] in nats per coefficient, like u."""
+        alpha, sigma = self.alpha_sigma(time_of_rows(u, 1.0))
+        kl = (alpha**2 * u**2 + sigma**2 - 1 - 2 * sigma.log()) / 2
+        return kl + (math.log(2 * math.pi * math.e) + self.GAMMA_0) / 2
 
     def loss(self, u, t=None):
-        """The bound at one noise and one time of each row, t (N, 1, 1, 1), random by default, in nats per coefficient, like u."""
-        t, noise = common.uniform_like(u[:, :1, :1, :1]) if t is None else t, common.normal_like(u)
+        """The bound on -log r(u) in nats per coefficient, like u.
+
+        Each row has one noise and one time t. The times (N, 1, 1, 1) are random by default.
+        """
+        if t is None:
+            t = processes.uniform_like(u[:, :1, :1, :1])
+        noise = processes.normal_like(u)
         alpha, sigma = self.alpha_sigma(t)
         error = noise - self.epsilon(alpha * u + sigma * noise, t)
         return self.ends(u) + (self.GAMMA_1 - self.GAMMA_0) / 2 * error**2
 
     def bound(self, u, pairs=1000):
-        """The mean of `loss` over pairs of time and noise, the times one of each of as many equal parts of [0, 1]: in nats per
-        coefficient, like u; and the standard error of its sum, (N,), as if the times were independent, so rather too large."""
-        at_once, total, squares = max(1, ROWS_AT_ONCE // len(u)), 0, 0
+        """The mean of `loss` over `pairs` pairs of time and noise, and its standard error.
+
+        The times are stratified: [0, 1] has one part for each pair, and the pair's time is random
+        within it. The mean is in nats per coefficient, like u. The standard error (N,) belongs to
+        its sum over the coefficients. It counts the times as independent, so that it is rather too
+        large.
+        """
+        at_once = max(1, ROWS_AT_ONCE // len(u))
+        total = 0
+        squares = 0
         for first in range(0, pairs, at_once):
-            part = torch.arange(first, min(first + at_once, pairs), device=u.device).view(-1, 1, 1, 1, 1)
-            t = (part + common.uniform_like(u[:, :1, :1, :1].expand(len(part), -1, -1, -1, -1))) / pairs
-            losses = self.loss(u.repeat(len(part), 1, 1, 1), t.flatten(0, 1)).unflatten(0, (len(part), len(u)))
-            total, squares = total + losses.sum(0), squares + losses.flatten(2).sum(2).square().sum(0)
+            # 1. One random time within each of these parts.
+            part = torch.arange(first, min(first + at_once, pairs), device=u.device)
+            like = u[:, :1, :1, :1].expand(len(part), -1, -1, -1, -1)
+            t = (part.view(-1, 1, 1, 1, 1) + processes.uniform_like(like)) / pairs
+
+            # 2. The loss at each time, (len(part), N, c_u, k, k).
+            losses = self.loss(u.repeat(len(part), 1, 1, 1), t.flatten(0, 1))
+            losses = losses.unflatten(0, (len(part), len(u)))
+            total = total + losses.sum(0)
+            squares = squares + losses.flatten(2).sum(2).square().sum(0)
+
         mean = total / pairs
-        variance = squares / pairs - mean.flatten(1).sum(1)**2
+        variance = squares / pairs - mean.flatten(1).sum(1) ** 2
         return mean, (variance.clamp(min=0) / pairs).sqrt()
 
     def sample(self, like, T):
-        """Draws of u, like `like`, by T steps from z_1 to z_0."""
+        """Draws of u, in the shape of `like`, by T steps from z_1 to z_0."""
         rho = math.exp((self.GAMMA_0 - self.GAMMA_1) / 2 / T)
-        z = common.normal_like(like)
+        z = processes.normal_like(like)
         for i in range(T, 0, -1):
-            t, s = everywhere(z, i / T), everywhere(z, (i - 1) / T)
-            (alpha, sigma), (alpha_s, sigma_s) = self.alpha_sigma(t), self.alpha_sigma(s)
+            t = time_of_rows(z, i / T)
+            s = time_of_rows(z, (i - 1) / T)
+            alpha, sigma = self.alpha_sigma(t)
+            alpha_s, sigma_s = self.alpha_sigma(s)
             noise = self.epsilon(z, t)
             u = (z - sigma * noise) / alpha
-            z = alpha_s * u + sigma_s * (rho * noise + math.sqrt(1 - rho**2) * common.normal_like(z))
-        return (z + sigma_s * common.normal_like(z)) / alpha_s
+            noise_s = rho * noise + math.sqrt(1 - rho**2) * processes.normal_like(z)
+            z = alpha_s * u + sigma_s * noise_s
+
+        alpha_0, sigma_0 = self.alpha_sigma(time_of_rows(z, 0.0))
+        return (z + sigma_0 * processes.normal_like(z)) / alpha_0
 
 
-def everywhere(u, t):
-    """The time t of each row of u, (N, 1, 1, 1)."""
+def time_of_rows(u, t):
+    """The time t for each row of u, (N, 1, 1, 1)."""
     return torch.full_like(u[:, :1, :1, :1], t)
 
 
-ROWS_AT_ONCE = 2**14                                      # of the diffusion model's network, where it is evaluated
-
-
 class DVPVAE(nn.Module):
-    """p(x, z, u) = p(x|z_1..z_L) prod_l p(z_l|z_>l, u) r(u),  q(z, u|x) = q(u|x) prod_l q(z_l|z_>l, u, x), from the top:
+    """A ladder VAE whose priors read a pseudoinput u, which is level L + 1:
 
-        q(u|x) = N(f(x), exp v)                                           v learned, one a coefficient, in [-12, -5]
-        p(z_l|z_>l, u), h = prior block([s, image of u])                  s = 1 at the start; the image pooled to this scale
-        q(z_l|z_>l, u, x) = posterior block((e + s) / sqrt 2)             e the encoder's feature of this scale
+        p(x, z, u) = p(x|z_1..z_L) prod_l p(z_l|z_>l, u) r(u)
+        q(z, u|x)  = q(u|x) prod_l q(z_l|z_>l, u, x),   q(u|x) = N(f(x), diag exp v)
+
+    f is a Context and r(u) a Diffusion. v is learned, one number for each of u, in [-12, -5]. Both
+    go from the top down, along a state s that starts as ones:
+
+        p(z_l|z_>l, u), h = prior block([s, image of u])
+        q(z_l|z_>l, u, x) = posterior block((e + s) / sqrt 2)
         s <- block(s + h + conv z_l)
-        p(x|z) = Bernoulli(conv silu conv sum_l upsample(z_l) / sqrt L),  cifar10: LogisticMixture(the same)
 
-    u is level L + 1.
+    The image of u is pooled to this scale. e is the encoder's feature of this scale. All latents
+    together give the pixels:
+
+        p(x|z) = Bernoulli(conv silu conv sum_l upsample(z_l) / sqrt L)
+
+    For cifar10, LogisticMixture takes the place of Bernoulli.
     """
 
     elbo_draws = 1
 
     def __init__(self, f):
         super().__init__()
+        # 1. Sizes.
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_z, sides = f.d_z or self.c_x, deep.sides_of_latents(f)
-        L = self.learned_levels = len(sides)
-        self.levels, self.widest_layer = L + 1, f.num_ch * self.side**2
-        self.dimensions = self.c_x * self.side**2 if f.dataset == "cifar10" else 0
-        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
-        self.context, self.r = Context(f), Diffusion(self.c_x, f.diffusion_ch)
-        self.raw_v = nn.Parameter(torch.zeros(self.c_x, f.context_size, f.context_size))
+        c_x = self.c_x
+        c = f.num_ch
+        c_z = f.d_z or c_x
+        c_out = c_x
+        k = f.context_size
+        sides = deep.latent_sides(f)
+        L = len(sides)
+        self.learned_levels = L
+        self.levels = L + 1
+        self.widest_layer = c * self.side**2
+        self.dimensions = 0
+        if f.dataset == "cifar10":
+            self.dimensions = c_x * self.side**2
+            c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(c_x)
+
+        # 2. The pseudoinput: f(x), r(u), and v before its sigmoid.
+        self.context = Context(f)
+        self.r = Diffusion(c_x, f.diffusion_ch)
+        self.raw_v = nn.Parameter(torch.zeros(c_x, k, k))
+
+        # 3. Encoder, latents and decoder.
         self.encoder = Encoder(f, sides)
-        self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
-        self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch + self.c_x, L, l) for l in range(L, 0, -1))
-        self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        s_start = torch.ones(1, c, sides[0], sides[0])
+        self.register_buffer("s_start", s_start, persistent=False)
+        self.latents = nn.ModuleList()
+        for l, side in zip(range(L, 0, -1), sides):
+            self.latents.append(Latent(f, side=side, c_z=c_z, c_prior=c + c_x, L=L, level=l))
+        self.z_to_x = nn.Sequential(
+            nn.Conv2d(c_z, c, 1), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)
+        )
 
     def q_u(self, x):
         """q(u|x), (B, c_x, k, k)."""
@@ -353,12 +561,17 @@ class DVPVAE(nn.Module):
         return Normal(self.context(x), (v / 2).exp())
 
     def top_down(self, u, features, choose):
-        """Yields p(z_l|z_>l, u), q(z_l|z_>l, u, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1; u
-        (n, c_x, k, k). Without features q is None."""
-        s, picture = self.s_start.expand(len(u), -1, -1, -1), self.context.image(u)
+        """Yield p(z_l|z_>l, u), q(z_l|z_>l, u, x) and z_l for l = L, ..., 1.
+
+        Each is (n, c_z, side, side), u is (n, c_x, k, k). z_l = choose(l, p, q). features come from
+        the encoder; without them (None) q is None.
+        """
+        s = self.s_start.expand(len(u), -1, -1, -1)
+        image = self.context.image(u)
         for l, latent in zip(range(self.learned_levels, 0, -1), self.latents):
             s = F.interpolate(s, size=latent.side)
-            p, h = latent.p(torch.cat([s, F.avg_pool2d(picture, self.side // latent.side)], dim=1))
+            pooled = F.avg_pool2d(image, self.side // latent.side)
+            p, h = latent.p(torch.cat([s, pooled], dim=1))
             q = latent.q(s, features[latent.side]) if features else None
             z = choose(l, p, q)
             yield p, q, z
@@ -366,128 +579,226 @@ class DVPVAE(nn.Module):
                 s = latent.update(s, h, z)
 
     def p_x(self, zs, shape=(-1,)):
-        """p(x|z) of all latents, each (n, c_z, side, side), n = shape's product; its pixels are (*shape, c_x, H, W)."""
-        total = sum(F.interpolate(z, size=self.side, mode="bilinear") for z in zs) / math.sqrt(self.learned_levels)
-        out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
-        return deep.LogisticMixture(out, self.c_x) if self.dimensions else Bernoulli(logits=out)
+        """p(x|z) of all latents, a list of (n, c_z, side, side).
 
-    def given(self, x, f):
-        """A draw of u that all draws of z share: log p(x) >= E_q(u|x)[log p(x|u)] - KL(q(u|x) || r(u)), where only log p(x|u) is
-        estimated by weights. q(u|x) is narrow."""
+        Its pixels are (*shape, c_x, H, W), where n is the product of shape.
+        """
+        total = 0
+        for z in zs:
+            total = total + F.interpolate(z, size=self.side, mode="bilinear")
+        total = total / math.sqrt(self.learned_levels)
+        out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
+        if self.dimensions:
+            return deep.LogisticMixture(out, self.c_x)
+        return Bernoulli(logits=out)
+
+    def context_arguments(self, x, f):
+        """Arguments of `forward` that all draws of z share: one draw of u, and terms of its KL.
+
+        Then log p(x) >= E_{q(u|x)}[log p(x|u)] - KL(q(u|x) || r(u)), where importance weights
+        estimate log p(x|u) only. One draw is enough, since q(u|x) is narrow.
+
+        kl_u (B, d) is the KL in nats, by the diffusion model's bound, and error (B,) the standard
+        error of its sum. gaussian (B,) is the KL if r(u) were Gaussian.
+        """
         q_u = self.q_u(x)
         u = deep.draw(q_u)
         bound, error = self.r.bound(u)
-        return {"u": u, "kl_u": (bound - q_u.entropy()).flatten(1), "error": error,
-                "gaussian": -self.context.log_gaussian(u) - q_u.entropy().flatten(1).sum(1)}
+        entropy = q_u.entropy()
+        return {
+            "u": u,
+            "kl_u": (bound - entropy).flatten(1),
+            "error": error,
+            "gaussian": -self.context.log_gaussian(u) - entropy.flatten(1).sum(1),
+        }
 
     def forward(self, x, f, sample_shape=(), u=None, kl_u=None, error=None, gaussian=None):
-        """x (B, c_x, H, W). Terms of the ELBO at a draw of u and all latents, in nats; shapes as report.py says. The KL of u is
-        the diffusion model's bound on it, which at one draw can be negative. With u (B, c_x, k, k), its KL kl_u (B, d), the
-        standard error of that and the KL if r(u) were Gaussian, (B,), from `given`, log_w is of p(x|u) alone."""
+        """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py.
+
+        The KL of u is the diffusion model's bound on it, which can be negative at one draw. With
+        the arguments from `context_arguments`, log_w is the weight of p(x|u) alone.
+        """
         shape = (*sample_shape, len(x))
 
-        def repeated(e):                                  # (B, ...) -> (S B, ...)
-            return e.expand(*sample_shape, *e.shape).flatten(0, len(sample_shape))
-
-        def units(values):                                # (S B, c_z, side, side) -> (S, B, d)
-            return values.flatten(1).unflatten(0, shape)
-
-        q_u = self.q_u(x)
+        # 1. A draw of u, or the one that is given.
         if u is None:
-            q_u = Normal(repeated(q_u.mean), repeated(q_u.stddev))
-            u_drawn = deep.draw(q_u)
-            kl_of_u = units(self.r.loss(u_drawn) - q_u.entropy())
+            q_u = self.q_u(x)
+            mean = deep.repeat_examples(q_u.mean, sample_shape)
+            std = deep.repeat_examples(q_u.stddev, sample_shape)
+            q_u = Normal(mean, std)
+            drawn_u = deep.draw(q_u)
+            kl_top = deep.per_unit(self.r.loss(drawn_u) - q_u.entropy(), shape)
         else:
-            u_drawn, kl_of_u = repeated(u), kl_u
-        features = {side: repeated(e) for side, e in self.encoder(x).items()}
-        drawn = list(self.top_down(u_drawn, features, lambda l, p, q: deep.draw(q)))[::-1]      # level 1 first
-        log_px_z = self.p_x([z for _, _, z in drawn], shape).log_prob(x).flatten(len(shape)).sum(-1)
-        terms = {"log_px_z": log_px_z} | {f"kl_{l}": units(kl_divergence(q, p)) for l, (p, q, _) in enumerate(drawn, 1)}
-        terms[f"kl_{self.levels}"] = kl_of_u
-        if not self.training:
-            terms["log_w"] = log_px_z + sum(units(p.log_prob(z) - q.log_prob(z)).sum(-1) for p, q, z in drawn)
-            terms |= {f"mean_{l}": units((q.mean - p.mean) / p.stddev) for l, (p, q, _) in enumerate(drawn, 1)}
-            terms[f"mean_{self.levels}"] = ((self.context(x) - self.context.mean) / self.context.std).flatten(1)
+            drawn_u = deep.repeat_examples(u, sample_shape)
+            kl_top = kl_u
+
+        # 2. A draw of all latents from the posterior, level 1 first.
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        drawn = list(self.top_down(drawn_u, features, lambda l, p, q: deep.draw(q)))
+        drawn.reverse()
+
+        # 3. The reconstruction, and the KL of each level.
+        zs = [z for p, q, z in drawn]
+        log_px_z = self.p_x(zs, shape).log_prob(x).flatten(len(shape)).sum(-1)
+        terms = {"log_px_z": log_px_z}
+        for l, (p, q, z) in enumerate(drawn, start=1):
+            terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
+        terms[f"kl_{self.levels}"] = kl_top
+        if self.training:
+            return terms
+
+        # 4. For the evaluation: the importance weight, and the means in units of the prior.
+        log_ratio = 0
+        for p, q, z in drawn:
+            log_ratio = log_ratio + deep.per_unit(p.log_prob(z) - q.log_prob(z), shape).sum(-1)
+        terms["log_w"] = log_px_z + log_ratio
+        for l, (p, q, z) in enumerate(drawn, start=1):
+            terms[f"mean_{l}"] = deep.per_unit((q.mean - p.mean) / p.stddev, shape)
+        mean_u = (self.context(x) - self.context.mean) / self.context.std
+        terms[f"mean_{self.levels}"] = mean_u.flatten(1)
         if u is not None:
-            terms |= {"log_w_u": -kl_u.sum(-1), "error_context": error, "context_baseline": gaussian}
+            terms["log_w_u"] = -kl_u.sum(-1)
+            terms["error_context"] = error
+            terms["context_baseline"] = gaussian
         return terms
 
     def loss(self, terms, f):
-        """The negative beta-ELBO, -log p(x|z) + beta sum_l KL_l, in nats, (B,); --free_bits of every learned level cost nothing."""
-        *learned, context = (terms[f"kl{level}"] for level in common.levels(terms))
-        return -terms["log_px_z"] + f.beta * (context.sum(-1) + sum(common.free_bits(kl, f.free_bits).sum(-1) for kl in learned))
+        """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
+
+        --free_bits of the KL of every learned unit cost nothing. The map to u is not learned.
+        """
+        *learned, context = common.levels(terms)
+        context_kl = terms[f"kl{context}"].sum(-1)
+        learned_kl = 0
+        for level in learned:
+            learned_kl = learned_kl + common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
+        return -terms["log_px_z"] + f.beta * (context_kl + learned_kl)
+
+    # What the pictures and the measurements of --evaluate use.
 
     def top_posterior(self, x, f, levels):
-        """q(z_l|z_>l, u, x) of the top learned levels, u and z_>l the means of theirs: a list of Normal, differentiable in x
-        (B, c_x, H, W)."""
-        means_down = self.top_down(self.context(x), self.encoder(x), lambda l, p, q: q.mean)
-        return [q for _, (_, q, _) in zip(range(levels), means_down)]
+        """q(z_l|z_>l, u, x) of the top learned levels, u and every latent above at its mean.
+
+        A list of Normals, differentiable in x (B, c_x, H, W).
+        """
+        posteriors = []
+        latents = self.top_down(self.context(x), self.encoder(x), lambda l, p, q: q.mean)
+        for p, q, z in latents:
+            posteriors.append(q)
+            if len(posteriors) == levels:
+                break
+        return posteriors
 
     def reconstruct(self, x, f, keep, below=lambda p: p.mean):
-        """Means of p(x|z), (B, c_x, H, W): the top `keep` levels, u the first, are the means of q, those below of p, or what
-        below(p) is; for the mean of r(u) stands that of the training set's pseudoinputs."""
+        """Means of p(x|z), (B, c_x, H, W).
+
+        The top `keep` levels, the first of which is u, are the means of q. The levels below are
+        below(p), the means of p by default. With keep = 0, u is the mean over the training set.
+        """
         u = self.context(x) if keep else self.context.mean.expand(len(x), -1, -1, -1)
-        means_down = self.top_down(u, self.encoder(x), lambda l, p, q: q.mean if l > self.levels - keep else below(p))
-        return self.p_x([z for _, _, z in means_down]).mean
+
+        def choose(l, p, q):
+            return q.mean if l > self.levels - keep else below(p)
+
+        latents = self.top_down(u, self.encoder(x), choose)
+        return self.p_x([z for p, q, z in latents]).mean
 
     def reconstructions(self, x, f):
-        L = self.levels
-        panels = {"test images": x, "pseudoinputs": self.context.image(self.context(x)),
-                  "reconstructed through all levels": self.reconstruct(x, f, L)}
-        for l in sorted({math.ceil((L - 1) * third / 3) for third in (1, 2, 3)}):          # at last only u is kept
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
+        """{title: images}: x, pseudoinputs, then reconstructions with more and more levels drawn.
+
+        The prior draws a third of the learned levels, two thirds, and at last all of them.
+        """
+        L = self.learned_levels
+        panels = {
+            "test images": x,
+            "pseudoinputs": self.context.image(self.context(x)),
+            "reconstructed through all levels": self.reconstruct(x, f, self.levels),
+        }
+        for l in sorted({math.ceil(L * third / 3) for third in (1, 2, 3)}):
+            title = f"levels {l} down drawn from the prior"
+            panels[title] = self.reconstruct(x, f, self.levels - l, deep.draw)
         return panels
 
     def samples(self, n, f):
+        """{title: images}: n draws of u from r(u), and the mean of p(x|z) for each."""
         u = self.r.sample(self.context.mean.expand(n, -1, -1, -1), f.num_steps)
-        images = self.p_x([z for _, _, z in self.top_down(u, None, lambda l, p, q: deep.draw(p, f.temperature))]).mean
+        latents = self.top_down(u, None, lambda l, p, q: deep.draw(p, f.temperature))
+        images = self.p_x([z for p, q, z in latents]).mean
         return {"pseudoinputs": self.context.image(u), "what comes of them": images}
 
 
 class VampPrior(MixtureSameFamily):
-    """p(z) = 1/K sum_k N(mean_k, std_k^2), z (n, c_z, side, side), of mean and std (K, c_z, side, side)."""
+    """p(z) = 1/K sum_k N(mean_k, std_k^2), a mixture for z (n, c_z, side, side).
+
+    mean and std are (K, c_z, side, side). `each` holds the K Normals as one of that shape.
+    """
 
     def __init__(self, mean, std):
-        super().__init__(Categorical(logits=torch.zeros_like(mean[:, 0, 0, 0])), Independent(Normal(mean, std), 3))
+        equal_weights = Categorical(logits=torch.zeros_like(mean[:, 0, 0, 0]))
+        super().__init__(equal_weights, Independent(Normal(mean, std), 3))
         self.each = self.component_distribution.base_dist
 
     def draw(self, n, temperature):
-        """n draws (n, c_z, side, side), the std of each Normal times the temperature."""
-        k = (common.uniform_like(self.each.mean[:1, 0, 0, 0].expand(n)) * len(self.each.mean)).long()
+        """n draws (n, c_z, side, side), the std of each Normal multiplied by the temperature."""
+        uniform = processes.uniform_like(self.each.mean[:1, 0, 0, 0].expand(n))
+        k = (uniform * len(self.each.mean)).long()
         return deep.draw(Normal(self.each.mean[k], self.each.stddev[k]), temperature)
 
 
 class VampLadder(nn.Module):
-    """The ladder VAE of MNIST_HVAE_Ladder.py with a VampPrior (Tomczak & Welling 2018) at its top:
+    """The ladder VAE of MNIST_HVAE_Ladder.py under a VampPrior (Tomczak & Welling 2018):
 
-        p(x, z) = p(x|z_1..z_L) p(z_L) prod_{l < L} p(z_l|z_>l),  p(z_L) = 1/K sum_k q(z_L|u_k),  u_k trained images
+        p(x, z) = p(x|z_1..z_L) p(z_L) prod_{l < L} p(z_l|z_>l)
+        p(z_L)  = 1/K sum_k q(z_L|u_k),   with trained images u_k
 
-    Its KL has no closed form: the ELBO's term of level L is log q(z_L|x) - log p(z_L) at a draw, of all its units together.
+    The KL of level L has no closed form. Its term of the ELBO is log q(z_L|x) - log p(z_L) at a
+    draw, one number for all units of the level together.
     """
 
     elbo_draws = 1
 
     def __init__(self, f):
         super().__init__()
+        # 1. Sizes.
         self.c_x, self.side, _ = datasets.image_shape(f.dataset)
-        c_z, sides = f.d_z or self.c_x, deep.sides_of_latents(f)
-        L = self.levels = self.learned_levels = len(sides)
-        self.widest_layer = max(f.num_ch * self.side**2, f.pseudoinputs * c_z * sides[0]**2)
-        self.dimensions = self.c_x * self.side**2 if f.dataset == "cifar10" else 0
-        c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(self.c_x) if self.dimensions else self.c_x
-        self.raw_u = nn.Parameter(torch.zeros(f.pseudoinputs, self.c_x, self.side, self.side))
-        self.encoder = Encoder(f, sides)
-        self.register_buffer("s_start", torch.ones(1, f.num_ch, sides[0], sides[0]), persistent=False)
-        for name in ("top_mean", "top_std"):              # of q(z_L|u_k), as training leaves them
-            self.register_buffer(name, torch.ones(f.pseudoinputs, c_z, sides[0], sides[0]))
-        self.latents = nn.ModuleList(Latent(f, sides[L - l], c_z, f.num_ch, L, l) for l in range(L, 0, -1))
-        self.z_to_x = nn.Sequential(nn.Conv2d(c_z, f.num_ch, 1), nn.SiLU(), nn.Conv2d(f.num_ch, c_out, 3, padding=1))
+        c_x = self.c_x
+        c = f.num_ch
+        c_z = f.d_z or c_x
+        c_out = c_x
+        sides = deep.latent_sides(f)
+        top = sides[0]
+        L = len(sides)
+        K = f.pseudoinputs
+        self.levels = L
+        self.learned_levels = L
+        self.top_units = c_z * top**2
+        self.widest_layer = max(c * self.side**2, K * self.top_units)
+        self.dimensions = 0
+        if f.dataset == "cifar10":
+            self.dimensions = c_x * self.side**2
+            c_out = deep.LogisticMixture.K * deep.LogisticMixture.n(c_x)
 
-    p_x, loss = DVPVAE.p_x, DVPVAE.loss
+        # 2. Pseudoinputs before their sigmoid, and mean and std of q(z_L|u_k) after training.
+        self.raw_u = nn.Parameter(torch.zeros(K, c_x, self.side, self.side))
+        self.register_buffer("top_mean", torch.ones(K, c_z, top, top))
+        self.register_buffer("top_std", torch.ones(K, c_z, top, top))
+
+        # 3. Encoder, latents and decoder.
+        self.encoder = Encoder(f, sides)
+        self.register_buffer("s_start", torch.ones(1, c, top, top), persistent=False)
+        self.latents = nn.ModuleList()
+        for l, side in zip(range(L, 0, -1), sides):
+            self.latents.append(Latent(f, side=side, c_z=c_z, c_prior=c, L=L, level=l))
+        self.z_to_x = nn.Sequential(
+            nn.Conv2d(c_z, c, 1), nn.SiLU(), nn.Conv2d(c, c_out, 3, padding=1)
+        )
 
     def begin_at(self, images):
         """Let the pseudoinputs begin as images, evenly spaced in the training set."""
-        rows = torch.arange(len(self.raw_u), device=images.device) * len(images) // len(self.raw_u)
+        K = len(self.raw_u)
+        rows = torch.arange(K, device=images.device) * len(images) // K
         with torch.no_grad():
             self.raw_u.copy_(images[rows].clamp(0.02, 0.98).logit())
 
@@ -496,100 +807,199 @@ class VampLadder(nn.Module):
         return self.raw_u.sigmoid()
 
     def top_prior(self):
+        """p(z_L): in training from the pseudoinputs, else from what `settle` stored."""
         if not self.training:
             return VampPrior(self.top_mean, self.top_std)
         latent = self.latents[0]
-        q = latent.q(self.s_start, self.encoder(self.pseudoinputs())[latent.side])
+        features = self.encoder(self.pseudoinputs())
+        q = latent.q(self.s_start, features[latent.side])
         return VampPrior(q.mean, q.stddev)
 
     @torch.no_grad()
     def settle(self):
-        """Keep what the prior has become, for evaluation."""
+        """Store the trained prior for the evaluation. Returns the model."""
         p = self.train().top_prior()
         self.top_mean.copy_(p.each.mean)
         self.top_std.copy_(p.each.stddev)
         return self
 
     def top_down(self, n, features, choose):
-        """Yields p(z_l|z_>l), q(z_l|z_>l, x) and z_l = choose(l, p, q), each (n, c_z, side, side), for l = L, ..., 1; of level L p is
-        a VampPrior. Without features q is None."""
+        """Yield p(z_l|z_>l), q(z_l|z_>l, x) and z_l for l = L, ..., 1, each (n, c_z, side, side).
+
+        z_l = choose(l, p, q). For level L p is a VampPrior. features come from the encoder; without
+        them (None) q is None.
+        """
         s = self.s_start.expand(n, -1, -1, -1)
         for l, latent in zip(range(self.levels, 0, -1), self.latents):
             s = F.interpolate(s, size=latent.side)
             p, h = latent.p(s)
-            p = self.top_prior() if l == self.levels else p
+            if l == self.levels:
+                p = self.top_prior()
             q = latent.q(s, features[latent.side]) if features else None
             z = choose(l, p, q)
             yield p, q, z
             if l > 1:
                 s = latent.update(s, h, z)
 
+    def p_x(self, zs, shape=(-1,)):
+        """p(x|z) of all latents, a list of (n, c_z, side, side).
+
+        Its pixels are (*shape, c_x, H, W), where n is the product of shape.
+        """
+        total = 0
+        for z in zs:
+            total = total + F.interpolate(z, size=self.side, mode="bilinear")
+        total = total / math.sqrt(self.levels)
+        out = self.z_to_x(total).to(total.dtype).unflatten(0, shape)
+        if self.dimensions:
+            return deep.LogisticMixture(out, self.c_x)
+        return Bernoulli(logits=out)
+
     def forward(self, x, f, sample_shape=()):
-        """x (B, c_x, H, W). Terms of the ELBO at a draw of all latents, in nats; shapes as report.py says, but that the top level's
-        kl is of all units. Its units' are those to a Gaussian with the prior's means and variances."""
+        """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py.
+
+        kl_L of the top level is (S, B, 1), all its units together. Its unit_kl_L (S, B, d) is the
+        KL to a Gaussian with the prior's means and variances.
+        """
         shape = (*sample_shape, len(x))
 
-        def units(values):                                # (S B, c_z, side, side) -> (S, B, d)
-            return values.flatten(1).unflatten(0, shape)
+        # 1. A draw of all latents from the posterior, the top level first.
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q)))
+        top_p, top_q, top_z = drawn[0]
+        below = drawn[1:]
 
-        features = {side: e.expand(*sample_shape, *e.shape).flatten(0, len(sample_shape)) for side, e in self.encoder(x).items()}
-        (p, q, z), *below = self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q))
-        log_px_z = self.p_x([z, *(z for _, _, z in below)], shape).log_prob(x).flatten(len(shape)).sum(-1)
-        log_ratio = q.log_prob(z).flatten(1).sum(1) - p.log_prob(z)
-        levels = list(enumerate(below[::-1], 1))          # level 1 first
-        terms = {"log_px_z": log_px_z} | {f"kl_{l}": units(kl_divergence(q, p)) for l, (p, q, _) in levels}
-        terms[f"kl_{self.levels}"] = units(log_ratio[:, None])
-        if not self.training:
-            of_all = sum(units(p.log_prob(z) - q.log_prob(z)).sum(-1) for p, q, z in below)
-            terms["log_w"] = log_px_z + of_all - units(log_ratio[:, None]).squeeze(-1)
-            terms[f"unit_kl_{self.levels}"] = units(kl_divergence(q, Normal(p.mean, p.stddev)))
-            terms |= {f"mean_{l}": units((q.mean - p.mean) / p.stddev) for l, (p, q, _) in [*levels, (self.levels, (p, q, z))]}
+        # 2. The reconstruction, and the KL of each level.
+        zs = [z for p, q, z in drawn]
+        log_px_z = self.p_x(zs, shape).log_prob(x).flatten(len(shape)).sum(-1)
+        top_kl = top_q.log_prob(top_z).flatten(1).sum(1) - top_p.log_prob(top_z)
+        top_kl = deep.per_unit(top_kl[:, None], shape)
+        terms = {"log_px_z": log_px_z}
+        for l, (p, q, z) in enumerate(reversed(below), start=1):
+            terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
+        terms[f"kl_{self.levels}"] = top_kl
+        if self.training:
+            return terms
+
+        # 3. For the evaluation: the importance weight, the KL of the top level's units, and the
+        #    means in units of the prior.
+        log_ratio = 0
+        for p, q, z in below:
+            log_ratio = log_ratio + deep.per_unit(p.log_prob(z) - q.log_prob(z), shape).sum(-1)
+        terms["log_w"] = log_px_z + log_ratio - top_kl.squeeze(-1)
+        matched = Normal(top_p.mean, top_p.stddev)
+        terms[f"unit_kl_{self.levels}"] = deep.per_unit(kl_divergence(top_q, matched), shape)
+        for l, (p, q, z) in enumerate(reversed(drawn), start=1):
+            terms[f"mean_{l}"] = deep.per_unit((q.mean - p.mean) / p.stddev, shape)
         return terms
 
+    def loss(self, terms, f):
+        """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
+
+        --free_bits of the KL of every unit cost nothing. The term of the top level, (B, 1), belongs
+        to all its units together, so that it has the free bits of all of them.
+        """
+        *below, top = common.levels(terms)
+        top_bits = f.free_bits * self.top_units
+        top_kl = common.free_bits(terms[f"kl{top}"], top_bits).sum(-1)
+        kl_below = 0
+        for level in below:
+            kl_below = kl_below + common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
+        return -terms["log_px_z"] + f.beta * (top_kl + kl_below)
+
+    # What the pictures and the measurements of --evaluate use.
+
     def top_posterior(self, x, f, levels):
-        """q(z_l|z_>l, x) of the top levels, z_>l the means of theirs: a list of Normal, differentiable in x (B, c_x, H, W)."""
-        means_down = self.top_down(len(x), self.encoder(x), lambda l, p, q: q.mean)
-        return [q for _, (_, q, _) in zip(range(levels), means_down)]
+        """q(z_l|z_>l, x) of the top levels, where every latent above is at its posterior mean.
+
+        A list of Normals, differentiable in x (B, c_x, H, W).
+        """
+        posteriors = []
+        for p, q, z in self.top_down(len(x), self.encoder(x), lambda l, p, q: q.mean):
+            posteriors.append(q)
+            if len(posteriors) == levels:
+                break
+        return posteriors
 
     def reconstruct(self, x, f, keep, below=lambda p: p.mean):
-        """Means of p(x|z), (B, c_x, H, W): the top `keep` levels are the means of q, those below of p, or what below(p) is."""
-        means_down = self.top_down(len(x), self.encoder(x), lambda l, p, q: q.mean if l > self.levels - keep else (
-            p.mean.expand_as(q.mean) if l == self.levels else below(p)))
-        return self.p_x([z for _, _, z in means_down]).mean
+        """Means of p(x|z), (B, c_x, H, W).
+
+        The top `keep` levels are the means of q. The levels below are below(p), the means of p by
+        default. The top level, where it is not kept, is always the mean of p.
+        """
+
+        def choose(l, p, q):
+            if l > self.levels - keep:
+                return q.mean
+            if l == self.levels:
+                return p.mean.expand_as(q.mean)
+            return below(p)
+
+        latents = self.top_down(len(x), self.encoder(x), choose)
+        return self.p_x([z for p, q, z in latents]).mean
 
     def reconstructions(self, x, f):
+        """{title: images}: x, then reconstructions with more and more levels from the prior."""
         L = self.levels
         panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
-        for l in range(math.ceil(L / 4), L, math.ceil(L / 4)):
-            panels[f"levels {l} down drawn from the prior"] = self.reconstruct(x, f, L - l, deep.draw)
+        quarter = math.ceil(L / 4)
+        for l in range(quarter, L, quarter):
+            title = f"levels {l} down drawn from the prior"
+            panels[title] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
-        drawn = self.top_down(n, None, lambda l, p, q: p.draw(n, f.temperature) if l == self.levels else deep.draw(p, f.temperature))
-        return {"pseudoinputs": self.pseudoinputs()[:n], "what is drawn": self.p_x([z for _, _, z in drawn]).mean}
+        """{title: images}: pseudoinputs, and means of p(x|z) at n draws of all latents."""
+
+        def choose(l, p, q):
+            if l == self.levels:
+                return p.draw(n, f.temperature)
+            return deep.draw(p, f.temperature)
+
+        images = self.p_x([z for p, q, z in self.top_down(n, None, choose)]).mean
+        return {"pseudoinputs": self.pseudoinputs()[:n], "what is drawn": images}
 
 
 def model_of(f):
+    """The model that --prior asks for."""
     return VampLadder(f) if f.prior == "vamp" else DVPVAE(f)
 
 
 def train(model, f, data, loop):
-    """Minimise -log p(x|z) + beta (sum_l KL_l + the bound on KL(q(u|x) || r(u))) over --num_epochs. Returns the average of the
-    weights, which is evaluated."""
+    """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. The KL of u is a bound on it.
+
+    Returns the model with the average of the weights, which is evaluated.
+    """
+    images = data.train[0]
     if f.prior == "vamp":
-        model.begin_at(data.train[0])
+        model.begin_at(images)
     else:
-        model.context.fit(data.train[0])
-    optimizer = deep.optimizer(model, f, f.weight_decay)
-    schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
-    share = torch.ones_like(data.train[0][0, 0, 0, 0]) if training.beta_share(f, 0) < 1 else None    # of beta, that rises
+        model.context.fit(images)
+    optimizer = deep.make_optimizer(model, f, f.weight_decay)
+    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
+    average = deep.WeightAverage(model, f)
+    parallel = processes.data_parallel(model)
+
+    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    share = None
+    if training.beta_share(f, 0) < 1:
+        share = torch.ones_like(images[0, 0, 0, 0])
 
     def step(rows):
-        x = data.train[0].index_select(0, rows)
-        x = deep.flipped(x) if f.dataset == "cifar10" else common.binarise(x)              # afresh at each visit
+        x = images.index_select(0, rows)
+        if f.dataset == "cifar10":
+            x = deep.random_flip(x)
+        else:
+            # Binary pixels are drawn anew at each visit of an image.
+            x = common.binarise(x)
+
         with deep.autocast(f):
             terms = parallel(x, f)
-        means = common.means(model.loss(terms, training.weighted(f, share)), terms)
+        loss = model.loss(terms, training.with_beta_share(f, share))
+        means = common.batch_means(loss, terms)
+
         optimizer.zero_grad()
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -597,21 +1007,23 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
-    step = loop.replayed(step)
+    replayed_step = loop.replayed(step)
     for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
-        step(rows)
+        replayed_step(rows)
         schedule.step()
-    return average.module.settle() if f.prior == "vamp" else average.module
+    if f.prior == "vamp":
+        return average.module.settle()
+    return average.module
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     data = datasets.load_images(settings)
-    models = training.fit(model_of, settings, data, train=train)
-    status = report.report(models, settings, data)
-    deep.evaluate_further(models, settings, data)
+    runs = training.fit(model_of, settings, data, train=train)
+    status = report.report(runs)
+    deep.evaluate_further(runs)
     return status
 
 

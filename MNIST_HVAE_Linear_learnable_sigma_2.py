@@ -1,22 +1,39 @@
-"""Linear MHVAE on MNIST, the variance of q(z2|z1) learnable: which units of which level do beta_1 and beta_2 collapse?
+"""Linear HVAE on MNIST with a learnable q(z2|z1): which units do beta_1 and beta_2 collapse?
 
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_Linear_learnable_sigma_2.py --beta_1 1.0 --beta_2 1.0
     python MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.1:7.0:0.1
 
-Theorem 3 of Dang et al. (2024, arXiv 2306.05023) says which, from theta_i, the roots of the eigenvalues of E[x x^T]. The
-trained model is printed beside that.
+How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs.
+The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's gradient is clipped
+to a norm of 100. The training step opens training.py.
+
+What the theory says: theorem 3 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
+form. Let theta_i be the square root of the i-th eigenvalue of E[x x^T], and let d_1 = d_2. Unit i
+of z1 collapses if and only if
+
+    theta_i <= sqrt(beta_1) sigma_1   and   theta_i <= sqrt(beta_2) eta_dec
+
+Unit i of z2 collapses if and only if
+
+    max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1)) <= (beta_2 / beta_1) eta_dec^2
+
+The script prints the trained units next to the predicted ones.
+
+MNIST_HVAE_Linear_nonlearnable_sigma_2.py fixes the variance of q(z2|z1).
 """
 from dataclasses import dataclass
 
+import common
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-import common
 import datasets
+import headroom
 import report
 import theory
 import training
+import verify
 
 
 @dataclass
@@ -31,11 +48,15 @@ class Flags(common.LinearFlags):
 
 
 class HVAE(nn.Module):
-    """Markovian, x -> z1 -> z2 and back:
+    """A Markovian hierarchical VAE, x -> z1 -> z2 and back, whose maps are all linear:
 
-        q(z1|x)  = N(W1 x,  sigma_1^2 I)                p(z2)    = N(0, eta_enc^2 I)
-        q(z2|z1) = N(W2 z1, diag sigma_2^2)             p(z1|z2) = N(U2 z2, eta_dec^2 I)
-                                                        p(x|z1)  = N(U1 z1, eta_dec^2 I)
+        q(z1|x)  = N(W1 x, sigma_1^2 I)
+        q(z2|z1) = N(W2 z1, diag sigma_2^2)
+        p(z2)    = N(0, eta_enc^2 I)
+        p(z1|z2) = N(U2 z2, eta_dec^2 I)
+        p(x|z1)  = N(U1 z1, eta_dec^2 I)
+
+    All images share sigma_2, which is learned.
     """
 
     def __init__(self, f):
@@ -44,7 +65,8 @@ class HVAE(nn.Module):
         self.W2 = nn.Linear(f.d_1, f.d_2, bias=False)
         self.U2 = nn.Linear(f.d_2, f.d_1, bias=False)
         self.U1 = nn.Linear(f.d_1, 784, bias=False)
-        self.log_sigma_2 = nn.Parameter(torch.zeros(f.d_2))      # of sigma_2 / eta_enc: starts at the prior
+        # sigma_2 is eta_enc exp(log_sigma_2), so that training starts from the prior's std.
+        self.log_sigma_2 = nn.Parameter(torch.zeros(f.d_2))
 
     def sigma_2(self, f):
         return f.eta_enc * self.log_sigma_2.exp()
@@ -62,75 +84,166 @@ class HVAE(nn.Module):
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 784). Terms of the ELBO, in nats, the noise of z1 and z2 integrated out; shapes as report.py says."""
-        q_z1, p_z2, sigma_2 = self.q_z1(x, f), self.p_z2(f), self.sigma_2(f)
-        W2, U2, U1 = self.W2.weight, self.U2.weight, self.U1.weight
-        # E||x - U1 z1||^2 = ||x - U1 E[z1]||^2 + sigma_1^2 ||U1||^2
-        expected = (common.log_normal_linear(x, U1, q_z1.mean, f.eta_dec)
-                    - f.sigma_1**2 * (U1**2).sum() / (2 * f.eta_dec**2))
-        # With z2 inferred from z1: z1 - U2 z2 = (I - U2 W2) z1 - U2 noise, and E[log q(z1|x) - log p(z1|z2)] of it.
-        left = torch.eye(len(U2), dtype=x.dtype, device=x.device) - U2 @ W2
-        of_noise = f.sigma_1**2 * (left**2).sum(1) + (U2**2) @ sigma_2**2
-        left_mean = q_z1.mean @ left.T
-        prior_of_mean = Normal(left_mean, f.eta_dec)
-        kl_1 = -q_z1.entropy() - prior_of_mean.log_prob(torch.zeros_like(left_mean)) + of_noise / (2 * f.eta_dec**2)
-        # E over z1 of KL(q(z2|z1) || p(z2)): that at the mean of z1, and what the noise of z1 adds to W2 z1.
-        kl_2 = kl_divergence(self.q_z2(q_z1.mean, f), p_z2) + f.sigma_1**2 * (W2**2).sum(1) / (2 * f.eta_enc**2)
-        terms = {"log_px_z": expected, "kl_1": kl_1, "kl_2": kl_2}
+        """The terms of the ELBO for images x (B, 784), in nats. Their shapes are in report.py.
+
+        The noise of z1 and z2 is integrated out, so that training needs no draws.
+        """
+        q_z1 = self.q_z1(x, f)
+        terms = {
+            "log_px_z": self.expected_log_px(x, q_z1, f),
+            "kl_1": self.expected_kl_1(q_z1, f),
+            "kl_2": self.expected_kl_2(q_z1, f),
+        }
+
+        # Only the evaluation needs draws, for the importance weights p(x, z1, z2) / q(z1, z2|x).
         if not self.training:
-            z1 = q_z1.sample(sample_shape)                       # (S, B, d_1)
+            z1 = q_z1.sample(sample_shape)
             q_z2 = self.q_z2(z1, f)
-            z2 = q_z2.sample()                                   # (S, B, d_2)
-            terms["log_w"] = (common.log_normal_linear(x, U1, z1, f.eta_dec)
-                              + (self.p_z1(z2, f).log_prob(z1) - q_z1.log_prob(z1)).sum(-1)
-                              + (p_z2.log_prob(z2) - q_z2.log_prob(z2)).sum(-1))
-            # With z2' inferred from an independent draw of z1: E[KL(q(z1|x) || p(z1|z2'))], a divergence.
-            prior_noise = f.sigma_1**2 * ((U2 @ W2)**2).sum(1) + (U2**2) @ sigma_2**2
-            to_prior = kl_divergence(Normal(left_mean, f.sigma_1), Normal(torch.zeros_like(f.eta_dec), f.eta_dec))
-            terms["unit_kl_1"] = to_prior + prior_noise / (2 * f.eta_dec**2)
-            terms["mean_1"], terms["mean_2"] = q_z1.mean / f.eta_dec, self.W2(q_z1.mean) / f.eta_enc
+            z2 = q_z2.sample()
+            p_z1 = self.p_z1(z2, f)
+            p_z2 = self.p_z2(f)
+            terms["log_w"] = (
+                common.log_normal_linear(x, self.U1.weight, z1, f.eta_dec)
+                + (p_z1.log_prob(z1) - q_z1.log_prob(z1)).sum(-1)
+                + (p_z2.log_prob(z2) - q_z2.log_prob(z2)).sum(-1)
+            )
+            terms["unit_kl_1"] = self.divergence_of_z1(q_z1, f)
+            terms["mean_1"] = q_z1.mean / f.eta_dec
+            terms["mean_2"] = self.W2(q_z1.mean) / f.eta_enc
         return terms
+
+    def expected_log_px(self, x, q_z1, f):
+        """E[log p(x|z1)] over q(z1|x), in nats, (B,).
+
+        The noise of z1 only adds to the squared error:
+
+            E ||x - U1 z1||^2 = ||x - U1 E[z1]||^2 + sigma_1^2 ||U1||^2
+        """
+        U1 = self.U1.weight
+        log_px_at_mean = common.log_normal_linear(x, U1, q_z1.mean, f.eta_dec)
+        return log_px_at_mean - f.sigma_1**2 * (U1**2).sum() / (2 * f.eta_dec**2)
+
+    def expected_kl_1(self, q_z1, f):
+        """E[log q(z1|x) - log p(z1|z2)] over q(z1, z2|x), in nats per unit, (B, d_1).
+
+        z2 is inferred from the same z1, so this is no divergence and can be negative:
+
+            z1 - U2 z2 = R z1 - U2 (sigma_2 noise)   with   R = I - U2 W2
+        """
+        R = self.remainder_matrix()
+        U2 = self.U2.weight
+        noise_variance = f.sigma_1**2 * (R**2).sum(1) + (U2**2) @ self.sigma_2(f)**2
+
+        mean = q_z1.mean @ R.T
+        log_p_at_mean = Normal(mean, f.eta_dec).log_prob(torch.zeros_like(mean))
+        return -q_z1.entropy() - log_p_at_mean + noise_variance / (2 * f.eta_dec**2)
+
+    def remainder_matrix(self):
+        """R = I - U2 W2, (d_1, d_1). R z1 is z1 minus U2 E[z2|z1]."""
+        U2, W2 = self.U2.weight, self.W2.weight
+        return torch.eye(len(U2), dtype=U2.dtype, device=U2.device) - U2 @ W2
+
+    def expected_kl_2(self, q_z1, f):
+        """E[KL(q(z2|z1) || p(z2))] over q(z1|x), in nats per unit, (B, d_2).
+
+        The noise of z1 only adds to the square of the mean W2 z1 of q(z2|z1).
+        """
+        kl_at_mean = kl_divergence(self.q_z2(q_z1.mean, f), self.p_z2(f))
+        W2 = self.W2.weight
+        return kl_at_mean + f.sigma_1**2 * (W2**2).sum(1) / (2 * f.eta_enc**2)
+
+    def divergence_of_z1(self, q_z1, f):
+        """E[KL(q(z1|x) || p(z1|z2'))] in nats per unit, (B, d_1).
+
+        z2' is inferred from another draw of z1, so this is a divergence and never negative. It
+        depends on z1 and z2' only through z1 - U2 z2'.
+        """
+        U2, W2 = self.U2.weight, self.W2.weight
+        noise_variance = f.sigma_1**2 * ((U2 @ W2)**2).sum(1) + (U2**2) @ self.sigma_2(f)**2
+
+        difference = Normal(q_z1.mean @ self.remainder_matrix().T, f.sigma_1)
+        prior = Normal(torch.zeros_like(f.eta_dec), f.eta_dec)
+        return kl_divergence(difference, prior) + noise_variance / (2 * f.eta_dec**2)
 
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
-        return -terms["log_px_z"] + f.beta_1 * terms["kl_1"].sum(-1) + f.beta_2 * terms["kl_2"].sum(-1)
+        kl_1 = terms["kl_1"].sum(-1)
+        kl_2 = terms["kl_2"].sum(-1)
+        return -terms["log_px_z"] + f.beta_1 * kl_1 + f.beta_2 * kl_2
 
-    def unexplained(self, x, f, draws):
-        """For headroom: the z1 that z2 is inferred from, and its mean expected over z2; see report.py."""
+    # What the report compares with the theory (see report.py).
+
+    def residuals(self, x, f, draws=None):
+        """Describe z1 minus its expected reconstruction from z2, as headroom.py needs it.
+
+        One draw of z1 is the target. The expectation over z2 is exact and needs no draws.
+        """
         z1 = self.q_z1(x, f).sample()
-        return {"_2": dict(reads=(z1,), mean=[(self.U2, self.W2(z1))], beta=f.beta_2, weight=f.beta_1, std=f.eta_dec)}
-
-    def exact_log_px(self, x, f):
-        """log p(x), (B,): x ~ N(0, U1 (eta_enc^2 U2 U2^T + eta_dec^2 I) U1^T + eta_dec^2 I)."""
-        U1, U2 = self.U1.weight, self.U2.weight
-        return common.log_normal_low_rank(x, U1 @ torch.cat([f.eta_enc * U2, f.eta_dec * torch.eye(
-            len(U2), dtype=U2.dtype, device=U2.device)], dim=1), f.eta_dec)
+        residual = headroom.Residual(
+            encoder_input=(z1,),
+            mean_parts=[(self.U2, self.W2(z1))],
+            beta=f.beta_2,
+            weight=f.beta_1,
+            std=f.eta_dec,
+        )
+        return {"_2": residual}
 
     @staticmethod
     def predicted(f, data):
-        """Theorem 3: the units of both levels at the optimum, and the optimal loss."""
+        """Theorem 3: the units of both levels at the optimum and the optimal loss."""
         return theory.hvae_optimum(
-            theory.spectrum(data.moment).sqrt(), f.d_1, f.d_2, f.sigma_1, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+            theta=theory.spectrum(data.moment).sqrt(),
+            d_1=f.d_1,
+            d_2=f.d_2,
+            sigma_1=f.sigma_1,
+            beta_1=f.beta_1,
+            beta_2=f.beta_2,
+            eta_enc=f.eta_enc,
+            eta_dec=f.eta_dec,
+        )
 
     def units(self, f, data):
-        """The same quantities of this model, in float64."""
-        return theory.hvae_units(self.W1.weight @ theory.root(data.moment), self.W2.weight, self.U2.weight,
-                                 f.sigma_1, self.sigma_2(f), f.eta_enc, f.eta_dec)
+        """The quantities of `predicted`, measured on this model's weights in float64."""
+        return verify.hvae_units(
+            V1=self.W1.weight @ theory.root(data.moment),
+            W2=self.W2.weight,
+            U2=self.U2.weight,
+            sigma_1=f.sigma_1,
+            sigma_2=self.sigma_2(f),
+            eta_enc=f.eta_enc,
+            eta_dec=f.eta_dec,
+        )
+
+    def exact_log_px(self, x, f):
+        """log p(x) in nats, (B,). x is Gaussian with mean 0 and covariance
+
+            U1 (eta_enc^2 U2 U2^T + eta_dec^2 I) U1^T + eta_dec^2 I
+        """
+        U1, U2 = self.U1.weight, self.U2.weight
+        identity = torch.eye(len(U2), dtype=U2.dtype, device=U2.device)
+        z1_factor = torch.cat([f.eta_enc * U2, f.eta_dec * identity], dim=1)
+        return common.log_normal_low_rank(x, U1 @ z1_factor, f.eta_dec)
 
     def reconstructions(self, x, f):
+        """Images (B, 784) for a picture. The means of a linear model do not depend on f."""
         z1 = self.W1(x)
-        return {"test images": x, "reconstructed through z1": self.U1(z1),
-                "reconstructed through z2": self.U1(self.U2(self.W2(z1)))}
+        return {
+            "test images": x,
+            "reconstructed through z1": self.U1(z1),
+            "reconstructed through z2": self.U1(self.U2(self.W2(z1))),
+        }
 
     def samples(self, n, f):
-        return self.U1(self.p_z1(self.p_z2(f).sample((n, f.d_2)), f).sample())
+        """The decoder means (n, 784) of n draws from the prior, for a picture."""
+        z2 = self.p_z2(f).sample((n, f.d_2))
+        return self.U1(self.p_z1(z2, f).sample())
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     data = datasets.load_mnist(settings)
-    models = training.fit(HVAE, settings, data)
-    return report.report(models, settings, data)
+    runs = training.fit(HVAE, settings, data)
+    return report.report(runs)
 
 
 if __name__ == "__main__":

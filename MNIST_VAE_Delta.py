@@ -1,82 +1,139 @@
-"""δ-VAE on MNIST: a rate that no encoder can push below δ, where the ordinary VAE with the same strong decoder collapses.
+"""δ-VAE on MNIST: can a rate of at least δ keep the latents in use under a strong decoder?
 
     CUDA_VISIBLE_DEVICES=0 python MNIST_VAE_Delta.py --delta 5.0
-    python MNIST_VAE_Delta.py --prior ar1,standard
+    CUDA_VISIBLE_DEVICES=0 python MNIST_VAE_Delta.py --prior ar1,standard
 
-After Razavi, van den Oord, Poole & Vinyals (2019, arXiv 1901.03416): the prior of a sequence of latents is an AR(1) process,
-which no posterior that is independent over time can match. How far they stay apart, at least δ nats, is the user's choice.
-The decoder is autoregressive over pixels (gated masked convolutions, van den Oord et al. 2016, arXiv 1606.05328), and can do
-without latents: with --prior standard, p(z) = N(0, I), it does. After training, an autoregressive prior is fitted to the
-posterior's draws, all else frozen: what the latents cost with a code that fits them is `rate_auxiliary`, in nats. δ, or 0 with
---prior standard, is `smallest_rate`.
+How it is trained: Adamax minimises the negative beta-ELBO in batches of 250 images for 50 epochs,
+with one draw of the latents per image. The learning rate rises to 0.01 in two epochs and then falls
+to 1e-5 as a cosine. The weight decay is 1e-6, and gradients are clipped to a norm of 5. An
+exponential average of the weights (0.999) is evaluated. In ten further epochs an auxiliary prior is
+fitted to the posterior, everything else frozen, at the same learning rate and without weight decay.
+`train` below makes the steps. The loop around them is `training.Training`, which also writes
+checkpoints.
+
+The model comes from Razavi, van den Oord, Poole & Vinyals (2019, arXiv 1901.03416). The prior of a
+sequence of latents is an AR(1) process. No posterior that is independent over time can match it:
+the KL between them is at least δ nats, and the user chooses δ.
+
+The decoder is autoregressive over pixels (gated masked convolutions, van den Oord et al. 2016,
+arXiv 1606.05328). It can do without latents, and does so with `--prior standard`, where p(z) is
+N(0, I). The autoregressive auxiliary prior shows what the latents cost with a code that fits them:
+the metric `rate_auxiliary`, in nats. `smallest_rate` is δ, or 0 with --prior standard.
 """
 import math
 from dataclasses import dataclass
 
+import common
 import torch
 from torch import nn
 from torch.distributions import Bernoulli, Normal
 from torch.nn import functional as F
 
-import common
 import datasets
 import deep
+import processes
 import report
 import training
 
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # What two CPU cores can do in minutes; the defaults are for a GPU.
-    small = "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 --num_samples 100 --num_test 500"
-    delta: float = common.flag(5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0)
-    prior: str = common.flag("ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard"))
-    start_std: float = common.flag(1.0, "std of q(z|x) that training starts from, as a share of the one nearest to the AR(1) prior",
-                                   low=0.01, high=10)
+    # Two CPU cores train this in minutes. The defaults are for a GPU.
+    small = (
+        "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 "
+        "--num_samples 100 --num_test 500"
+    )
+
+    delta: float = common.flag(
+        5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0
+    )
+    prior: str = common.flag(
+        "ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard")
+    )
+    start_std: float = common.flag(
+        1.0,
+        "std of q(z|x) that training starts from, as a share of the one nearest to the AR(1) prior",
+        low=0.01,
+        high=10,
+    )
     dim_z: int = common.flag(4, "latent units of each image row", low=1)
     num_ch: int = common.flag(16, "channels of the decoder's convolutions", low=1)
-    num_layers: int = common.flag(5, "gated layers of the decoder; from 5 on a pixel sees all pixels before it", low=1)
-    d_hidden: int = common.flag(128, "units of the recurrent layers: encoder, auxiliary prior", low=1)
+    num_layers: int = common.flag(
+        5,
+        "gated layers of the decoder; with 5 or more, each pixel sees all pixels before it",
+        low=1,
+    )
+    d_hidden: int = common.flag(
+        128, "units of the recurrent layers: encoder, auxiliary prior", low=1
+    )
     auxiliary_epochs: int = common.flag(10, "epochs in which the auxiliary prior is fitted", low=1)
     num_epochs: int = common.flag(50, "passes over the training set", low=1)
     preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
-    dataset: str = common.flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
-                               choices=("auto", "mnist", "fashion", "digits", "omniglot"))
+    dataset: str = common.flag(
+        "auto",
+        "auto is mnist if on disk or to be fetched, else the embedded digits",
+        choices=("auto", "mnist", "fashion", "digits", "omniglot"),
+    )
 
 
-MIN_VARIANCE = 1e-8                                       # of p(z_t|z_{t-1}): float32 resolves a residual of its std
+# Lower limit for the variance of p(z_t|z_{t-1}). float32 resolves a residual of its std.
+MIN_VARIANCE = 1e-8
 
 
 def smallest_rate(log_variance, d, n):
-    """δ of an AR(1) prior of n latents of d units whose p(z_t|z_{t-1}) has variance 1 - α² = exp(log_variance): the smallest
-    KL, in nats, of any posterior that is independent over time, ½ d [(n - 2) log(1 + α²) - log(1 - α²)]."""
-    return d / 2 * ((n - 2) * math.log1p(-math.expm1(log_variance)) - log_variance)
+    """δ of an AR(1) prior: the smallest KL of any posterior that is independent over time, in nats.
+
+    The prior has n latents of d units, and p(z_t|z_{t-1}) has variance 1 - α² = exp(log_variance):
+
+        δ = ½ d [(n - 2) log(1 + α²) - log(1 - α²)]
+    """
+    alpha_squared = -math.expm1(log_variance)
+    return d / 2 * ((n - 2) * math.log1p(alpha_squared) - log_variance)
 
 
 def ar1_of_rate(delta, d, n):
-    """(α, log(1 - α²)) of the AR(1) prior of n >= 2 latents of d units whose smallest rate is delta > 0 nats; by bisection,
-    exact to rounding. The logarithm says what α cannot where it is next to 1."""
-    low, high = -2 * delta / d, -2 * delta / d / (n - 1)  # since 0 <= log(1 + α²) <= -log(1 - α²)
-    while low < (middle := low + (high - low) / 2) < high:
-        low, high = (middle, high) if smallest_rate(middle, d, n) > delta else (low, middle)
+    """α and log(1 - α²) of the AR(1) prior whose smallest rate is delta > 0 nats.
+
+    The prior has n >= 2 latents of d units. Bisection finds the logarithm exactly up to rounding.
+    It is returned, too, since α alone is not accurate enough next to 1.
+    """
+    # Brackets of log(1 - α²), since 0 <= log(1 + α²) <= -log(1 - α²).
+    low = -2 * delta / d
+    high = -2 * delta / d / (n - 1)
+
+    middle = low + (high - low) / 2
+    while low < middle < high:
+        if smallest_rate(middle, d, n) > delta:
+            low = middle
+        else:
+            high = middle
+        middle = low + (high - low) / 2
     return math.sqrt(-math.expm1(high)), high
 
 
 def kl_to_ar1(mean, std, alpha, prior_var):
-    """E_q[KL(q(z_t) || p(z_t|z_{t-1}))] of q = Π_t N(mean_t, std_t²) from p(z_t|z_{t-1}) = N(α z_{t-1}, prior_var_t), z_0 = 0,
-    in nats, for every step and unit: mean and std (..., n, d), prior_var (n, 1); (..., n, d)."""
-    change, var = mean - alpha * before(mean), std.square()
-    return ((change.square() + var + alpha**2 * before(var)) / prior_var - 1 + prior_var.log() - var.log()) / 2
+    """E_q[KL(q(z_t) || p(z_t|z_{t-1}))] in nats for every step and unit, (..., n, d).
+
+    q = Π_t N(mean_t, std_t²) with mean and std (..., n, d). p(z_t|z_{t-1}) = N(α z_{t-1},
+    prior_var_t) with prior_var (n, 1) and z_0 = 0.
+    """
+    change = mean - alpha * before(mean)
+    var = std.square()
+    squares = change.square() + var + alpha**2 * before(var)
+    return (squares / prior_var - 1 + prior_var.log() - var.log()) / 2
 
 
 def before(z):
-    """z_{t-1} of a sequence (..., n, d), 0 before the first."""
+    """z_{t-1} for each t of a sequence (..., n, d), where z_0 is 0."""
     return F.pad(z[..., :-1, :], (0, 0, 1, 0))
 
 
 class AuxiliaryPrior(nn.Module):
-    """p(z_t|z_<t) = N(α z_{t-1} + m(z_<t), diag s(z_<t)²), m and s recurrent, with a bias of each step's own. As it is created
-    it is the model's own prior."""
+    """p(z_t|z_<t) = N(α z_{t-1} + m(z_<t), diag s(z_<t)²), fitted to the posterior after training.
+
+    m and s come from a recurrent network and a bias for each step. When it is created, it is the
+    model's own prior.
+    """
 
     def __init__(self, d, d_hidden, alpha, prior_var):
         super().__init__()
@@ -88,53 +145,73 @@ class AuxiliaryPrior(nn.Module):
         self.register_buffer("prior_std", prior_var.sqrt(), persistent=False)
 
     def following(self, previous, steps=slice(None), state=None):
-        """(p(z_t|z_<t) of these steps, the state after them), of the z_{t-1} before each (B, steps, d)."""
+        """p(z_t|z_<t) of these steps, a Normal (B, steps, d), and the recurrent state after them.
+
+        previous (B, steps, d) holds z_{t-1} for each step. state is the one before the first step.
+        """
         h, state = self.z_to_h(previous, state)
         shift, raw_std = (self.h_to_z(h) + self.of_step[steps]).chunk(2, dim=-1)
-        return Normal(self.alpha * previous + shift, common.std_head(raw_std, self.prior_std[steps])), state
+        std = common.std_head(raw_std, self.prior_std[steps])
+        return Normal(self.alpha * previous + shift, std), state
 
     def forward(self, z):
-        """log p(z) in nats of z (B, n, d): (B,)."""
-        return self.following(before(z))[0].log_prob(z).sum((-2, -1))
+        """log p(z) in nats, (B,), of z (B, n, d)."""
+        p_z, _ = self.following(before(z))
+        return p_z.log_prob(z).sum((-2, -1))
 
     def sample(self, n, temperature=1.0):
-        """n draws (n, 28, d), step by step, the std of each p(z_t|z_<t) times the temperature."""
-        z, state = [self.prior_std.new_zeros(n, 1, self.of_step.shape[1] // 2)], None
-        for t in range(len(self.of_step)):
-            p_z, state = self.following(z[-1], slice(t, t + 1), state)
-            z.append(deep.draw(p_z, temperature))
-        return torch.cat(z[1:], dim=1)
+        """n draws (n, 28, d), the std of each p(z_t|z_<t) multiplied by the temperature."""
+        steps, width = self.of_step.shape
+        z_t = self.prior_std.new_zeros(n, 1, width // 2)
+        state = None
+        z = []
+        for t in range(steps):
+            p_z, state = self.following(z_t, slice(t, t + 1), state)
+            z_t = deep.draw(p_z, temperature)
+            z.append(z_t)
+        return torch.cat(z, dim=1)
 
 
 def gate(h):
-    """tanh(a / 2) sigmoid(b) of the two halves of the channels, by one sigmoid."""
+    """tanh(a / 2) sigmoid(b) of the two halves a, b of the channels, by one sigmoid."""
     a, b = h.sigmoid().chunk(2, dim=1)
     return (2 * a - 1) * b
 
 
 class Decoder(nn.Module):
-    """p(x|z) = Π_ij Bernoulli(x_ij | pixels above and left of it, z_i), pixel by pixel in reading order.
+    """p(x|z) = Π_ij Bernoulli(x_ij | earlier pixels, z_i), where pixels are in reading order.
 
-    A vertical stack reads the rows above, without z, a horizontal one the pixels to the left, z_i, and in each layer the
-    vertical one: together all earlier pixels within reach, none of them hidden. As only the horizontal stack reads z, and
-    each row of it only its own, the vertical one is computed once for all draws of z, and a row at a time while sampling.
+    A vertical stack of layers reads the rows above, without z. A horizontal stack reads the pixels
+    to the left, z_i, and in each layer the vertical stack. Together they see all earlier pixels
+    within reach, without a blind spot.
+
+    Only the horizontal stack reads z, and each of its rows reads only its own z_i. So the vertical
+    stack is computed once for all draws of z, and once per row in sampling.
     """
 
     def __init__(self, dim_z, num_ch, num_layers, width):
         super().__init__()
-        C, dilations = num_ch, [2**(l % 5) for l in range(num_layers)]
+        C = num_ch
+        dilations = [2 ** (l % 5) for l in range(num_layers)]
         self.x_to_v = nn.Conv2d(1, C, (2, 3))
         self.x_to_h = nn.Conv2d(1, C, (1, 2))
         self.z_to_h = nn.Linear(dim_z, C * width)
-        self.v_to_v = nn.ModuleList(nn.Conv2d(C, 2 * C, (2, 3), dilation=k) for k in dilations)
-        self.v_to_h = nn.ModuleList(nn.Conv2d(C, 2 * C, 1) for k in dilations)
-        self.h_to_h = nn.ModuleList(nn.Conv2d(C, 2 * C, (1, 2), dilation=(1, k)) for k in dilations)
-        self.h_out = nn.ModuleList(nn.Conv2d(C, C, 1) for k in dilations)
+        self.v_to_v = nn.ModuleList([nn.Conv2d(C, 2 * C, (2, 3), dilation=k) for k in dilations])
+        self.v_to_h = nn.ModuleList([nn.Conv2d(C, 2 * C, 1) for _ in dilations])
+        self.h_to_h = nn.ModuleList(
+            [nn.Conv2d(C, 2 * C, (1, 2), dilation=(1, k)) for k in dilations]
+        )
+        self.h_out = nn.ModuleList([nn.Conv2d(C, C, 1) for _ in dilations])
         self.h_to_x = nn.Sequential(nn.SiLU(), nn.Conv2d(C, C, 1), nn.SiLU(), nn.Conv2d(C, 1, 1))
 
     def vertical(self, x):
-        """What the horizontal layers read of the rows above, of images x (B, 1, H, W): a list of (B, 2C, H, W)."""
-        v, context = self.x_to_v(F.pad(x, (1, 1, 2, 0))[:, :, :-1]), []      # one row down: row i reads rows before i
+        """What each horizontal layer reads of the rows above it, a list of (B, 2C, H, W).
+
+        x is (B, 1, H, W).
+        """
+        # Shifted one row down: row i reads the rows before i.
+        v = self.x_to_v(F.pad(x, (1, 1, 2, 0))[:, :, :-1])
+        context = []
         for v_to_v, v_to_h in zip(self.v_to_v, self.v_to_h):
             k = v_to_v.dilation[0]
             v = v + gate(v_to_v(F.pad(v, (k, k, k, 0))))
@@ -142,10 +219,17 @@ class Decoder(nn.Module):
         return context
 
     def horizontal(self, x, z, context):
-        """Logits (S, B, 1, H, W) of x (B, 1, H, W), with z (S, B, H, d) and context as `vertical` gives it: of whole images,
-        or of the same rows of all."""
-        h = self.x_to_h(F.pad(x, (2, 0))[..., :-1])       # one pixel right
-        h = (h + self.z_to_h(z).unflatten(-1, (x.shape[-1], -1)).movedim(-1, 2)).flatten(0, 1)
+        """Logits of the pixels, (S, B, 1, H, W), of x (B, 1, H, W) with z (S, B, H, d).
+
+        context is the result of `vertical`. x, z and context cover whole images, or the same
+        rows of all images.
+        """
+        # 1. The pixels to the left, shifted one pixel right, and z.
+        h = self.x_to_h(F.pad(x, (2, 0))[..., :-1])
+        from_z = self.z_to_h(z).unflatten(-1, (x.shape[-1], -1)).movedim(-1, 2)
+        h = (h + from_z).flatten(0, 1)
+
+        # 2. The layers, each with its vertical one.
         for above, h_to_h, h_out in zip(context, self.h_to_h, self.h_out):
             k = h_to_h.dilation[1]
             new = h_to_h(F.pad(h, (k, 0))).unflatten(0, z.shape[:2]) + above
@@ -153,22 +237,27 @@ class Decoder(nn.Module):
         return self.h_to_x(h).unflatten(0, z.shape[:2])
 
     def sample(self, z):
-        """Binary images (B, 1, H, W) drawn pixel by pixel at z (B, H, d)."""
-        x = z.new_zeros(len(z), 1, z.shape[1], self.z_to_h.out_features // self.x_to_h.out_channels)
-        for i in range(x.shape[2]):
+        """Binary images (B, 1, H, W), drawn pixel by pixel, at z (B, H, d)."""
+        B, H, _ = z.shape
+        W = self.z_to_h.out_features // self.x_to_h.out_channels
+        x = z.new_zeros(B, 1, H, W)
+        for i in range(H):
             row = slice(i, i + 1)
-            context = [above[:, :, row] for above in self.vertical(x[:, :, :i + 1])]
-            for j in range(x.shape[3]):
+            context = [above[:, :, row] for above in self.vertical(x[:, :, : i + 1])]
+            for j in range(W):
                 logits = self.horizontal(x[:, :, row], z[None, :, row], context)
                 x[:, :, i, j] = common.binarise(logits[0, :, :, 0, j].sigmoid())
         return x
 
 
 class DeltaVAE(nn.Module):
-    """n = 28 latents of d units, one an image row:
+    """A VAE with n = 28 latents of d units, one for each image row:
 
-        p(z_1) = N(0, I), p(z_t|z_{t-1}) = N(α z_{t-1}, (1 - α²) I)      α from δ; 0 for the ordinary VAE
-        q(z|x) = Π_t N(mean_t, diag std_t²), from rows t..n of x         p(x|z) as `Decoder` says
+        p(z_1) = N(0, I)
+        p(z_t|z_{t-1}) = N(α z_{t-1}, (1 - α²) I)
+        q(z|x) = Π_t N(mean_t, diag std_t²),   mean_t and std_t from rows t..n of x
+
+    α follows from δ, and is 0 for the ordinary VAE. p(x|z) is a Decoder.
     """
 
     n, width = datasets.image_shape("mnist")[1:]
@@ -176,17 +265,30 @@ class DeltaVAE(nn.Module):
 
     def __init__(self, f):
         super().__init__()
-        d, n = f.dim_z, self.n
-        self.delta = f.delta if f.prior == "ar1" else 0.0
-        self.alpha, log_variance = ar1_of_rate(f.delta, d, n) if f.prior == "ar1" else (0.0, 0.0)
+        d = f.dim_z
+        n = self.n
+
+        # 1. The prior.
+        self.delta = 0.0
+        self.alpha = 0.0
+        log_variance = 0.0
+        if f.prior == "ar1":
+            self.delta = f.delta
+            self.alpha, log_variance = ar1_of_rate(f.delta, d, n)
         variance = torch.full((n, 1), math.exp(log_variance), dtype=torch.float64)
-        # Of the posterior whose rate is δ, with means 0: (1 - α²) / (1 + α²), at both ends 1 - α².
-        closest_var, prior_var = variance / (1 + self.alpha**2), variance.clone()
-        closest_var[[0, -1]] = variance[0]
+        prior_var = variance.clone()
         prior_var[0] = 1
+
+        # 2. The posterior whose rate is δ. Its means are 0. Its variance is (1 - α²) / (1 + α²), at
+        #    both ends 1 - α².
+        closest_var = variance / (1 + self.alpha**2)
+        closest_var[[0, -1]] = variance[0]
+
         self.register_buffer("prior_var", prior_var, persistent=False)
         self.register_buffer("closest_std", closest_var.sqrt(), persistent=False)
         self.register_buffer("start_std", torch.tensor(f.start_std), persistent=False)
+
+        # 3. Networks.
         self.rows_to_h = nn.GRU(self.width, f.d_hidden, batch_first=True)
         self.h_to_z = nn.Linear(f.d_hidden, 2 * d)
         self.decoder = Decoder(d, f.num_ch, f.num_layers, self.width)
@@ -194,67 +296,103 @@ class DeltaVAE(nn.Module):
         self.widest_layer = 2 * f.num_ch * n * self.width
 
     def q_z(self, x):
-        with torch.autocast(x.device.type, enabled=False):                # which makes a cuDNN GRU float16
-            h, _ = self.rows_to_h(x.squeeze(1).flip(1))   # from the last row up
+        """q(z|x), (B, n, d)."""
+        # Autocast would make a cuDNN GRU compute in float16. It reads from the last row up.
+        with torch.autocast(x.device.type, enabled=False):
+            h, _ = self.rows_to_h(x.squeeze(1).flip(1))
         mean, raw_std = self.h_to_z(h.flip(1)).to(x.dtype).chunk(2, dim=-1)
         return Normal(mean, common.std_head(raw_std, self.closest_std, self.start_std))
 
     def p_z(self, z):
+        """p(z_t|z_{t-1}) for each t of z (..., n, d)."""
         return Normal(self.alpha * before(z), self.prior_var.sqrt())
 
     def sample_z(self, n, temperature=1.0):
-        """n draws of the prior (n, 28, d), the std of each p(z_t|z_{t-1}) times the temperature."""
-        noise = common.normal_like(self.prior_var.new_empty(n, self.n, self.h_to_z.out_features // 2))
+        """n draws of the prior (n, 28, d), each std multiplied by the temperature."""
+        d = self.h_to_z.out_features // 2
+        noise = processes.normal_like(self.prior_var.new_empty(n, self.n, d))
         z = temperature * self.prior_var.sqrt() * noise
         for t in range(1, self.n):
             z[:, t] += self.alpha * z[:, t - 1]
         return z
 
     def forward(self, x, f, sample_shape=()):
-        """x (B, 1, 28, 28), binary. Terms of the ELBO at draws of z, in nats; shapes as report.py says."""
+        """The terms of the ELBO for binary x (B, 1, 28, 28), in nats. Shapes are in report.py."""
         q_z = self.q_z(x)
-        z = draw(q_z, sample_shape)                       # (S, B, n, d)
-        logits = self.decoder.horizontal(x, z.view(-1, *z.shape[-3:]), self.decoder.vertical(x)).to(x.dtype)
+        z = draw(q_z, sample_shape)  # (S, B, n, d)
+
+        context = self.decoder.vertical(x)
+        logits = self.decoder.horizontal(x, z.view(-1, *z.shape[-3:]), context).to(x.dtype)
         log_px_z = Bernoulli(logits=logits).log_prob(x).sum((-3, -2, -1)).view(z.shape[:-2])
-        terms = {"log_px_z": log_px_z, "kl": kl_to_ar1(q_z.mean, q_z.stddev, self.alpha, self.prior_var).flatten(-2)}
-        if not self.training:
-            log_q_z = q_z.log_prob(z).sum((-2, -1))
-            terms["log_w"] = log_px_z + self.p_z(z).log_prob(z).sum((-2, -1)) - log_q_z
-            terms["rate_auxiliary"] = log_q_z - self.auxiliary(z.flatten(0, -3)).view(z.shape[:-2])
-            terms["elbo_auxiliary"] = log_px_z - terms["rate_auxiliary"]
-            terms["smallest_rate"] = torch.full_like(log_px_z, self.delta)
-            terms["mean"] = q_z.mean.flatten(-2)          # of both priors z_t ~ N(0, I)
+        kl = kl_to_ar1(q_z.mean, q_z.stddev, self.alpha, self.prior_var)
+        terms = {"log_px_z": log_px_z, "kl": kl.flatten(-2)}
+        if self.training:
+            return terms
+
+        # For the evaluation: the importance weight, both rates, and the means in units of the
+        # prior, whose marginals are N(0, I).
+        log_q_z = q_z.log_prob(z).sum((-2, -1))
+        log_p_z = self.p_z(z).log_prob(z).sum((-2, -1))
+        log_auxiliary = self.auxiliary(z.flatten(0, -3)).view(z.shape[:-2])
+        terms["log_w"] = log_px_z + log_p_z - log_q_z
+        terms["rate_auxiliary"] = log_q_z - log_auxiliary
+        terms["elbo_auxiliary"] = log_px_z - terms["rate_auxiliary"]
+        terms["smallest_rate"] = torch.full_like(log_px_z, self.delta)
+        terms["mean"] = q_z.mean.flatten(-2)
         return terms
 
     def loss(self, terms, f):
-        """The negative beta-ELBO, -log p(x|z) + beta KL, in nats, (B,)."""
+        """The negative beta-ELBO per image, -log p(x|z) + beta KL, in nats, (B,).
+
+        --free_bits of the KL of every unit cost nothing.
+        """
         return -terms["log_px_z"] + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
+    # What the pictures use.
+
     def reconstructions(self, x, f):
-        return {"test images": x, "drawn from p(x|z), z from q(z|x)": self.decoder.sample(draw(self.q_z(x)))}
+        """{title: images}: x, and a draw of p(x|z) at a draw of q(z|x)."""
+        drawn = self.decoder.sample(draw(self.q_z(x)))
+        return {"test images": x, "drawn from p(x|z), z from q(z|x)": drawn}
 
     def samples(self, n, f):
-        return {"z from the model's own prior": self.decoder.sample(self.sample_z(n, f.temperature)),
-                "z from the auxiliary prior": self.decoder.sample(self.auxiliary.sample(n, f.temperature))}
+        """{title: images}: draws of p(x|z) at n draws of both priors."""
+        own = self.decoder.sample(self.sample_z(n, f.temperature))
+        auxiliary = self.decoder.sample(self.auxiliary.sample(n, f.temperature))
+        return {"z from the model's own prior": own, "z from the auxiliary prior": auxiliary}
 
 
 def draw(q_z, sample_shape=()):
-    """Draws of a Normal, differentiable: (S, B, n, d)."""
-    return q_z.mean + q_z.stddev * common.normal_like(q_z.mean.expand(*sample_shape, *q_z.mean.shape))
+    """Differentiable draws of a Normal (B, n, d): (S, B, n, d)."""
+    noise = processes.normal_like(q_z.mean.expand(*sample_shape, *q_z.mean.shape))
+    return q_z.mean + q_z.stddev * noise
 
 
 def train(model, f, data, loop):
-    """The ELBO first; then, with all else frozen, the auxiliary prior on draws of the averaged model's posterior. Returns that
-    model."""
-    optimizer = deep.optimizer(model, f, f.weight_decay)
-    schedule, average, parallel = deep.warmup_cosine(optimizer, f, loop.steps), deep.WeightAverage(model, f), deep.parallel(model)
-    share = torch.ones_like(data.train[0][0, 0, 0, 0]) if training.beta_share(f, 0) < 1 else None    # of beta, that rises
+    """Minimise -log p(x|z) + beta KL over --num_epochs, then fit the auxiliary prior.
+
+    Returns the model with the average of the weights, which is evaluated.
+    """
+    images = data.train[0]
+    optimizer = deep.make_optimizer(model, f, f.weight_decay)
+    schedule = deep.warmup_cosine(optimizer, f, loop.steps)
+    average = deep.WeightAverage(model, f)
+    parallel = processes.data_parallel(model)
+
+    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    share = None
+    if training.beta_share(f, 0) < 1:
+        share = torch.ones_like(images[0, 0, 0, 0])
 
     def step(rows):
-        x = common.binarise(data.train[0].index_select(0, rows))           # afresh at each visit
+        # Binary pixels are drawn anew at each visit of an image.
+        x = common.binarise(images.index_select(0, rows))
+
         with deep.autocast(f):
             terms = parallel(x, f)
-        means = common.means(model.loss(terms, training.weighted(f, share)), terms)
+        loss = model.loss(terms, training.with_beta_share(f, share))
+        means = common.batch_means(loss, terms)
+
         optimizer.zero_grad()
         means["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -262,35 +400,44 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
-    step = loop.replayed(step)
+    replayed_step = loop.replayed(step)
     for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
-        step(rows)
+        replayed_step(rows)
         schedule.step()
 
-    model = average.module
-    auxiliary = model.auxiliary.requires_grad_()
-    optimizer_2 = deep.optimizer(auxiliary, f)
-    schedule_2 = deep.warmup_cosine(optimizer_2, f, loop.steps // f.num_epochs * f.auxiliary_epochs)
-    parallel_2 = deep.parallel(auxiliary)
+    fit_auxiliary_prior(average.module, f, images, loop)
+    return average.module
 
-    def step_2(rows):
+
+def fit_auxiliary_prior(model, f, images, loop):
+    """Minimise E_q[log q(z|x) - log p_aux(z)] over --auxiliary_epochs, everything else frozen."""
+    auxiliary = model.auxiliary.requires_grad_()
+    optimizer = deep.make_optimizer(auxiliary, f)
+    steps = loop.steps // f.num_epochs * f.auxiliary_epochs
+    schedule = deep.warmup_cosine(optimizer, f, steps)
+    parallel = processes.data_parallel(auxiliary)
+
+    def step(rows):
         with torch.no_grad():
-            q_z = model.q_z(common.binarise(data.train[0].index_select(0, rows)))
+            q_z = model.q_z(common.binarise(images.index_select(0, rows)))
             z = draw(q_z)
-        rate = (q_z.log_prob(z).sum((-2, -1)) - parallel_2(z)).mean()
-        optimizer_2.zero_grad()
+        rate = (q_z.log_prob(z).sum((-2, -1)) - parallel(z)).mean()
+
+        optimizer.zero_grad()
         rate.backward()
         nn.utils.clip_grad_norm_(auxiliary.parameters(), f.grad_clip)
-        optimizer_2.step()
+        optimizer.step()
         loop.record({"loss": rate})
 
-    step_2 = loop.replayed(step_2)
-    for rows in loop.batches("auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer_2, schedule=schedule_2):
-        step_2(rows)
-        schedule_2.step()
-    return model
+    replayed_step = loop.replayed(step)
+    batches = loop.batches(
+        "auxiliary", f.auxiliary_epochs, model=model, optimizer=optimizer, schedule=schedule
+    )
+    for rows in batches:
+        replayed_step(rows)
+        schedule.step()
 
 
 def main(argv=None):
@@ -298,10 +445,12 @@ def main(argv=None):
     for f in settings:
         largest = smallest_rate(math.log(MIN_VARIANCE), f.dim_z, DeltaVAE.n)
         if f.prior == "ar1" and f.delta > largest:
-            common.stop(f, f"--delta: got {f.delta}, wants at most {largest:.1f} of --dim_z {f.dim_z}")
+            common.stop(
+                f, f"--delta: got {f.delta}, wants at most {largest:.1f} of --dim_z {f.dim_z}"
+            )
     data = datasets.load_images(settings)
-    models = training.fit(DeltaVAE, settings, data, train=train)
-    return report.report(models, settings, data)
+    runs = training.fit(DeltaVAE, settings, data, train=train)
+    return report.report(runs)
 
 
 if __name__ == "__main__":

@@ -1,390 +1,721 @@
-"""The small helpers that every script uses, in the order in which a script meets them: flags and their parsing, the setting as
-a model sees it, device and random numbers, densities, progress, rows of a table, `run`. Nothing here knows data, files, theory,
-training or evaluation: those have modules of their own.
+"""The small helpers that every script uses. Scripts import this module before torch and numpy.
+
+There are two reasons for this order. Under an old version of Python, importing torch or another
+module of this project would fail with a confusing error, so this module checks the version first.
+And importing torch takes seconds. This module makes Ctrl-C during that time print one line instead
+of a traceback.
+
+This file has the order in which a script meets its parts: the start of the program, flags, the
+command line, the device, random numbers, the objective's scalars, densities, the terms of a model,
+progress and tables, and `run`. Data, files, theory, training and evaluation have modules of their
+own.
 """
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(
+        "This program needs Python 3.10 or later; "
+        f"this is Python {sys.version_info[0]}.{sys.version_info[1]}"
+    )
+
+import os
+
+# --- The start of the program ---
+
+# Whether `run` is inside a script's main. It then handles Ctrl-C itself.
+_main_is_running = False
+_previous_excepthook = sys.excepthook
+
+
+def _excepthook(kind, error, traceback):
+    """Print one line for Ctrl-C outside `run`, as during imports. Leave all else to Python."""
+    if issubclass(kind, KeyboardInterrupt) and not _main_is_running:
+        print("interrupted", file=sys.stderr)
+    else:
+        _previous_excepthook(kind, error, traceback)
+
+
+def _prepare_output():
+    """Let stdout and stderr accept any text.
+
+    Characters that an encoding lacks are printed as escapes. A stream that is closed or missing is
+    replaced by the null device.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+sys.excepthook = _excepthook
+_prepare_output()
+
 import contextlib
 import dataclasses
 import datetime
 import decimal
 import difflib
 import errno
-import functools
 import inspect
 import itertools
 import math
 import optparse
-import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-# Validation would make the host wait for the GPU at every density, and fails under vmap.
+import processes
+
+# Validating the arguments of a distribution makes the host wait for the GPU at each density. It
+# also fails under torch.vmap, which trains many settings side by side.
 torch.distributions.Distribution.set_default_validate_args(False)
-# Once glibc has freed a block this large, it keeps smaller ones instead of fetching them cleared from the system each time.
+
+# glibc, the C library of most Linux systems, takes large blocks of memory from the system, which
+# clears them each time. Once it has freed such a block, it keeps later blocks of up to that size
+# and reuses them. Hence this tensor, which is freed at once, makes later tensors cheaper.
 torch.empty(31 * 2**20, dtype=torch.uint8)
 
-MAX_WHOLE = 10**9                                         # of a whole number without a limit of its own
+
+# --- Flags ---
+
+# The largest value of a whole number whose flag states no upper limit.
+MAX_WHOLE = 10**9
+
+# The largest number of settings that one command line may stand for.
+MAX_SETTINGS = 10_000
 
 
-def flag(default, help, low=None, above=None, high=None, choices=None, scalar=False, vector=False, evaluation=False, before=None):
-    """A field of a flags dataclass: its default (which fixes its type), its line of --help and its allowed range.
+def flag(
+    default,
+    help,
+    low=None,
+    above=None,
+    high=None,
+    choices=None,
+    scalar=False,
+    vector=False,
+    evaluation=False,
+    metavar=None,
+):
+    """A field of a flags class.
 
-    low and high are inclusive bounds, above an exclusive one. scalar marks a scalar of the objective: settings that differ in
-    nothing else are trained side by side as one batched model. A vector may also be several numbers joined by "/", one a unit, and
-    is then that text. evaluation marks what training does not know: runs that differ in nothing else share it. before is what
-    runs did before there was the flag, where its default is not that.
+    default:       its value if the command line does not set it; it also fixes the flag's type
+    help:          its line in --help
+    low, high:     the smallest and the largest value allowed
+    above:         a number that the value must exceed
+    choices:       the texts allowed
+    scalar:        whether this is a scalar of the objective; settings that differ in such scalars
+                   only are trained side by side, as one batched model
+    vector:        whether several numbers joined by "/", one per unit, are allowed, too; the value
+                   is then that text
+    evaluation:    whether this flag affects the evaluation only; runs that differ in such flags
+                   only share their training
+    metavar:       the word for the value in --help, such as FILE
     """
     if type(default) is int and high is None:
         high = MAX_WHOLE
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, low=low, above=above, high=high, choices=choices, scalar=scalar, vector=vector, evaluation=evaluation, before=before))
+    metadata = {
+        "help": help,
+        "low": low,
+        "above": above,
+        "high": high,
+        "choices": choices,
+        "scalar": scalar,
+        "vector": vector,
+        "evaluation": evaluation,
+        "metavar": metavar,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-scalar = functools.partial(flag, scalar=True)             # beta, eta, sigma, ...
+def scalar(default, help, **limits):
+    """A `flag` for a scalar of the objective, such as beta, eta or sigma."""
+    return flag(default, help, scalar=True, **limits)
+
+
+class BaseFlags:
+    """The base of all flags classes. The class attributes without a type are no flags.
+
+    positional:    words of the usage line before the flags, as in "[name of a table or figure]"
+    epilog:        the last paragraph of --help
+    """
+
+    positional = ""
+    epilog = (
+        "A value may be a list such as 0.1,0.5,1.0 or a range first:last:step such as 0.1:5.0:0.1, "
+        "which includes its last value. Every combination is trained."
+    )
+
+    @classmethod
+    def expand(cls, argv):
+        """The words of a command line as a new list. Subclasses replace presets by their flags."""
+        return list(argv)
 
 
 @dataclasses.dataclass
-class RunFlags:
+class RunFlags(BaseFlags):
     """The flags of every experiment."""
+
     seed: int = flag(0, "seed of all random numbers", low=0)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...; auto is CUDA where there is one")
-    out_dir: str = flag("runs", "where results go")
+    device: str = flag(
+        "auto",
+        "auto, cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU, else the CPU",
+        metavar="DEVICE",
+    )
+    out_dir: str = flag("runs", "folder for the results", metavar="FOLDER")
 
 
 @dataclasses.dataclass
 class MatrixFlags(RunFlags):
-    """The flags of the checks of a theorem on synthetic data."""
-    device: str = flag("cpu", "auto, cpu, cuda, ...; matrices this small gain nothing from a GPU")
+    """The flags of the scripts that check a theorem on synthetic data."""
+
+    device: str = flag(
+        "cpu",
+        "auto, cpu, cuda, ...; matrices as small as these gain nothing from a GPU",
+        metavar="DEVICE",
+    )
     num_samples: int = flag(1000, "rows of data", low=1)
 
 
 @dataclasses.dataclass
 class FitFlags(RunFlags):
-    """The flags of every experiment that trains."""
+    """The flags of every experiment that trains a model."""
+
     batch_size: int = flag(128, "examples per gradient step", low=1)
     num_epochs: int = flag(100, "passes over the training set", low=1)
     lr: float = flag(1e-3, "Adam's learning rate", above=0)
-    lr_schedule: str = flag("constant", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
+    lr_schedule: str = flag(
+        "constant",
+        "cosine lets the learning rate fall to 0",
+        choices=("constant", "cosine"),
+    )
     grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
-    matmul: str = flag("float32", "precision of matrix products, on CUDA of convolutions, too: tf32 (CUDA) or bf16 (CPU) where it has them",
-                       choices=("float32", "tf32", "bf16"))
+    matmul: str = flag(
+        "float32",
+        "precision of matrix products, and of convolutions on CUDA; where the hardware supports "
+        "it, tf32 is faster on CUDA and bf16 on a CPU",
+        choices=("float32", "tf32", "bf16"),
+    )
     checkpoint_seconds: float = flag(60.0, "seconds of training between checkpoints", low=0)
-    overwrite: bool = flag(False, "train again what is finished")
+    overwrite: bool = flag(False, "train finished runs again")
 
 
 @dataclasses.dataclass
 class TrainFlags(FitFlags):
     """The flags of every experiment that trains on images."""
-    num_samples: int = flag(1000, "draws per example for the log-likelihood; 0 leaves it out", low=0, evaluation=True)
-    dataset: str = flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
-                        choices=("auto", "mnist", "fashion", "digits"))
-    data_dir: str = flag("data", "where data sets lie, or are put")
+
+    num_samples: int = flag(
+        1000,
+        "draws per example for the log-likelihood; 0 leaves it out",
+        low=0,
+        evaluation=True,
+    )
+    dataset: str = flag(
+        "auto",
+        "auto is mnist if it is on disk or can be fetched, else the embedded digits",
+        choices=("auto", "mnist", "fashion", "digits"),
+    )
+    data_dir: str = flag("data", "folder of the data sets", metavar="FOLDER")
 
 
 @dataclasses.dataclass
 class LinearFlags(TrainFlags):
-    """The flags of the experiments with linear models, which are to arrive at a predicted optimum: the learning rate falls
-    to 0, and a clip that noisy gradients never reach does not bias where they lead."""
+    """The flags of the experiments with linear models, which should reach a predicted optimum.
+
+    Hence the learning rate falls to 0, and the gradient clip is never active: clipping noisy
+    gradients would bias the point that training reaches.
+    """
+
     lr: float = flag(3e-3, "Adam's learning rate", above=0)
-    lr_schedule: str = flag("cosine", "cosine lets the learning rate fall to 0", choices=("constant", "cosine"))
+    lr_schedule: str = flag(
+        "cosine",
+        "cosine lets the learning rate fall to 0",
+        choices=("constant", "cosine"),
+    )
     grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
 
 
 @dataclasses.dataclass
-class RemedyFlags:
-    """The flags of what is said to help against collapse, beside those above; all off."""
-    beta_warmup: float = flag(0.0, "epochs over which every beta rises from 0 (Bowman et al. 2016, Sonderby et al. 2016)", low=0)
-    beta_cycles: int = flag(1, "how often they rise, for half of each cycle if --beta_warmup is 0 (Fu et al. 2019)", low=1)
-    free_bits: float = scalar(0.0, "nats of mean KL that cost a unit nothing, but for an HVAE's z1 (Kingma et al. 2016)", low=0)
+class RemedyFlags(BaseFlags):
+    """The flags of remedies against collapse from the literature, all off by default."""
+
+    beta_warmup: float = flag(
+        0.0,
+        "epochs in which every beta rises from 0, as in Bowman et al. 2016 and Sonderby et al. "
+        "2016",
+        low=0,
+    )
+    beta_cycles: int = flag(
+        1,
+        "number of times that every beta rises, as in Fu et al. 2019; each rise takes half of a "
+        "cycle if --beta_warmup is 0",
+        low=1,
+    )
+    free_bits: float = scalar(
+        0.0,
+        "nats of mean KL that cost a unit nothing, as in Kingma et al. 2016; they do not apply to "
+        "z1 of an HVAE",
+        low=0,
+    )
 
 
-MAX_SETTINGS = 10_000                                     # of one command line
+def _class_of(flags):
+    """The flags class, given it or one of its instances."""
+    return flags if isinstance(flags, type) else type(flags)
 
 
 def script_name(flags):
-    """The stem of the script that defines these flags (a flags class, or one of its instances)."""
-    return Path(inspect.getfile(flags if isinstance(flags, type) else type(flags))).stem
+    """The name, without ".py", of the script that defines a flags class, or its instance."""
+    return Path(inspect.getfile(_class_of(flags))).stem
 
 
 def stop(flags, message):
-    """End with exit status 2 and one line on stderr, before anything is trained."""
+    """End the program with one line on stderr and exit status 2, before it trains anything."""
     print(f"{script_name(flags)}.py: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def own_and_shared(flags):
-    """The fields of a flags class (or instance), {name: field}: first the script's own, then those it inherits."""
-    cls = flags if isinstance(flags, type) else type(flags)
-    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__dataclass_fields__", ())}
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    return tuple({name: field for name, field in fields.items() if (name in inherited) == of} for of in (False, True))
+def inherited_flags(flags):
+    """The fields that a flags class, or its instance, has in common with its bases: {name: field}.
+
+    A field that the class only gives another default counts as inherited.
+    """
+    names = set()
+    for base in _class_of(flags).__mro__[1:]:
+        names.update(getattr(base, "__dataclass_fields__", ()))
+    return {field.name: field for field in dataclasses.fields(flags) if field.name in names}
 
 
-def _wanted(field):
-    """What a flag takes, in words."""
-    meta, kind = field.metadata, type(field.default)
-    if meta["choices"]:
-        return "one of " + ", ".join(meta["choices"])
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    bounds = [f"{word} {meta[key]}" for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
-              if meta[key] is not None]
-    return f"{words} {' and '.join(bounds)}".strip() + (", or one a unit, joined by /" if meta["vector"] else "")
+def own_flags(flags):
+    """The fields that only this flags class, or its instance, has: {name: field}."""
+    inherited = inherited_flags(flags)
+    return {field.name: field for field in dataclasses.fields(flags) if field.name not in inherited}
 
 
-def _number(field, text):
-    """The value of a numeric flag, exact: 0.1:0.5:0.1 is to hold 0.3, not its neighbour. Raises ValueError or
-    ArithmeticError for what is no number or out of range."""
-    value, meta = decimal.Decimal(text), field.metadata
-    if not math.isfinite(float(value)) or (type(field.default) is int and value != int(value)) \
-            or (meta["low"] is not None and value < meta["low"]) \
-            or (meta["above"] is not None and float(value) <= meta["above"]) \
-            or (meta["high"] is not None and value > meta["high"]):
+def all_flags(flags):
+    """All fields of a flags class, or its instance, its own ones first: {name: field}."""
+    return own_flags(flags) | inherited_flags(flags)
+
+
+# --- The command line ---
+
+
+def parse_flags(Flags, argv=None):
+    """The settings that a command line stands for: one instance of `Flags` per combination.
+
+    Each value may be a list such as 0.1,0.5,1.0 or a range such as 0.1:5.0:0.1. In the order of
+    the settings, the script's own flags vary more slowly than the inherited ones.
+
+    If anything is wrong with argv (by default sys.argv[1:]), with the device or with the output
+    folder, the program ends here. It prints one line that names the flag, with exit status 2.
+    """
+    argv = Flags.expand(sys.argv[1:] if argv is None else argv)
+    fields = all_flags(Flags)
+    parser = _build_parser(Flags)
+
+    words = _check_words(parser, fields, argv)
+    options, rest = parser.parse_args(words)
+    if rest:
+        parser.error(f"{rest[0]!r}: a value without a flag")
+    values = _read_values(parser, fields, options)
+    settings = _combine(parser, Flags, values)
+
+    _check_out_dir(parser, settings[0].out_dir)
+    select_device(settings[0])
+    return settings
+
+
+def _build_parser(Flags):
+    """The parser of a script's command line, with the text of its --help."""
+    parser = optparse.OptionParser(
+        prog=f"{script_name(Flags)}.py",
+        usage=" ".join(["%prog", *Flags.positional.split(), "[--flag value] ..."]),
+        description=(inspect.getmodule(Flags).__doc__ or "").strip().split("\n\n")[0],
+        epilog=Flags.epilog,
+    )
+
+    def error(message):
+        # optparse itself would print the usage, too.
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+    parser.error = error
+    own = own_flags(Flags)
+    inherited = inherited_flags(Flags)
+    _add_options(parser, "This experiment" if inherited else "Flags", own)
+    if inherited:
+        _add_options(parser, "Every experiment", inherited)
+    return parser
+
+
+def _add_options(parser, title, fields):
+    """Add flags to a parser, under a title of their own in --help."""
+    group = parser.add_option_group(title)
+    for name, field in fields.items():
+        group.add_option(f"--{name}", dest=name, metavar=_metavar(field), help=_help(field))
+
+
+def _metavar(field):
+    """The word for a flag's value in --help."""
+    if field.metadata["metavar"]:
+        return field.metadata["metavar"]
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    return {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT"}[type(field.default)]
+
+
+def _help(field):
+    """A flag's line of --help: its meaning, the numbers that it allows, and its default."""
+    details = []
+    if type(field.default) in (int, float):
+        details.append(_allowed(field, state_max_whole=False))
+    if type(field.default) is bool:
+        details.append(f"default {str(field.default).lower()}")
+    elif field.default != "":
+        details.append(f"default {field.default}")
+
+    if not details:
+        return field.metadata["help"]
+    return f"{field.metadata['help']} ({'; '.join(details)})"
+
+
+def _allowed(field, state_max_whole=True):
+    """The values that a flag allows, in words. MAX_WHOLE may be left out as an upper limit."""
+    if field.metadata["choices"]:
+        return "one of " + ", ".join(field.metadata["choices"])
+
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
+    bounds = []
+    if low is not None:
+        bounds.append(f"at least {low}")
+    if above is not None:
+        bounds.append(f"above {above}")
+    if high is not None and (high != MAX_WHOLE or state_max_whole):
+        bounds.append(f"at most {high}")
+
+    words = f"{kinds[type(field.default)]} {' and '.join(bounds)}".strip()
+    if field.metadata["vector"]:
+        words += ", or one a unit, joined by /"
+    return words
+
+
+def _check_words(parser, fields, argv):
+    """Check that each flag exists and has a value. Returns the words of the command line.
+
+    optparse would accept an abbreviated flag, and take a flag for the value of the one before it.
+    A true-or-false flag without a value means true.
+    """
+    words = []
+    for i, word in enumerate(argv):
+        name = word[2:].partition("=")[0]
+        if not word.startswith("--") or name == "help":
+            words.append(word)
+            continue
+
+        if name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+            parser.error(f"--{name}: no such flag; the nearest is --{nearest}")
+        no_value_follows = i + 1 == len(argv) or argv[i + 1].startswith("--")
+        if no_value_follows and "=" not in word:
+            if type(fields[name].default) is not bool:
+                parser.error(f"--{name}: got no value, wants {_allowed(fields[name])}")
+            word += "=true"
+        words.append(word)
+    return words
+
+
+def _read_values(parser, fields, options):
+    """The values of each flag, {name: list}, from the texts that optparse has read."""
+    values = {}
+    for name, field in fields.items():
+        text = getattr(options, name)
+        if text is None:
+            values[name] = [field.default]
+            continue
+        try:
+            values[name] = _parse_values(field, text)
+        except ValueError as error:
+            part = str(error)
+            reason = "an empty or endless range, wants" if ":" in part else "wants"
+            parser.error(f"--{name}: got {part!r}, {reason} {_allowed(field)}")
+    return values
+
+
+def _parse_values(field, text):
+    """All values that a flag's text stands for. Raises ValueError with the part that is wrong."""
+    if type(field.default) is str and not field.metadata["choices"]:
+        # A text is one value: a path may contain commas and colons.
+        return [text]
+
+    values = []
+    for part in text.split(","):
+        try:
+            values.extend(_parse_part(field, part))
+        except (ValueError, ArithmeticError):
+            raise ValueError(part) from None
+    # A value that is listed twice counts once.
+    return list(dict.fromkeys(values))
+
+
+def _parse_part(field, part):
+    """The values of one part of a list. Raises ValueError or ArithmeticError if it is wrong."""
+    if type(field.default) is bool:
+        if part.lower() not in ("true", "false"):
+            raise ValueError
+        return [part.lower() == "true"]
+    if type(field.default) is str:
+        if part not in field.metadata["choices"]:
+            raise ValueError
+        return [part]
+    if field.metadata["vector"] and "/" in part:
+        numbers = [float(_parse_number(field, number)) for number in part.split("/")]
+        return ["/".join(str(number) for number in numbers)]
+    return _parse_range(field, part)
+
+
+def _parse_range(field, text):
+    """The numbers of first:last:step, of first:last with step 1, or of a single number.
+
+    Decimal arithmetic makes them exact: 0.1:0.5:0.1 contains 0.3, where adding 0.1 repeatedly in
+    binary arithmetic gives 0.30000000000000004. Raises ValueError or ArithmeticError.
+    """
+    parts = text.split(":")
+    if len(parts) > 3:
+        raise ValueError
+    first = _parse_number(field, parts[0])
+    last = _parse_number(field, parts[1]) if len(parts) > 1 else first
+    step = decimal.Decimal(parts[2]) if len(parts) > 2 else decimal.Decimal(1)
+    if not step.is_finite() or step <= 0 or last < first:
+        raise ValueError
+    if (last - first) / step > MAX_SETTINGS:
+        raise ValueError
+
+    kind = type(field.default)
+    count = int((last - first) / step) + 1
+    return [kind(first + i * step) for i in range(count)]
+
+
+def _parse_number(field, text):
+    """The number in a text, exactly. Raises ValueError or ArithmeticError if it is not allowed."""
+    value = decimal.Decimal(text)
+    if not math.isfinite(float(value)):
+        raise ValueError
+    if type(field.default) is int and value != int(value):
+        raise ValueError
+
+    low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
+    if low is not None and value < low:
+        raise ValueError
+    # As a float, since a tiny positive number rounds to 0 there.
+    if above is not None and float(value) <= above:
+        raise ValueError
+    if high is not None and value > high:
         raise ValueError
     return value
 
 
-def _values(field, text):
-    """All values that a flag's text stands for: one, a list a,b,c, or an inclusive range first:last:step.
-
-    Raises ValueError, saying which part is wrong.
-    """
-    kind, choices = type(field.default), field.metadata["choices"]
-    if kind is str and not choices:
-        return [text]                                     # a path may hold commas and colons
-    values = []
-    for part in text.split(","):
-        try:
-            if kind is bool:
-                values.append({"true": True, "false": False}[part.lower()])
-            elif kind is str:
-                values.append({choice: choice for choice in choices}[part])
-            elif field.metadata["vector"] and "/" in part:
-                values.append("/".join(str(float(_number(field, number))) for number in part.split("/")))
-            else:
-                ends = part.split(":")
-                first, last, step = {1: [part, part, "1"], 2: [*ends, "1"], 3: ends}[len(ends)]
-                first, last, step = _number(field, first), _number(field, last), decimal.Decimal(step)
-                if not step.is_finite() or step <= 0 or last < first or (last - first) / step > MAX_SETTINGS:
-                    raise ValueError
-                values += [kind(first + i * step) for i in range(int((last - first) / step) + 1)]
-        except (KeyError, ValueError, ArithmeticError):
-            raise ValueError(part) from None
-    return list(dict.fromkeys(values))
-
-
-def parse_flags(Flags, argv=None):
-    """The settings of a command line: one `Flags` per combination of the listed values (0.1,0.5,1.0, or 0.1:5.0:0.1, the last one
-    included), the script's own flags first. Whatever is wrong with argv (default: sys.argv[1:]), with the device or with the
-    output folder ends the program here: status 2, one line, the flag named."""
-    argv = getattr(Flags, "expanded", list)(sys.argv[1:] if argv is None else argv)
-    own, shared = own_and_shared(Flags)
-    fields = own | shared
-    parser = optparse.OptionParser(
-        prog=f"{script_name(Flags)}.py", usage=f"%prog {getattr(Flags, 'before_flags', '')}[--flag value] ...",
-        description=(inspect.getmodule(Flags).__doc__ or "").strip().split("\n\n")[0],
-        epilog="A value may be a list 0.1,0.5,1.0 or a range 0.1:5.0:0.1 (first:last:step, the last one included): every "
-               "combination is trained.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")       # one line, no usage
-    groups = [parser.add_option_group(title) for title in (("This experiment", "Every experiment") if shared else ("Flags",))]
-    for name, field in fields.items():
-        groups[name in shared].add_option(f"--{name}", dest=name, metavar="VALUE", help=(
-            f"{field.metadata['help']} ({_wanted(field).removesuffix(f' and at most {MAX_WHOLE}')}; default {field.default})"))
-
-    for i, word in enumerate(argv):
-        name = word[2:].partition("=")[0]
-        if word.startswith("--") and name not in fields and name != "help":
-            parser.error(f"--{name}: no such flag; the nearest is --{difflib.get_close_matches(name, fields, 1, 0)[0]}")
-        if word == f"--{name}" != "--help" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            if not isinstance(fields[name].default, bool):
-                parser.error(f"--{name}: got no value, wants {_wanted(fields[name])}")
-            argv[i] += "=true"                            # --overwrite alone means true
-    options, rest = parser.parse_args(argv)
-    if rest:
-        parser.error(f"{rest[0]!r}: a value without a flag")
-
-    lists = {}
-    for name, field in fields.items():
-        text = getattr(options, name)
-        try:
-            lists[name] = [field.default] if text is None else _values(field, text)
-        except ValueError as part:
-            kind = "an empty or endless range, wants" if ":" in str(part) else "wants"
-            parser.error(f"--{name}: got {str(part)!r}, {kind} {_wanted(field)}")
-    count = math.prod(map(len, lists.values()))
+def _combine(parser, Flags, values):
+    """One `Flags` instance per combination of the listed values; the last flag varies fastest."""
+    count = math.prod(len(choices) for choices in values.values())
     if count > MAX_SETTINGS:
-        longest = max(lists, key=lambda name: len(lists[name]))
-        parser.error(f"--{longest}: the lists multiply to {count} settings, wants at most {MAX_SETTINGS}")
-    settings = [Flags(**dict(zip(lists, values))) for values in itertools.product(*lists.values())]
-
-    out_dir = settings[0].out_dir
-    try:                                                  # now rather than after the training
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as wrong:
-        parser.error(f"--out_dir: got {out_dir!r} ({wrong.strerror}), wants a folder that can be written")
-    device_of(settings[0])
+        longest = max(values, key=lambda name: len(values[name]))
+        parser.error(
+            f"--{longest}: the lists multiply to {count} settings, wants at most {MAX_SETTINGS}"
+        )
+    settings = []
+    for combination in itertools.product(*values.values()):
+        settings.append(Flags(**dict(zip(values, combination))))
     return settings
 
 
-def scalars_of(group, like):
-    """The scalars of the objective of a group of G settings: {flag: (G,) tensor} of like's device and dtype; a
-    vector's is (G, d) where one of the settings gives d numbers."""
-    scalars = {}
-    for name in [field.name for field in dataclasses.fields(group[0]) if field.metadata["scalar"]]:
-        rows = [numbers(getattr(f, name)) for f in group]
-        width = max(map(len, rows))
-        values = torch.tensor([row * (width // len(row)) for row in rows], dtype=like.dtype, device=like.device)
-        scalars[name] = values[:, 0] if width == 1 else values
-    return scalars
+def _check_out_dir(parser, out_dir):
+    """Make the output folder and a file in it, since an error after the training would be late."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        parser.error(
+            f"--out_dir: got {out_dir!r} ({error.strerror}), wants a folder that can be written"
+        )
 
 
-def numbers(value):
-    """The numbers that a vector flag's value stands for: a list of one, or of one a unit."""
-    return [float(number) for number in str(value).split("/")]
+# --- The device ---
 
 
-def on_device(f, like):
-    """The setting as a model's forward sees it: the scalars of its objective are 0-d tensors, of like's device and dtype."""
-    return dataclasses.replace(f, **{name: values[0] for name, values in scalars_of([f], like).items()})
+def select_device(f):
+    """The torch.device that --device stands for.
 
-
-def device_of(f):
-    """The torch.device that --device stands for, of torchrun's processes one each; from then on CUDA's current one, with its
-    precision as --matmul says. Ends the program if there is none, or if processes would share one."""
-    local, on_this_machine = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.device_count()
-    if f.device == "auto" and not cuda:
+    Of several processes that torchrun started on this machine, each gets a GPU of its own. The
+    device becomes CUDA's current one, and computes with the precision that --matmul asks for. Ends
+    the program if there is no such device, or if processes would share one.
+    """
+    gpus = torch.cuda.device_count()
+    if f.device == "auto" and gpus == 0:
         return torch.device("cpu")
+
     try:
         device = torch.device("cuda" if f.device == "auto" else f.device)
-        shared = 1 if device.index is not None else cuda
-        if device.type == "cuda" and cuda and on_this_machine > shared:
-            stop(f, f"--device: {on_this_machine} processes for {shared} GPU(s), wants one each, or --device cpu")
+        _check_device_type(f, device, gpus)
         if device == torch.device("cuda"):
-            device = torch.device("cuda", local)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError
+            device = torch.device("cuda", processes.local_rank_and_count()[0])
+        # An absent device raises here.
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(cuda)]
-        stop(f, f"--device: got {f.device!r}, there is {', '.join(there)} here")
-    if device.type == "cuda":                             # before any stream is made: a stream is its device's
+        names = ["auto", "cpu"] + [f"cuda:{i}" for i in range(gpus)]
+        stop(f, f"--device: got {f.device!r}, there is {', '.join(names)} here")
+
+    if device.type == "cuda":
+        # CUDA streams belong to the device that is current when they are made.
         torch.cuda.set_device(device)
-        use_precision(f)
+        set_precision(f)
     return device
 
 
+def _check_device_type(f, device, gpus):
+    """End the program for macOS's GPU, and for more processes than GPUs.
+
+    Raises RuntimeError for other devices that are neither the CPU nor CUDA.
+    """
+    if device.type == "mps":
+        stop(
+            f,
+            f"--device: got {f.device!r}, but macOS's GPU is not supported; "
+            "use --device cpu or auto",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError
+
+    local_processes = processes.local_rank_and_count()[1]
+    usable_gpus = gpus if device.index is None else 1
+    if device.type == "cuda" and gpus > 0 and local_processes > usable_gpus:
+        stop(
+            f,
+            f"--device: {local_processes} processes for {usable_gpus} GPU(s), wants one each, "
+            "or --device cpu",
+        )
+
+
 def device_name(device):
-    """What a device is called: "cpu", or "cuda (NVIDIA H200)"."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    """The name of a device: "cpu", or "cuda:0 (NVIDIA H200)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
 
 
-def use_precision(f):
-    """Let matrix products, and CUDA's convolutions, be rounded, or not, as --matmul says."""
-    precision = {"tf32": "high", "bf16": "medium"}.get(getattr(f, "matmul", None), "highest")
+def set_precision(f):
+    """Set the precision of matrix products, and of CUDA's convolutions, as --matmul asks for."""
+    matmul = getattr(f, "matmul", "float32")
+    precision = {"float32": "highest", "tf32": "high", "bf16": "medium"}[matmul]
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
-def processes():
-    """(number of this process, how many there are): (0, 1) unless torchrun started several."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# --- Random numbers ---
 
-
-def share(settings):
-    """The places of the settings that this process is to train: dealt out, first to first, over all processes."""
-    return range(processes()[0], len(settings), processes()[1])
-
-
-def meet():
-    """Wait until all processes that torchrun started are here."""
-    if processes()[1] > 1:
-        if not torch.distributed.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=365))
-        torch.distributed.all_reduce(torch.zeros(1))      # by gloo on any machine: a barrier's backend would be its GPUs'
-
-
+# Each purpose has random numbers of its own. Their order fixes the seeds: append, never insert.
 PURPOSES = ("init", "batches", "noise", "evaluation", "samples", "data")
 
 
-def _seed_of(seed, purpose):
-    """Independent seeds for independent purposes, all from --seed."""
+def _derived_seed(seed, purpose):
+    """The seed for one purpose. Different purposes have independent seeds, all from --seed."""
     return int(np.random.SeedSequence([seed, PURPOSES.index(purpose)]).generate_state(1)[0])
 
 
 def generator(seed, purpose, device="cpu"):
-    """A torch.Generator of its own for one purpose."""
-    return torch.Generator(device).manual_seed(_seed_of(seed, purpose))
+    """A new torch.Generator for one purpose."""
+    return torch.Generator(device).manual_seed(_derived_seed(seed, purpose))
 
 
 @contextlib.contextmanager
 def seeded(seed, purpose, device):
-    """Give the default generators to one purpose, and put them back after: layers' initial weights, torch.distributions and
-    dropout take no generator, they draw from the default one."""
+    """Within this context, the default generators serve one purpose. They are restored after it.
+
+    Initial weights, torch.distributions and dropout draw from the default generators, since they
+    take no other.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed_of(seed, purpose))
+        torch.manual_seed(_derived_seed(seed, purpose))
         yield
-
-
-_noise_of = (0, 1)                                        # whose rows of the noise are drawn
-
-
-@contextlib.contextmanager
-def noise_of(rank, world):
-    """Within, `normal_like` and `uniform_like` draw the noise of this many processes that train one model, and give process
-    `rank` its rows, so that together they do what one does with a batch as large as all of theirs."""
-    global _noise_of
-    _noise_of = rank, world
-    try:
-        yield
-    finally:
-        _noise_of = 0, 1
-
-
-def normal_like(x):
-    """Standard normal noise like x (B, ...), see `noise_of`."""
-    return _rows_of_noise(torch.randn, x)
-
-
-def uniform_like(x):
-    """Uniform noise in [0, 1) like x (B, ...), see `noise_of`."""
-    return _rows_of_noise(torch.rand, x)
-
-
-def _rows_of_noise(draw, x):
-    rank, world = _noise_of
-    return draw(world * len(x), *x.shape[1:], dtype=x.dtype, device=x.device)[rank * len(x):][:len(x)]
 
 
 def binarise(x):
-    """A draw of binary pixels whose means are x, in [0, 1]."""
-    return (uniform_like(x) < x).to(x.dtype)
+    """Draw binary pixels whose means are x, in [0, 1]."""
+    return (processes.uniform_like(x) < x).to(x.dtype)
+
+
+# --- The objective's scalars ---
+
+
+def vector_values(value):
+    """The numbers in the value of a vector flag: a list of one number, or of one per unit."""
+    return [float(number) for number in str(value).split("/")]
+
+
+def objective_scalars(group, like):
+    """The objective's scalars of a group of G settings: {flag: (G,) tensor}.
+
+    A vector flag's tensor is (G, d) if one of the settings gives d numbers. The tensors have the
+    device and dtype of the tensor `like`.
+    """
+    scalars = {}
+    for field in dataclasses.fields(group[0]):
+        if not field.metadata["scalar"]:
+            continue
+        vectors = [vector_values(getattr(f, field.name)) for f in group]
+        width = max(len(vector) for vector in vectors)
+        # A single number holds for all units.
+        vectors = [vector * (width // len(vector)) for vector in vectors]
+        values = torch.tensor(vectors, dtype=like.dtype, device=like.device)
+        scalars[field.name] = values[:, 0] if width == 1 else values
+    return scalars
+
+
+def on_device(f, like):
+    """The setting as a model's methods take it: the objective's scalars are 0-d tensors.
+
+    They have the device and dtype of the tensor `like`.
+    """
+    scalars = {name: values[0] for name, values in objective_scalars([f], like).items()}
+    return dataclasses.replace(f, **scalars)
+
+
+# --- Densities ---
 
 
 def log_normal(x, mean, std):
-    """log N(x; mean, std^2 I) in nats, summed over the last dimension: x and mean (..., d), std a 0-d tensor; (...)."""
+    """log N(x; mean, std^2 I) in nats, summed over the last dimension.
+
+    x and mean: (..., d); std: a 0-d tensor. Returns (...).
+    """
     squared_error = torch.linalg.vector_norm(x - mean, dim=-1).square()
     return -squared_error / (2 * std**2) - x.shape[-1] / 2 * (2 * math.pi * std**2).log()
 
 
 def log_normal_linear(x, U, z, std):
-    """log N(x; U z, std^2 I) in nats, the square expanded so that no draw is as wide as the data: x (B, d), U (d, k),
-    z (..., B, k), std a 0-d tensor; (..., B)."""
+    """log N(x; U z, std^2 I) in nats.
+
+    The square ||x - U z||^2 is expanded, so that no tensor has both the draws and the width d of
+    the data. x: (B, d); U: (d, k); z: (..., B, k); std: a 0-d tensor. Returns (..., B).
+    """
     squared_error = (x**2).sum(-1) - 2 * (z * (x @ U)).sum(-1) + (z @ (U.T @ U) * z).sum(-1)
     return -squared_error / (2 * std**2) - x.shape[-1] / 2 * (2 * math.pi * std**2).log()
 
 
 def log_normal_affine(x, layer, h, std):
-    """log N(x; layer(h), std^2 I) in nats, layer an nn.Linear: x (B, d), h (..., B, k), std a 0-d tensor; (..., B). The
-    square is expanded where that takes less arithmetic: where there are many draws, and d is larger than k."""
+    """log N(x; layer(h), std^2 I) in nats, where layer is an nn.Linear.
+
+    The square is expanded where that needs less arithmetic, namely if there are many draws and d
+    exceeds k. x: (B, d); h: (..., B, k); std: a 0-d tensor. Returns (..., B).
+    """
     d, k = layer.weight.shape
     if h.shape[:-1].numel() * (d - k) < 4 * d * k:
         return log_normal(x, layer(h), std)
@@ -392,108 +723,269 @@ def log_normal_affine(x, layer, h, std):
 
 
 def log_normal_low_rank(x, factor, std):
-    """log N(x; 0, factor factor^T + std^2 I) in nats: x (B, d), factor (d, k), std a 0-d tensor; (B,)."""
-    return torch.distributions.LowRankMultivariateNormal(
-        torch.zeros_like(x[0]), factor, (std**2).expand(len(factor))).log_prob(x)
+    """log N(x; 0, factor factor^T + std^2 I) in nats.
+
+    x: (B, d); factor: (d, k); std: a 0-d tensor. Returns (B,).
+    """
+    normal = torch.distributions.LowRankMultivariateNormal(
+        torch.zeros_like(x[0]), factor, (std**2).expand(len(factor))
+    )
+    return normal.log_prob(x)
 
 
 def std_head(raw, prior_std, start=torch.ones(()), floor=1e-3):
-    """A positive standard deviation from a network's free output: a softplus, floored, that is `start` (a 0-d tensor) of the
-    prior's at raw = 0, where training starts."""
+    """A positive standard deviation from a network's output `raw`: a softplus with a floor.
+
+    At raw = 0, where training starts, it is `start` (a 0-d tensor) times the prior's.
+    """
     softplus = torch.nn.functional.softplus(raw + (start * math.log(2)).expm1().log())
     return prior_std * (softplus / math.log(2)).clamp(min=floor)
 
 
+# --- The terms of a model ---
+
+
 def free_bits(kl, nats):
-    """kl (B, d), a unit's replaced by `nats` (a 0-d tensor) where its mean over the batch is less: their mean is that of max(mean
-    KL, nats): the free bits of Kingma et al. (2016, arXiv 1606.04934). 0 leaves all as they are."""
+    """The KL per example and unit, kl (B, d), with free bits: the first `nats` cost nothing.
+
+    Where a unit's mean over the batch is at most `nats` (a 0-d tensor), `nats` replaces its KL. So
+    the mean of the result is max(mean of kl, nats), as in Kingma et al. (2016, arXiv 1606.04934).
+    With nats = 0, kl stays as it is.
+    """
     return torch.where((kl.mean(0) > nats) | (nats == 0), kl, nats)
 
 
-def levels(terms):
-    """The latent levels among a model's terms: [""] of a one-level model, ["_1", "_2"] of a two-level one."""
-    return [name[2:] for name in terms if name == "kl" or name.startswith("kl_")]
+def levels(names):
+    """The suffixes of the latent levels among the names of a model's terms or metrics.
+
+    They are [""] for {"kl"} and ["_1", "_2"] for {"kl_1", "kl_2"}, in the order of the names.
+    """
+    return [name[len("kl"):] for name in names if re.fullmatch("kl(_[0-9]+)?", name)]
+
+
+def batch_means(loss, terms):
+    """The means over a batch that training records, in nats: {name: 0-d tensor}.
+
+    They are the loss, given as (B,), and from a model's terms the reconstruction and each level's
+    KL, summed over its units.
+    """
+    means = {"loss": loss.mean(), "reconstruction": -terms["log_px_z"].mean()}
+    for level in levels(terms):
+        means[f"kl{level}"] = terms[f"kl{level}"].sum(-1).mean()
+    return means
+
+
+# --- Progress and tables ---
 
 
 class Progress:
-    """On a terminal one line that renews itself, elsewhere a line now and then, both on stderr."""
+    """A line about progress on stderr. A terminal shows one that changes, a log one per 30 s."""
 
-    def __init__(self, what, total, unit, before=0):
-        """before of total were done earlier."""
-        rank, world = processes()
-        self.what = what if world == 1 else f"process {rank}: {what}"
-        self.total, self.unit, self.before, self.start, self.shown = total, unit, before, time.monotonic(), -math.inf
-        self.terminal = sys.stderr.isatty() and world == 1
+    def __init__(self, label, total, unit, already_done=0):
+        """`already_done` of the `total` units, such as examples, were done before."""
+        rank, count = processes.rank_and_count()
+        self.label = label if count == 1 else f"process {rank}: {label}"
+        self.total = total
+        self.unit = unit
+        self.already_done = already_done
+        self.start = time.monotonic()
+        self.last_shown = -math.inf
+        self.on_terminal = sys.stderr.isatty() and count == 1
 
     def update(self, done, note="", end=False):
-        """done of total units are done; note is whatever else there is to say."""
+        """Say that `done` of all units are done, after a further `note`; `end` ends the line."""
         now = time.monotonic()
-        if not end and now - self.shown < (0.2 if self.terminal else 30):
+        interval = 0.2 if self.on_terminal else 30
+        if not end and now - self.last_shown < interval:
             return
-        self.shown, seconds = now, max(now - self.start, 1e-9)
-        rate = (done - self.before) / seconds
-        so_far, left = (datetime.timedelta(seconds=round(of)) for of in (seconds, (self.total - done) / rate if rate else 0))
-        line = (f"{self.what}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, {so_far}"
-                + (f", {left} left" if rate and not end else ""))
-        if self.terminal:                                 # a line that wraps could not be taken back
-            line = f"\r\033[K{line[:shutil.get_terminal_size().columns - 1]}"
-        print(line, end="" if self.terminal and not end else "\n", file=sys.stderr, flush=True)
+        self.last_shown = now
+        line = self._line(done, note, end, seconds=max(now - self.start, 1e-9))
+        if not self.on_terminal:
+            print(line, file=sys.stderr, flush=True)
+            return
+        # A line that wraps could not be replaced by the next one.
+        line = line[:shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{line}", end="\n" if end else "", file=sys.stderr, flush=True)
+
+    def _line(self, done, note, end, seconds):
+        rate = (done - self.already_done) / seconds
+        elapsed = datetime.timedelta(seconds=round(seconds))
+        line = (
+            f"{self.label}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, {elapsed}"
+        )
+        if rate and not end:
+            left = datetime.timedelta(seconds=round((self.total - done) / rate))
+            line += f", {left} left"
+        return line
 
 
-def means(loss, terms):
-    """A batch's means of its loss (B,) and of a model's terms, {name: 0-d}: loss, reconstruction and each level's KL, in nats."""
-    return {"loss": loss.mean(), "reconstruction": -terms["log_px_z"].mean()} | {
-        f"kl{level}": terms[f"kl{level}"].sum(-1).mean() for level in levels(terms)}
-
-
-def cell(value):
-    """A metric's text: a count as it is, a number with two decimals."""
+def format_metric(value):
+    """A metric as text: a number with two decimals, a count or a text as it is."""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def print_rows(rows):
-    """Rows of text in columns, each as wide as its widest cell, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def format_repeats(values, number_format="{:.2f}"):
+    """The values of several seeds as "mean ± standard deviation"; a single one alone.
+
+    A single count is printed without decimals.
+    """
+    if len(values) > 1:
+        mean = number_format.format(np.mean(values))
+        deviation = number_format.format(np.std(values, ddof=1))
+        return f"{mean} ± {deviation}"
+    if isinstance(values[0], float):
+        return number_format.format(values[0])
+    return str(values[0])
+
+
+def print_table(rows):
+    """Print rows of texts in columns, aligned to the right."""
+    widths = [max(len(text) for text in column) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+        line = "  ".join(text.rjust(width) for text, width in zip(row, widths))
+        print(line.rstrip())
+
+
+# --- Running a script ---
+
+# The exit status of a program whose output nobody reads, as shells report it: 128 + SIGPIPE.
+CLOSED_OUTPUT_STATUS = 141
+
+# Errors of the system that mean that a file could not be written for lack of space.
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Errors of the system that mean that a folder has the place of a file, or a file that of a folder.
+WRONG_KIND_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; args[0] is its number."""
+    """SIGINT or SIGTERM; args[0] is the number of the signal."""
 
 
 def run(main):
-    """Run a script's main and exit with its status; Ctrl-C, SIGTERM and a full disk end with one line, a closed stdout with none."""
-    def terminated(number, frame):
+    """Run a script's main, and end the program with the exit status that it returns.
+
+    Ctrl-C, SIGTERM, too little memory and a full disk end it with one line on stderr; a closed
+    output ends it without one.
+    """
+    global _main_is_running
+    _prepare_output()
+    with _sigterm_interrupts():
+        _main_is_running = True
+        try:
+            status = _status_of(main)
+        finally:
+            _main_is_running = False
+    _discard_broken_output()
+    processes.leave(status)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts():
+    """Within this context, SIGTERM raises Interrupted.
+
+    Python lets only its main thread handle signals. In other threads nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number, frame):
         raise Interrupted(number)
 
-    signal.signal(signal.SIGTERM, terminated)
+    previous_handler = signal.signal(signal.SIGTERM, interrupt)
     try:
-        status = main()
+        yield
+    finally:
+        # It is None if the program that embeds Python set it, and then Python cannot restore it.
+        if previous_handler is not None:
+            signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _status_of(main):
+    """Call main. Returns its exit status, or the one for the error that ended it."""
+    try:
+        try:
+            status = main()
+        except SystemExit:
+            # Output that cannot be written should be noticed here, not when Python shuts down.
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
+        return status
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)     # a second one changes nothing
-        print("\ninterrupted; what was finished stays, and the same command goes on from there", file=sys.stderr)
-        status = 128 + next(iter(interrupt.args), signal.SIGINT)
-    except (MemoryError, RuntimeError) as wrong:
-        if processes()[1] > 1 and re.search("[Cc]onnection (closed|reset)", str(wrong)):
-            what = "another process has ended; what was finished stays, and the same command goes on from there"
-        elif isinstance(wrong, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(wrong):
-            what = "not enough memory for these sizes, or for so many settings side by side"
-        else:
+        _ignore_sigterm()
+        _print_last_line(
+            "interrupted; what was finished stays, and the same command goes on from there"
+        )
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except (MemoryError, RuntimeError) as error:
+        message = _explain(error)
+        if message is None:
             raise
-        print(f"\n{what}", file=sys.stderr)
-        status = 1
-    except BrokenPipeError:                               # whoever read along, as head does, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
-    except OSError as wrong:
-        if wrong.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _print_last_line(message)
+        return 1
+    except OSError as error:
+        if _is_closed_output(error):
+            return CLOSED_OUTPUT_STATUS
+        if error.errno in WRONG_KIND_ERRORS and error.filename is not None:
+            _print_last_line(f"{error.strerror}: {error.filename} is in the way")
+            return 2
+        if error.errno not in FULL_DISK_ERRORS:
             raise
-        print(f"\n{wrong.strerror}: {wrong.filename or 'a result'} could not be written; what is whole stays, and the same "
-              "command goes on from there when there is room", file=sys.stderr)
-        status = 1
-    if processes()[1] > 1:                                # torch.distributed's threads may abort a process torn down around them
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+        _print_last_line(
+            f"{error.strerror}: {error.filename or 'a result'} could not be written; what is "
+            "whole stays, and the same command goes on from there when there is room"
+        )
+        return 1
+
+
+def _ignore_sigterm():
+    """Let no second SIGTERM disturb the end of the program."""
+    # Outside its main thread Python refuses this, but there SIGTERM raises nothing either.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _explain(error):
+    """One line about a MemoryError or RuntimeError that is no fault of the program, else None."""
+    if processes.lost_connection(error):
+        return (
+            "another process has ended; what was finished stays, and the same command goes on "
+            "from there"
+        )
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # The CPU's allocator raises a plain RuntimeError.
+    if no_memory or "can't allocate memory" in str(error):
+        return "not enough memory for these sizes, or for so many settings side by side"
+    return None
+
+
+def _is_closed_output(error):
+    """Whether this OSError means that stdout or stderr is closed, as by `| head`."""
+    if error.filename is not None:
+        return False
+    if isinstance(error, BrokenPipeError):
+        return True
+    # Windows reports a closed pipe as an invalid argument.
+    return error.errno == errno.EBADF or (os.name == "nt" and error.errno == errno.EINVAL)
+
+
+def _print_last_line(message):
+    """Print on stderr, below a line of progress, unless stderr is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\n{message}", file=sys.stderr, flush=True)
+
+
+def _discard_broken_output():
+    """Send output that cannot be written to the null device.
+
+    Python flushes stdout and stderr once more when it ends, and would report an error there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                null_device = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null_device, stream.fileno())

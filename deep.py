@@ -1,25 +1,41 @@
-"""What only the deep models have: their flags and what those say of latents, the density of coloured pixels; schedule, optimiser,
-average of the weights, precision and processes, in the order in which a script's loop uses them; then the two further
-measurements of --evaluate, compression and attack. The loop itself is training.py's `Training`, its body each script's own.
+"""What only the deep models have, in the order in which one of their scripts uses it.
+
+1. Flags: `DeepFlags`, and the sizes of the latent maps that `--latents` asks for.
+2. Building a model: initial weights, shapes, and the density of coloured pixels.
+3. Training: learning rate, optimiser, average of the weights, mirrored images, precision.
+4. After training: the two measurements of `--evaluate`, compression and attack.
+
+The training loop itself is `training.Training`. Each script writes the body of its loop.
 """
+import contextlib
 import copy
+import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass
 
-import numpy as np
+import common
 import torch
+from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
-import common
 import datasets
 import files
 import pictures
+import processes
+
+# --- Flags ---
 
 
 @dataclass
 class DeepFlags(common.RemedyFlags, common.TrainFlags):
-    """The flags of the experiments with deep models, each trained by all of torchrun's processes together."""
+    """The flags of the experiments with deep models.
+
+    All processes that torchrun starts train each setting together. A script's own flags class also
+    has `preset`, and `small`: the command line that `--preset small` abbreviates.
+    """
+
     beta: float = common.scalar(1.0, "weight of all KLs", low=0)
     batch_size: int = common.flag(250, "examples per gradient step and process", low=1)
     num_epochs: int = common.flag(300, "passes over the training set", low=1)
@@ -30,144 +46,273 @@ class DeepFlags(common.RemedyFlags, common.TrainFlags):
     warmup_epochs: float = common.flag(2.0, "epochs in which the learning rate rises from 0", low=0)
     weight_decay: float = common.flag(1e-6, "the optimiser's weight decay", low=0)
     grad_clip: float = common.flag(5.0, "largest gradient norm", above=0)
-    ema: float = common.flag(0.999, "weight of the past in the average of the weights that is evaluated", low=0, high=0.999999)
-    autocast: str = common.flag("none", "precision of the networks in training", choices=("none", "bf16"))
-    temperature: float = common.flag(1.0, "times the std of every prior, in pictures of samples", low=0, evaluation=True)
-    num_test: int = common.flag(0, "test examples, the first ones; 0 for all", low=0, evaluation=True)
-    dataset: str = common.flag("auto", "auto is mnist if on disk or to be fetched, else the embedded digits",
-                               choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"))
+    ema: float = common.flag(
+        0.999,
+        "weight of the past in the average of the weights that is evaluated",
+        low=0,
+        high=0.999999,
+    )
+    autocast: str = common.flag(
+        "none", "precision of the networks in training", choices=("none", "bf16")
+    )
+    temperature: float = common.flag(
+        1.0, "factor of every prior's std, in pictures of samples", low=0, evaluation=True
+    )
+    num_test: int = common.flag(
+        0, "test examples, the first ones; 0 for all", low=0, evaluation=True
+    )
+    dataset: str = common.flag(
+        "auto",
+        "auto is mnist if on disk or to be fetched, else the embedded digits",
+        choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"),
+    )
 
     @classmethod
-    def expanded(cls, argv):
-        """The words of a command line, --preset small replaced by the flags that it stands for, which all others overrule."""
-        for words in (["--preset", "small"], ["--preset=small"]):
-            for i in range(len(argv)):
-                if argv[i:i + len(words)] == words:
-                    argv = [*cls.small.split(), *argv[:i], *argv[i + len(words):]]
-        return list(argv)
+    def expand(cls, argv):
+        """Replace `--preset small` in a command line by the flags that it abbreviates.
+
+        They come first, so that every other flag of the command line overrules them.
+        """
+        words = []
+        for word in argv:
+            if word == "small" and words[-1:] == ["--preset"]:
+                words[-1] = "--preset=small"
+            else:
+                words.append(word)
+        if "--preset=small" not in words:
+            return words
+        return cls.small.split() + [word for word in words if word != "--preset=small"]
 
     def __post_init__(self):
-        """Ends the program where a preset is listed beside another, or --evaluate asks for what there is not."""
+        """End the program if --preset has a list, or if --evaluate names no measurement."""
+        # `expand` has replaced --preset small: only a list of presets arrives here.
         if self.preset != "published":
             common.stop(self, "--preset: got a list, wants published or small")
-        for word in getattr(self, "evaluate", "").split(","):
-            if word and word not in FURTHER:
-                common.stop(self, f"--evaluate: got {word!r}, wants some of {', '.join(FURTHER)}, joined by commas")
+
+        for name in getattr(self, "evaluate", "").split(","):
+            if name and name not in MEASUREMENTS:
+                choices = ", ".join(MEASUREMENTS)
+                common.stop(
+                    self, f"--evaluate: got {name!r}, wants some of {choices}, joined by commas"
+                )
 
 
 def finest_side(f):
-    """The side of the largest latent maps that there can be."""
+    """The side of the largest latent maps that are possible: cifar10's image, else half of it."""
     side = datasets.image_shape(f.dataset)[1]
     return side if f.dataset == "cifar10" else side // 2
 
 
-def sides_of_latents(f):
-    """The side of each latent map, from the top level down: seven, four times, then fourteen, four times, for 4,4 and 28x28
-    images. Ends the program where --latents asks for none, or for what is not there."""
-    side, finest = datasets.image_shape(f.dataset)[1], finest_side(f)
-    scales = (finest & -finest).bit_length()              # how often a side halves, and once more
-    counts = f.latents.split(",")
-    if not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", f.latents) or len(counts) > scales or not any(map(int, counts)):
-        common.stop(f, f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as 4,4: for images of "
-                       f"{side}x{side} at most {scales} numbers joined by commas, each 0 to 99, not all 0")
-    return [finest >> k for k, count in zip(range(len(counts) - 1, -1, -1), counts) for _ in range(int(count))]
+def latent_sides(f):
+    """The side of each latent map, from the top level down.
+
+    For `--latents 4,4` and images of 28x28 it is seven, four times, then fourteen, four times.
+    The program ends if --latents asks for no latent, or for a scale that does not exist.
+    """
+    # 1. All scales, the finest first. A side can be halved while it is even.
+    scales = [finest_side(f)]
+    while scales[-1] % 2 == 0:
+        scales.append(scales[-1] // 2)
+
+    # 2. The number of latents at each scale, the coarsest first.
+    counts = []
+    if re.fullmatch("[0-9]{1,2}(,[0-9]{1,2})*", f.latents):
+        counts = [int(count) for count in f.latents.split(",")]
+    if len(counts) > len(scales) or sum(counts) == 0:
+        side = datasets.image_shape(f.dataset)[1]
+        common.stop(
+            f,
+            f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as "
+            f"4,4: for images of {side}x{side} at most {len(scales)} numbers joined by commas, "
+            "each 0 to 99, not all 0",
+        )
+
+    # 3. One side per latent.
+    sides = []
+    for side, count in zip(reversed(scales[: len(counts)]), counts):
+        sides += [side] * count
+    return sides
+
+
+# --- Building a model ---
 
 
 def scaled(layer, start):
-    """The layer, its initial weights times start."""
+    """The layer, its initial weights and biases multiplied by `start`."""
     with torch.no_grad():
         for weight in layer.parameters():
             weight.mul_(start)
     return layer
 
 
+def repeat_examples(values, sample_shape):
+    """Repeat each example once per draw: (B, ...) to (S B, ...), where S is sample_shape's product.
+
+    sample_shape is () for one draw, or (S,).
+    """
+    return values.expand(*sample_shape, *values.shape).flatten(0, len(sample_shape))
+
+
+def per_unit(values, shape):
+    """The values of one latent map as units: (S B, c, side, side) to (S, B, d). shape is (S, B)."""
+    return values.flatten(1).unflatten(0, shape)
+
+
+def draw(normal, temperature=1.0):
+    """A differentiable draw of a Normal whose std is multiplied by the temperature."""
+    return normal.mean + temperature * normal.stddev * processes.normal_like(normal.mean)
+
+
 class LogisticMixture:
-    """p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc) at each pixel, P a logistic's mass in the bin of width 1/255 around
-    x_c in {0, 1/255, ..., 1}, its tails in the outer bins; each colour's means depend linearly on the colours before it (Salimans
-    et al. 2017, arXiv 1701.05517). Of parameters (..., K n(c_x), H, W): logits of the weights, means, log-scales and the tanh of
-    what a mean depends on each colour before it with, in units in which x runs from -1 to 1."""
+    """A mixture of discretised logistics at each pixel (Salimans et al. 2017, arXiv 1701.05517):
+
+        p(x) = sum_k w_k prod_c P(x_c; mean_kc, scale_kc)
+
+    x_c in {0, 1/255, ..., 1} is colour c. P is the mass of a logistic in the bin of width 1/255
+    around x_c; an outer bin extends to infinity. The mean of each colour depends linearly on the
+    colours before it.
+
+    `parameters` (..., K n(c_x), H, W) holds the logits of the weights w_k, then the means, then the
+    log-scales, then the slopes before their tanh. There is one slope for each pair of a colour and
+    an earlier one. Means, scales and slopes are in units in which x runs from -1 to 1.
+    """
 
     K = 10
 
     @staticmethod
     def n(c_x):
-        return 1 + 2 * c_x + c_x * (c_x - 1) // 2
+        """The number of parameters of each component, for c_x colours."""
+        pairs = c_x * (c_x - 1) // 2
+        return 1 + 2 * c_x + pairs
 
     def __init__(self, parameters, c_x):
-        K, pairs = self.K, c_x * (c_x - 1) // 2
-        logits, means, log_scales, slopes = parameters.split([K, K * c_x, K * c_x, K * pairs], dim=-3)
-        self.log_weights = logits.log_softmax(-3)                                          # (..., K, H, W)
-        self.means = means.unflatten(-3, (K, c_x))                                         # (..., K, c_x, H, W)
+        K = self.K
+        pairs = c_x * (c_x - 1) // 2
+        sizes = [K, K * c_x, K * c_x, K * pairs]
+        logits, means, log_scales, raw_slopes = parameters.split(sizes, dim=-3)
+        self.log_weights = logits.log_softmax(-3)  # (..., K, H, W)
+        self.means = means.unflatten(-3, (K, c_x))  # (..., K, c_x, H, W)
         self.scales = log_scales.unflatten(-3, (K, c_x)).clamp(min=-7).exp()
-        self.slopes = slopes.unflatten(-3, (K, pairs)).tanh() if pairs else None
+        self.slopes = None
+        if pairs:
+            self.slopes = raw_slopes.unflatten(-3, (K, pairs)).tanh()  # (..., K, pairs, H, W)
 
-    def means_given(self, y=None):
-        """The means of each colour given the ones before it, y (..., 1, c_x, H, W), or given their means within [-1, 1]."""
-        means, slopes = [], iter(self.slopes.unbind(-3) if self.slopes is not None else ())
+    def slopes_by_pair(self):
+        """One (..., K, H, W) per pair, in the order (1, 0), (2, 0), (2, 1) of colours from 0."""
+        return () if self.slopes is None else self.slopes.unbind(-3)
+
+    def means_given(self, y):
+        """The mean of each colour, (..., K, c_x, H, W), given the earlier colours of y.
+
+        y (..., 1, c_x, H, W) is in [-1, 1].
+        """
+        slopes = iter(self.slopes_by_pair())
+        means = []
         for c, mean in enumerate(self.means.unbind(-3)):
-            for before in range(c):
-                mean = mean + next(slopes) * (means[before] if y is None else y[..., before, :, :])
-            means.append(mean.clamp(-1, 1) if y is None else mean)
+            for earlier in range(c):
+                mean = mean + next(slopes) * y[..., earlier, :, :]
+            means.append(mean)
+        return torch.stack(torch.broadcast_tensors(*means), -3)
+
+    def clamped_means(self):
+        """The mean of each colour, given the means of the earlier ones, all within [-1, 1]."""
+        slopes = iter(self.slopes_by_pair())
+        means = []
+        for c, mean in enumerate(self.means.unbind(-3)):
+            for earlier in range(c):
+                mean = mean + next(slopes) * means[earlier]
+            means.append(mean.clamp(-1, 1))
         return torch.stack(torch.broadcast_tensors(*means), -3)
 
     def log_prob(self, x):
-        """log p(x) in nats of each pixel, x (..., c_x, H, W): (..., H, W)."""
+        """log p(x) of each pixel in nats, (..., H, W), for x (..., c_x, H, W) in [0, 1]."""
         x = x.unsqueeze(-4)
         means = self.means_given(2 * x - 1)
-        upper, lower = ((2 * x - 1 - means + edge / 255) / self.scales for edge in (1, -1))
-        # log(sigmoid(upper) - sigmoid(lower)) = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)),
-        # where an outer bin has no outer edge
-        inner = (-torch.expm1(-2 / 255 / self.scales)).log()
-        log_below = torch.where(x > 1 - 0.5 / 255, 0, F.logsigmoid(upper))
-        log_above = torch.where(x < 0.5 / 255, 0, F.logsigmoid(-lower))
-        inner = torch.where((x - 0.5).abs() > 0.5 - 0.5 / 255, 0, inner)
-        return (self.log_weights + (log_below + log_above + inner).sum(-3)).logsumexp(-3)
+
+        # The edges of the bin around x, as arguments of the logistic function.
+        upper = (2 * x - 1 - means + 1 / 255) / self.scales
+        lower = (2 * x - 1 - means - 1 / 255) / self.scales
+
+        # log(sigmoid(upper) - sigmoid(lower))
+        #     = log sigmoid(upper) + log sigmoid(-lower) + log(1 - exp(lower - upper)).
+        # An outer bin has only one edge, so that one sigmoid remains.
+        log_difference = (-torch.expm1(-2 / 255 / self.scales)).log()
+        is_highest = x > 1 - 0.5 / 255
+        is_lowest = x < 0.5 / 255
+        is_outer = (x - 0.5).abs() > 0.5 - 0.5 / 255
+        log_below_upper = torch.where(is_highest, 0, F.logsigmoid(upper))
+        log_above_lower = torch.where(is_lowest, 0, F.logsigmoid(-lower))
+        log_difference = torch.where(is_outer, 0, log_difference)
+
+        log_mass = (log_below_upper + log_above_lower + log_difference).sum(-3)
+        return (self.log_weights + log_mass).logsumexp(-3)
 
     @property
     def mean(self):
-        """The mean of the logistics, (..., c_x, H, W), in [0, 1]."""
-        return ((self.log_weights.exp().unsqueeze(-3) * self.means_given()).sum(-4) + 1) / 2
+        """The mean of the continuous logistics, (..., c_x, H, W), in [0, 1]."""
+        weights = self.log_weights.exp().unsqueeze(-3)
+        return ((weights * self.clamped_means()).sum(-4) + 1) / 2
 
 
-def draw(normal, temperature=1.0):
-    """A draw of a Normal, differentiable, its std times the temperature."""
-    return normal.mean + temperature * normal.stddev * common.normal_like(normal.mean)
+# --- Training ---
 
 
 def warmup_cosine(optimizer, f, steps):
-    """The learning rate over so many steps: it rises from 0 over --warmup_epochs, and falls to --lr_end as a cosine."""
-    warmup = f.warmup_epochs * steps / f.num_epochs
+    """A schedule of the learning rate over `steps` steps.
+
+    The rate rises from 0 to --lr over --warmup_epochs. Then it stays, or falls to --lr_end as a
+    cosine, as --lr_schedule says.
+    """
+    warmup_steps = f.warmup_epochs * steps / f.num_epochs
 
     def factor(step):
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
+        # 1. Warm-up: a straight line.
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+
+        # 2. A constant rate.
         if f.lr_schedule == "constant":
             return 1.0
-        end, along = f.lr_end / f.lr, (step - warmup) / max(1.0, steps - warmup)
-        return end + (1 - end) * (1 + math.cos(math.pi * min(1.0, along))) / 2
+
+        # 3. Half a cosine from 1 to lr_end / lr.
+        end = f.lr_end / f.lr
+        progress = (step - warmup_steps) / max(1.0, steps - warmup_steps)
+        return end + (1 - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def optimizer(model, f, weight_decay=0.0):
-    """The optimiser of a model's weights; on CUDA with whatever a captured step changes on the device, its learning rate too."""
+def make_optimizer(model, f, weight_decay=0.0):
+    """The optimiser of a model's weights that --optimizer names, at the learning rate --lr.
+
+    On CUDA its learning rate and its count of steps are tensors on the device, since a captured
+    graph of the training step can change nothing but memory of the device.
+    """
     parameters = list(model.parameters())
-    cuda = parameters[0].is_cuda
-    lr = torch.tensor(f.lr, device=parameters[0].device) if cuda else f.lr
-    kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[f.optimizer]
-    return kind(parameters, lr=lr, weight_decay=weight_decay, capturable=cuda)
+    on_cuda = parameters[0].is_cuda
+    lr = torch.tensor(f.lr, device=parameters[0].device) if on_cuda else f.lr
+    Optimizer = torch.optim.Adamax if f.optimizer == "adamax" else torch.optim.AdamW
+    return Optimizer(parameters, lr=lr, weight_decay=weight_decay, capturable=on_cuda)
 
 
 class WeightAverage:
-    """The exponential average of a model's weights, to be updated after each step; its `module` is what is evaluated. The host
-    waits for nothing."""
+    """The exponential average of a model's weights; `update` follows each training step.
+
+    `module` is a copy of the model with the averaged weights: it is evaluated. No method makes the
+    host wait for the GPU.
+    """
 
     def __init__(self, model, f):
-        self.module, self.begun, self.new = copy.deepcopy(model).requires_grad_(False), False, 1 - f.ema
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.begun = False
+        self.weight_of_new = 1 - f.ema
 
     @torch.no_grad()
     def update(self, model):
-        """After the first step it is the model itself."""
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), self.new if self.begun else 1.0)
+        """Move the average towards the model's weights. The first update copies them."""
+        averages = list(self.module.parameters())
+        weights = list(model.parameters())
+        torch._foreach_lerp_(averages, weights, self.weight_of_new if self.begun else 1.0)
         self.begun = True
 
     def state_dict(self):
@@ -178,135 +323,366 @@ class WeightAverage:
         self.begun = state["begun"]
 
 
-def flipped(x):
-    """Images (B, c_x, H, W), each mirrored or not."""
-    return torch.where(common.uniform_like(x[:, :1, :1, :1]) < 0.5, x.flip(-1), x)
-
-
-def parallel(model):
-    """The model, of torchrun's processes each with the mean of all their gradients."""
-    # static_graph: which parameters a step uses is the same in all steps.
-    return torch.nn.parallel.DistributedDataParallel(model, static_graph=True) if common.processes()[1] > 1 else model
+def random_flip(x):
+    """Images (B, c_x, H, W), each of them mirrored left to right with probability 1/2."""
+    mirrored = processes.uniform_like(x[:, :1, :1, :1]) < 0.5
+    return torch.where(mirrored, x.flip(-1), x)
 
 
 def autocast(f):
-    """The precision of the networks in training, as --autocast says."""
-    cuda = torch.cuda.is_available() and f.device != "cpu"
-    return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=f.autocast == "bf16")
+    """A context manager within which the networks compute in the precision of --autocast."""
+    on_cuda = torch.cuda.is_available() and f.device != "cpu"
+    device_type = "cuda" if on_cuda else "cpu"
+    return torch.autocast(device_type, torch.bfloat16, enabled=f.autocast == "bf16")
 
 
-FURTHER_EXAMPLES = 200                                    # the first test examples
-RADII = (0.0, 0.02, 0.05, 0.1, 0.2)                       # of the attack, in pixel values
+# --- After training: compression and attack ---
+
+# Both measurements use the first test images.
+FURTHER_EXAMPLES = 200
+
+# Radii of the attack, in pixel values, and the number of its gradient steps.
+RADII = (0.0, 0.02, 0.05, 0.1, 0.2)
 ATTACK_STEPS = 30
 
 
-def evaluate_further(models, settings, data):
-    """What --evaluate asks for: compression.json and .png, attack.json and .png in each run's folder. What is there is shown."""
-    for model, f, d in zip(models, settings, data):
-        common.use_precision(f)
-        for name in filter(None, f.evaluate.split(",")) if common.processes()[0] == 0 and model is not None else []:
-            measure, show = FURTHER[name]
-            result = files.read_result(f, d, f"{name}.json")
-            if "images" not in (result or {}):            # an earlier version did not count them
-                with common.seeded(f.seed, "evaluation", d.test[0].device):
-                    result = files.describe(f, d) | measure(model, common.on_device(f, d.test[0]), f, d)
-                files.write_json(files.run_dir(f, d) / f"{name}.json", result)
-            print(f"\n{caption(result, f, d)}: ", end="")
-            show(result)
+def evaluate_further(runs):
+    """Make the measurements that --evaluate asks for, and print them.
+
+    runs are the `training.TrainedRun`s that `training.fit` returns. The first process does this for
+    all. A run without a model has diverged and is left out. Each measurement leaves a .json and a
+    .png file in the run's folder. If the .json file is already there, it is printed and nothing is
+    measured.
+    """
+    rank, _ = processes.rank_and_count()
+    if rank > 0:
+        return
+    for run in runs:
+        if run.model is None:
+            continue
+        common.set_precision(run.f)
+        for name in run.f.evaluate.split(","):
+            if not name:
+                continue
+            result = read_measurement(name, run.f, run.data)
+            if result is None:
+                result = measure(name, run)
+            if result is not None:
+                print(f"\n{caption(result, run.f, run.data)}: ", end="")
+                result.show()
+
+
+def measure(name, run):
+    """Make one measurement of a run, draw its picture and write its file.
+
+    Returns None, and writes nothing, if one of its numbers is not finite.
+    """
+    f = run.f
+    data = run.data
+    folder = files.run_dir(f, data)
+    x = data.test[0][:FURTHER_EXAMPLES]
+
+    with common.seeded(f.seed, "evaluation", x.device):
+        result, images = MEASUREMENTS[name].measure(run.model, common.on_device(f, x), x)
+    if not result.is_whole():
+        print(f"{folder}: {name} is left out, since it is not finite", file=sys.stderr)
+        return None
+
+    result.draw(images, folder / f"{name}.png", caption(result, f, data))
+    # The .json file comes last: where it is, the picture is, too.
+    content = files.description(f, data) | dataclasses.asdict(result)
+    files.write_json(folder / f"{name}.json", content)
+    return result
+
+
+def read_measurement(name, f, data):
+    """The measurement that an earlier command left in a run's folder, or None.
+
+    One line on stderr reports a file that is there but cannot be used.
+    """
+    Measurement = MEASUREMENTS[name]
+    path = files.run_dir(f, data) / f"{name}.json"
+    if files.read_json(path) is None:
+        return None
+
+    content = files.read_matching(f, data, path.name)
+    if content is not None:
+        values = {}
+        for field in dataclasses.fields(Measurement):
+            values[field.name] = content.get(field.name)
+        result = Measurement(**values)
+        if result.is_whole():
+            return result
+    print(f"{path} is not a whole result of these settings, measured again", file=sys.stderr)
+    return None
 
 
 def caption(result, f, data):
-    return f"{files.caption_of([f], [data])} seed={f.seed}, {result['images']} test images"
+    """The run and the number of images that a measurement belongs to."""
+    return f"{files.caption([f], [data])} seed={f.seed}, {result.images} test images"
 
 
-@torch.no_grad()
-def compression(model, scalars, f, data):
-    """Rate and distortion when only the top k levels are sent and the levels below are the means of their priors: bits of KL
-    an image, and the mean squared error of a pixel, for k = 0 to all levels. One draw of the latents, FURTHER_EXAMPLES images."""
-    x = data.test[0][:FURTHER_EXAMPLES]
-    given = model.given(x, scalars) if hasattr(model, "given") else {}
-    terms = model(x, scalars, sample_shape=(1,), **given)
-    kls = [terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item() / math.log(2) for level in common.levels(terms)[::-1]]     # top first
-    images = [model.reconstruct(x, scalars, keep) for keep in range(len(kls) + 1)]
-    result = {"images": len(x), "bits": np.cumsum([0.0, *kls]).tolist(),
-              "squared_error": [(x - of).square().mean().item() for of in images]}
-
-    def draw(axes):
-        axes[0][0].plot(result["bits"], result["squared_error"], "o-")
-        labels = {}                                       # one for all that a collapsed level leaves where they were
-        for k, (bits, error) in enumerate(zip(result["bits"], result["squared_error"])):
-            labels.setdefault((round(bits), round(error, 3)), []).append(str(k))
-        for point, ks in labels.items():
-            axes[0][0].annotate(", ".join(ks), point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        axes[0][0].set(xlabel="KL of the top k levels (bits per image)", ylabel="mean squared error per pixel", ylim=(0, None))
-        pictures.show_images(axes[0][1], f"test images, then with the top 0 to {len(kls)} levels",
-                             torch.cat([x[:12], *(of[:12] for of in images)]), 12, fontsize=8)
-    pictures.save_figure(files.run_dir(f, data) / "compression.png", 2, 1, 5.0, 4.4, caption(result, f, data), draw)
-    return result
+def are_numbers(values):
+    """Whether values is a list of finite numbers."""
+    if not isinstance(values, list):
+        return False
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
-def show_compression(result):
-    print("top levels kept, bits of KL, squared error per pixel")
-    common.print_rows([["levels", "bits", "squared error"], *([str(k), f"{bits:.2f}", f"{error:.4f}"] for k, (bits, error) in enumerate(
-        zip(result["bits"], result["squared_error"])))])
+@dataclass
+class Compression:
+    """Rate and distortion when only the top k levels are sent, for k = 0, 1, ..., all levels.
+
+    The levels below the top k are the means of their priors. `images` is the number of test
+    images. For each k, `bits` is the KL of the top k levels in bits per image, and `squared_error`
+    the mean squared error of a pixel.
+    """
+
+    images: int
+    bits: list
+    squared_error: list
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, model, scalars, x):
+        """Measure it on images x (B, c_x, H, W), at one draw of the latents.
+
+        Returns the result, and a list of x and its reconstruction with each k.
+        """
+        # 1. Bits per image of each level, added up from the top level down.
+        context = {}
+        if hasattr(model, "context_arguments"):
+            context = model.context_arguments(x, scalars)
+        terms = model(x, scalars, sample_shape=(1,), **context)
+        bits = [0.0]
+        for level in reversed(common.levels(terms)):
+            nats = terms[f"kl{level}"].flatten(0, -2).sum(1).mean().item()
+            bits.append(bits[-1] + nats / math.log(2))
+
+        # 2. The error of each reconstruction.
+        images = [x]
+        squared_error = []
+        for k in range(len(bits)):
+            reconstruction = model.reconstruct(x, scalars, k)
+            images.append(reconstruction)
+            squared_error.append((x - reconstruction).square().mean().item())
+        return cls(len(x), bits, squared_error), images
+
+    def is_whole(self):
+        """Whether all numbers are there and finite."""
+        if not (are_numbers([self.images]) and are_numbers(self.bits)):
+            return False
+        return are_numbers(self.squared_error) and 0 < len(self.bits) == len(self.squared_error)
+
+    def draw(self, images, path, caption):
+        """The curve of rate and distortion beside a dozen reconstructions with each k."""
+
+        def draw_panels(axes):
+            curve, tiles = axes[0]
+            curve.plot(self.bits, self.squared_error, "o-")
+            for point, label in self.point_labels().items():
+                curve.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            curve.set(
+                xlabel="KL of the top k levels (bits per image)",
+                ylabel="mean squared error per pixel",
+                ylim=(0, None),
+            )
+            title = f"test images, then with the top 0 to {len(self.bits) - 1} levels"
+            dozens = torch.cat([batch[:12] for batch in images])
+            pictures.show_images(tiles, title, dozens, 12, fontsize=8)
+
+        pictures.save_figure(
+            path,
+            columns=2,
+            rows=1,
+            width=5.0,
+            height=4.4,
+            caption=caption,
+            draw=draw_panels,
+        )
+
+    def point_labels(self):
+        """{point: "0, 1"}: several k share a point, since a collapsed level does not move it."""
+        labels = {}
+        for k, (bits, error) in enumerate(zip(self.bits, self.squared_error)):
+            point = (round(bits), round(error, 3))
+            labels[point] = f"{labels[point]}, {k}" if point in labels else str(k)
+        return labels
+
+    def show(self):
+        print("top levels kept, bits of KL, squared error per pixel")
+        rows = [["levels", "bits", "squared error"]]
+        for k, (bits, error) in enumerate(zip(self.bits, self.squared_error)):
+            rows.append([str(k), f"{bits:.2f}", f"{error:.4f}"])
+        common.print_table(rows)
 
 
-def attack(model, scalars, f, data):
-    """Projected gradient search within an L-infinity ball around x, in [0, 1], for the largest symmetric KL between the
-    posteriors of the top half of the levels at x and at the moved x (after Kuzina, Welling and Tomczak 2022). Of
-    each radius: that KL in nats, and the distance (L2, per image) between the reconstructions of both, beside the same for
-    a random corner of the ball."""
-    x = data.test[0][:FURTHER_EXAMPLES]
-    count = max(1, model.learned_levels // 2)
-    model.requires_grad_(False)
-    before = model.top_posterior(x, scalars, count)
-    whole = model.reconstruct(x, scalars, model.levels)
+@dataclass
+class Attack:
+    """How far a small change of an image moves its top latents (after Kuzina et al. 2022).
 
-    def symmetric_kl(moved):
-        return sum((torch.distributions.kl_divergence(p, q) + torch.distributions.kl_divergence(q, p)).flatten(1).sum(1)
-                   for p, q in zip(before, model.top_posterior(moved, scalars, count)))
+    The attack searches the L-infinity ball around x, within [0, 1], for the image x' with the
+    largest symmetric KL between the posteriors of the top half of the levels at x and at x'.
+    `images` is the number of test images, `levels` the number of levels attacked. `rows` has for
+    each radius {"radius", "symmetric_kl" (nats), "symmetric_kl_random", "distance",
+    "distance_random"}, means over the images. The distance is the L2 distance of the
+    reconstructions of x and x'. For comparison, x' is a random corner of the ball in "..._random".
+    """
 
-    rows, shown = [], {"test images": x, "their reconstructions": whole}
-    for radius in RADII:
-        corner = (x + radius * (2 * torch.rand_like(x) - 1).sign()).clamp(0, 1)
-        moved = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-        best, most = moved, symmetric_kl(moved).detach()
-        for _ in range(ATTACK_STEPS if radius else 0):
-            moved = moved.detach().requires_grad_()
-            gradient, = torch.autograd.grad(symmetric_kl(moved).sum(), moved)
-            moved = (moved + 2.5 * radius / ATTACK_STEPS * gradient.sign()).detach()
-            moved = torch.minimum(torch.maximum(moved, x - radius), x + radius).clamp(0, 1)
-            now = symmetric_kl(moved).detach()
-            best = torch.where((now > most).view(-1, 1, 1, 1), moved, best)
-            most = torch.maximum(now, most)
-        with torch.no_grad():
-            after, by_chance = (model.reconstruct(of, scalars, model.levels) for of in (best, corner))
-            rows.append({"radius": radius, "symmetric_kl": most.mean().item(),
-                         "symmetric_kl_random": symmetric_kl(corner).mean().item(),
-                         "distance": (after - whole).flatten(1).norm(dim=1).mean().item(),
-                         "distance_random": (by_chance - whole).flatten(1).norm(dim=1).mean().item()})
-    shown |= {f"moved by at most {radius}": best, "reconstructions of those": after}
-    model.requires_grad_(True)
-    result = {"images": len(x), "levels": count, "rows": rows}
+    images: int
+    levels: int
+    rows: list
 
-    def draw(axes):
-        for ax, name, label in zip(axes[0], ("symmetric_kl", "distance"), (
-                "symmetric KL of the top latents (nats)", "L2 distance of the reconstructions")):
-            for which, word, style in ((name, "attack", "o-"), (f"{name}_random", "random", "s--")):
-                ax.plot(RADII, [row[which] for row in rows], style, label=word)
-            ax.set(xlabel="radius of the L∞ ball (pixel values)", xticks=RADII, ylabel=label, ylim=(0, None))
-            ax.legend(fontsize=7)
-        for ax, (title, images) in zip(axes[1:].flat, shown.items()):
-            pictures.show_images(ax, title, images[:50], fontsize=8)
-    words = f"{caption(result, f, data)}, the top {count} learned levels"
-    pictures.save_figure(files.run_dir(f, data) / "attack.png", 2, 3, 4.4, 3.0, words, draw)
-    return result
+    COLUMNS = ("radius", "symmetric_kl", "symmetric_kl_random", "distance", "distance_random")
+
+    @classmethod
+    def measure(cls, model, scalars, x):
+        """Attack images x (B, c_x, H, W).
+
+        Returns the result, and {title: images}: x, the images with the largest radius, and the
+        reconstructions of both.
+        """
+        levels = max(1, model.learned_levels // 2)
+        rows = []
+        attacks = []
+        with frozen(model):
+            posterior = model.top_posterior(x, scalars, levels)
+            reconstruction = model.reconstruct(x, scalars, model.levels)
+
+            def divergence(moved):
+                return symmetric_kl(posterior, model.top_posterior(moved, scalars, levels))
+
+            def distance(moved):
+                difference = model.reconstruct(moved, scalars, model.levels) - reconstruction
+                return difference.flatten(1).norm(dim=1).mean().item()
+
+            for radius in RADII:
+                corner = (x + radius * (2 * torch.rand_like(x) - 1).sign()).clamp(0, 1)
+                attacked, largest = search_ball(divergence, x, radius)
+                attacks.append(attacked)
+                with torch.no_grad():
+                    row = {
+                        "radius": radius,
+                        "symmetric_kl": largest.mean().item(),
+                        "symmetric_kl_random": divergence(corner).mean().item(),
+                        "distance": distance(attacked),
+                        "distance_random": distance(corner),
+                    }
+                rows.append(row)
+
+            with torch.no_grad():
+                images = {
+                    "test images": x,
+                    "their reconstructions": reconstruction,
+                    f"moved by at most {RADII[-1]}": attacks[-1],
+                    "reconstructions of those": model.reconstruct(
+                        attacks[-1], scalars, model.levels
+                    ),
+                }
+        return cls(len(x), levels, rows), images
+
+    def is_whole(self):
+        """Whether all numbers are there and finite."""
+        if not are_numbers([self.images, self.levels]) or not isinstance(self.rows, list):
+            return False
+        for row in self.rows:
+            if not isinstance(row, dict) or list(row) != list(self.COLUMNS):
+                return False
+            if not are_numbers(list(row.values())):
+                return False
+        return [row["radius"] for row in self.rows] == list(RADII)
+
+    def draw(self, images, path, caption):
+        """Both measures over the radius, above the images and their reconstructions."""
+        labels = {
+            "symmetric_kl": "symmetric KL of the top latents (nats)",
+            "distance": "L2 distance of the reconstructions",
+        }
+
+        def draw_panels(axes):
+            for ax, (name, label) in zip(axes[0], labels.items()):
+                attacked = [row[name] for row in self.rows]
+                random = [row[f"{name}_random"] for row in self.rows]
+                ax.plot(RADII, attacked, "o-", label="attack")
+                ax.plot(RADII, random, "s--", label="random")
+                ax.set(
+                    xlabel="radius of the L∞ ball (pixel values)",
+                    xticks=RADII,
+                    ylabel=label,
+                    ylim=(0, None),
+                )
+                ax.legend(fontsize=7)
+            for ax, (title, batch) in zip(axes[1:].flat, images.items()):
+                pictures.show_images(ax, title, batch[:50], fontsize=8)
+
+        pictures.save_figure(
+            path,
+            columns=2,
+            rows=3,
+            width=4.4,
+            height=3.0,
+            caption=f"{caption}, the top {self.levels} learned levels",
+            draw=draw_panels,
+        )
+
+    def show(self):
+        print(
+            f"mean symmetric KL (nats) of the top {self.levels} learned levels and L2 distance of "
+            "the reconstructions, attacked and moved at random"
+        )
+        rows = [list(self.COLUMNS)]
+        for row in self.rows:
+            rows.append([f"{value:.4g}" for value in row.values()])
+        common.print_table(rows)
 
 
-def show_attack(result):
-    print(f"mean symmetric KL (nats) of the top {result['levels']} learned levels and L2 distance of the reconstructions, attacked and "
-          "moved at random")
-    common.print_rows([list(result["rows"][0]), *([f"{value:.4g}" for value in row.values()] for row in result["rows"])])
+@contextlib.contextmanager
+def frozen(model):
+    """Within this context, no parameter of the model requires a gradient. The attack needs none."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
 
 
-FURTHER = {"compression": (compression, show_compression), "attack": (attack, show_attack)}
+def symmetric_kl(before, after):
+    """The sum of KL(p || q) + KL(q || p) over two lists of Normals, in nats per image, (B,)."""
+    total = 0
+    for p, q in zip(before, after):
+        both = kl_divergence(p, q) + kl_divergence(q, p)
+        total = total + both.flatten(1).sum(1)
+    return total
+
+
+def search_ball(divergence, x, radius):
+    """Projected gradient ascent on divergence(x'), (B,), in the L-infinity ball around x.
+
+    x and x' are (B, c_x, H, W), in [0, 1]. The search begins at a random point of the ball. Returns
+    (x', divergence(x')): for each image the best of all steps.
+    """
+    moved = (x + radius * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    best = moved
+    largest = divergence(moved).detach()
+    steps = ATTACK_STEPS if radius > 0 else 0
+    for _ in range(steps):
+        # 1. A step along the gradient's sign. All steps together are 2.5 radii long.
+        moved = moved.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(divergence(moved).sum(), moved)
+        moved = (moved + 2.5 * radius / ATTACK_STEPS * gradient.sign()).detach()
+
+        # 2. Back into the ball, and into the range of pixels.
+        moved = torch.minimum(torch.maximum(moved, x - radius), x + radius).clamp(0, 1)
+
+        # 3. The best so far.
+        current = divergence(moved).detach()
+        is_better = (current > largest).view(-1, 1, 1, 1)
+        best = torch.where(is_better, moved, best)
+        largest = torch.maximum(current, largest)
+    return best, largest
+
+
+MEASUREMENTS = {"compression": Compression, "attack": Attack}

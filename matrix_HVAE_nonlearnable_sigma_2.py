@@ -1,19 +1,25 @@
-"""Theorem 5 on synthetic data: does a linear MHVAE with both Sigmas fixed, its exact expected loss minimised, end where
-the closed form says?
+"""Theorem 5 on synthetic data: does a linear MHVAE with both Sigmas fixed, its exact expected loss
+minimised, end where the closed form says?
 
     python matrix_HVAE_nonlearnable_sigma_2.py
     python matrix_HVAE_nonlearnable_sigma_2.py --seed 0:9 --beta_1 0.5,1 --sigma_2 0.5,1,2
 
-Dang et al. (2024, arXiv 2306.05023, theorem 5): as with a learnable Sigma2 (matrix_HVAE_learnable_sigma_2.py), but z2
-weakens a mode that it describes, and a z2 whose mean is dead still has a KL, unless sigma_2 = eta_enc.
+Dang et al. (2024, arXiv 2306.05023, theorem 5): z2 describes the strong modes of the data, as with
+a learnable Sigma2 (matrix_HVAE_learnable_sigma_2.py). Here z1 has less variance in a mode that z2
+describes. A unit of z2 whose mean is dead still has a KL, unless sigma_2 = eta_enc.
+
+Minimisation: the loss is a function of the weights and of the second moment of the data only, so
+nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
+from the best end (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
 
+import common
 import torch
 
-import common
 import theory
+import verify
 
 
 @dataclass
@@ -24,55 +30,106 @@ class Flags(common.MatrixFlags):
     eta_dec: float = common.flag(1.0, "std of p(z1|z2) and of p(x|z1)", above=0)
     sigma_1: float = common.flag(1.0, "std of q(z1|x)", above=0)
     sigma_2: float = common.flag(1.0, "std of q(z2|z1)", above=0)
-    d_0: int = common.flag(5, "dimension of x", low=1)
-    d_1: int = common.flag(5, "units of z1", low=1)
-    d_2: int = common.flag(5, "units of z2", low=1)
+    d_0: int = common.flag(5, "dimension of x", low=1, high=1_000)
+    d_1: int = common.flag(5, "units of z1", low=1, high=1_000)
+    d_2: int = common.flag(5, "units of z2", low=1, high=1_000)
 
 
 class HVAE:
-    """q(z1|x) = N(W1 x, sigma_1^2 I),  q(z2|z1) = N(W2 z1, sigma_2^2 I),  p(z2) = N(0, eta_enc^2 I),
-    p(z1|z2) = N(U2 z2, eta_dec^2 I),  p(x|z1) = N(U1 z1, eta_dec^2 I)."""
+    """The linear two-level HVAE of theorem 5.
+
+    q(z1|x)  = N(W1 x, sigma_1^2 I)       q(z2|z1) = N(W2 z1, sigma_2^2 I)
+    p(x|z1)  = N(U1 z1, eta_dec^2 I)      p(z1|z2) = N(U2 z2, eta_dec^2 I)
+    p(z2)    = N(0, eta_enc^2 I)
+
+    The parameters are W1 (d_1, d_0), W2 (d_2, d_1), U2 (d_1, d_2) and U1 (d_0, d_1).
+    """
+
+    data_flags = ("d_0",)
 
     def __init__(self, f):
-        self.f, random = f, common.generator(f.seed, "data")
-        scales = torch.logspace(math.log10(4), math.log10(0.4), f.d_0, dtype=torch.float64)   # of theta, about
-        mix = torch.linalg.qr(torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)).Q
-        x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random) * scales @ mix
-        self.A = theory.second_moment(x)                                     # E[x x^T]
+        self.f = f
+        random = common.generator(f.seed, "data")
+        # The stds of the data's modes: the theta_i are near them.
+        stds = torch.logspace(math.log10(4), math.log10(0.4), f.d_0, dtype=torch.float64)
+        normal = torch.randn(f.d_0, f.d_0, dtype=torch.float64, generator=random)
+        rotation = torch.linalg.qr(normal).Q
+        x = torch.randn(f.num_samples, f.d_0, dtype=torch.float64, generator=random)
+        self.A = theory.second_moment(x * stds @ rotation)  # E[x x^T]
 
     def start(self, draw):
         f = self.f
-        return {"W1": draw(f.d_1, f.d_0), "W2": draw(f.d_2, f.d_1), "U2": draw(f.d_1, f.d_2), "U1": draw(f.d_0, f.d_1)}
+        return {
+            "W1": draw(f.d_1, f.d_0),
+            "W2": draw(f.d_2, f.d_1),
+            "U2": draw(f.d_1, f.d_2),
+            "U1": draw(f.d_0, f.d_1),
+        }
 
     def loss(self, p):
-        """The expected negative beta-ELBO, exact, in nats: a 0-d tensor."""
-        f, W1, W2, U2, U1 = self.f, p["W1"], p["W2"], p["U2"], p["U1"]
-        identity = torch.eye(max(f.d_0, f.d_1), dtype=W1.dtype)
-        unexplained = identity[:f.d_0, :f.d_0] - U1 @ W1                                         # E||x - U1 z1||^2:
-        squared_error = (unexplained @ self.A * unexplained).sum() + f.sigma_1**2 * (U1**2).sum()
-        reconstruction = squared_error / (2 * f.eta_dec**2) + f.d_0 / 2 * math.log(2 * math.pi * f.eta_dec**2)
-        z1_moment = W1 @ self.A @ W1.T + f.sigma_1**2 * identity[:f.d_1, :f.d_1]
-        unexplained = identity[:f.d_1, :f.d_1] - U2 @ W2                                         # E||z1 - U2 z2||^2:
-        squared_error = (unexplained @ z1_moment * unexplained).sum() + f.sigma_2**2 * (U2**2).sum()
+        """The exact expected negative beta-ELBO in nats, a 0-d tensor.
+
+        L = E||x - U1 z1||^2 / (2 eta_dec^2) + (d_0/2) log(2 pi eta_dec^2)
+            + beta_1 KL1 + beta_2 KL2
+        KL1 = (E||z1 - U2 z2||^2 / eta_dec^2 - d_1) / 2 - d_1 log(sigma_1 / eta_dec)
+        KL2 = (E||z2||^2 / eta_enc^2 - d_2) / 2 - d_2 log(sigma_2 / eta_enc)
+        """
+        f = self.f
+        W1 = p["W1"]
+        W2 = p["W2"]
+        U2 = p["U2"]
+        U1 = p["U1"]
+        I_0 = torch.eye(f.d_0, dtype=W1.dtype)
+        I_1 = torch.eye(f.d_1, dtype=W1.dtype)
+
+        # x - U1 z1 = (I - U1 W1) x - U1 noise, with the noise of q(z1|x).
+        error_map = I_0 - U1 @ W1
+        squared_error = (error_map @ self.A * error_map).sum() + f.sigma_1**2 * (U1**2).sum()
+        constant = f.d_0 / 2 * math.log(2 * math.pi * f.eta_dec**2)
+        reconstruction = squared_error / (2 * f.eta_dec**2) + constant
+
+        # z1 - U2 z2 = (I - U2 W2) z1 - U2 noise, with the noise of q(z2|z1).
+        z1_moment = W1 @ self.A @ W1.T + f.sigma_1**2 * I_1  # E[z1 z1^T]
+        error_map = I_1 - U2 @ W2
+        squared_error = (error_map @ z1_moment * error_map).sum() + f.sigma_2**2 * (U2**2).sum()
         kl_1 = (squared_error / f.eta_dec**2 - f.d_1) / 2 - f.d_1 * math.log(f.sigma_1 / f.eta_dec)
-        z2_square = (W2 @ z1_moment * W2).sum() + f.d_2 * f.sigma_2**2                           # E||z2||^2
-        kl_2 = (z2_square / f.eta_enc**2 - f.d_2) / 2 - f.d_2 * math.log(f.sigma_2 / f.eta_enc)
+
+        z2_squared = (W2 @ z1_moment * W2).sum() + f.d_2 * f.sigma_2**2  # E||z2||^2
+        kl_2 = (z2_squared / f.eta_enc**2 - f.d_2) / 2 - f.d_2 * math.log(f.sigma_2 / f.eta_enc)
         return reconstruction + f.beta_1 * kl_1 + f.beta_2 * kl_2
 
     def predicted(self):
-        f, theta = self.f, theory.spectrum(self.A).sqrt()
+        """The closed form of theorem 5."""
+        f = self.f
         return theory.hvae_optimum_fixed_sigma_2(
-            theta, f.d_1, f.d_2, f.sigma_1, f.sigma_2, f.beta_1, f.beta_2, f.eta_enc, f.eta_dec)
+            theory.spectrum(self.A).sqrt(),
+            f.d_1,
+            f.d_2,
+            sigma_1=f.sigma_1,
+            sigma_2=f.sigma_2,
+            beta_1=f.beta_1,
+            beta_2=f.beta_2,
+            eta_enc=f.eta_enc,
+            eta_dec=f.eta_dec,
+        )
 
     def units(self, p):
+        """The quantities of the closed form at these parameters."""
         f = self.f
-        sigma_2 = torch.full((f.d_2,), f.sigma_2, dtype=torch.float64)
-        return theory.hvae_units(
-            p["W1"] @ theory.root(self.A), p["W2"], p["U2"], f.sigma_1, sigma_2, f.eta_enc, f.eta_dec)
+        return verify.hvae_units(
+            V1=p["W1"] @ theory.root(self.A),
+            W2=p["W2"],
+            U2=p["U2"],
+            sigma_1=f.sigma_1,
+            sigma_2=torch.full((f.d_2,), f.sigma_2, dtype=torch.float64),
+            eta_enc=f.eta_enc,
+            eta_dec=f.eta_dec,
+        )
 
 
 def main(argv=None):
-    return theory.verify(HVAE, common.parse_flags(Flags, argv))
+    settings = common.parse_flags(Flags, argv)
+    return verify.verify(HVAE, settings)
 
 
 if __name__ == "__main__":

@@ -1,428 +1,970 @@
-"""Everything that is drawn. First how a picture is made and saved, then those of one run, of a grid, of reproduce.py's
-experiments. Without a display; matplotlib and torchvision are imported where they draw, so that a script starts fast.
+"""All pictures: how a picture is drawn and saved, then the pictures of one run, the pictures of a
+grid of runs, and those of the experiments of reproduce.py.
+
+Pictures are drawn without a display. matplotlib and torchvision are imported in the functions that
+need them, so that scripts start fast.
 """
 import dataclasses
-import itertools
 import math
 import re
 import sys
 import textwrap
+from dataclasses import dataclass
 
+import common
 import numpy as np
 import torch
 
-import common
 import files
 import theory
+import verify
 
-EPSILON = np.geomspace(1e-4, 1e2, 241)                    # of collapse curves, in nats
+# The thresholds of collapse curves, in nats.
+EPSILON = np.geomspace(1e-4, 1e2, 241)
 
+
+# ----------------------------------------------------------------- how a picture is drawn and saved
 
 def save_figure(path, columns, rows, width, height, caption, draw):
-    """A picture of rows x columns axes of so many inches each, drawn by draw(axes), without a display. The caption's lines
-    break between flags, too."""
+    """Draw a picture of rows x columns axes and save it as a PNG file. Raises OSError.
+
+    width and height are those of each of the axes, in inches. draw(axes) draws into the array of
+    axes (rows, columns). The caption is written below them. Its lines may break between flags, too.
+    """
     from matplotlib.figure import Figure
-    lines = textwrap.wrap(re.sub(r",(?=\w+=)", ", ", caption), int(13 * columns * width))     # characters of 8 points to an inch
-    figure = Figure(figsize=(columns * width, rows * height + 0.15 * len(lines)), layout="constrained")
+
+    # At 8 points, 13 characters fit into an inch.
+    line_width = int(13 * columns * width)
+    lines = textwrap.wrap(re.sub(r",(?=\w+=)", ", ", caption), line_width)
+
+    figure = Figure(
+        figsize=(columns * width, rows * height + 0.15 * len(lines)), layout="constrained"
+    )
     draw(figure.subplots(rows, columns, squeeze=False))
     figure.supxlabel("\n".join(lines), fontsize=8)
     files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def draw_run(folder, model, f, data, result, examples):
-    """The pictures of one run: collapse.png, training.png, headroom.png of a model that has one and, of images,
-    reconstructions.png and samples.png."""
-    caption = f"{files.caption_of([f], [data])} seed={f.seed}"
-    draw_collapse(folder / "collapse.png", {"": examples}, caption)
-    if result.get("headroom"):
-        panels = {f"{z}: {theory.verdict(of['units'], of['collapsed'], of['headroom'])}": of for z, of in result["headroom"].items()}
-        draw_panels(folder / "headroom.png", panels, 4.6, 3.6, caption, plot_headroom)
-
-    def draw_curve(ax, name, curve):
-        ax.plot(range(1, len(curve) + 1), curve)
-        ax.set(title=name, xlabel="epoch", ylabel="nats per training example")
-    draw_panels(folder / "training.png", result["curves"], 3.4, 3, caption, draw_curve)
-
-    if hasattr(model, "reconstructions"):
-        with common.seeded(f.seed, "evaluation", data.test[0].device):            # some are drawn
-            images = reconstructions(model, f, data, 100)
-        draw_panels(folder / "reconstructions.png", images, 4.2, 4.7, caption, show_images)
-    if hasattr(model, "samples"):
-        with torch.no_grad(), common.seeded(f.seed, "samples", data.test[0].device):
-            images = model.samples(100, common.on_device(f, data.test[0]))
-        images = images if isinstance(images, dict) else {"samples from the prior": images}
-        draw_panels(folder / "samples.png", images, 4.2, 4.7, caption, show_images)
-
-
 def draw_panels(path, panels, width, height, caption, draw):
-    """A picture of panels {title: what is in it}, each drawn by draw(ax, title, what), at most five in a row."""
+    """Draw a picture of several panels, at most five in a row.
+
+    panels is {title: content}. draw(ax, title, content) draws one of them, whose size is width x
+    height inches.
+    """
     columns = min(5, len(panels))
 
     def draw_all(axes):
-        for ax, (title, what) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=(None, None)):
-            draw(ax, title, what) if title is not None else ax.axis("off")
-    save_figure(path, columns, math.ceil(len(panels) / columns), width, height, caption, draw_all)
+        for ax, (title, content) in zip(axes.flat, panels.items()):
+            draw(ax, title, content)
+        for ax in axes.flat[len(panels):]:
+            ax.axis("off")
 
-
-@torch.no_grad()
-def reconstructions(model, f, data, count):
-    """{caption: images (n, 784)} of count or so test examples, as many of each class, class by class."""
-    common.use_precision(f)
-    classes = data.test_labels.unique()[:count]
-    rows = torch.cat([(data.test_labels == c).nonzero()[:max(1, count // len(classes)), 0] for c in classes])
-    return model.reconstructions(*(t[rows] for t in data.test), common.on_device(f, data.test[0]))
+    save_figure(
+        path,
+        columns=columns,
+        rows=math.ceil(len(panels) / columns),
+        width=width,
+        height=height,
+        caption=caption,
+        draw=draw_all,
+    )
 
 
 def show_images(ax, title, images, columns=10, **font):
-    """Images (n, 784) or (n, C, H, W) as one, in so many columns."""
+    """Show images (n, 784) or (n, C, H, W) as tiles in this number of columns."""
     from torchvision.utils import make_grid
-    images = images.detach().view(-1, 1, 28, 28) if images.ndim == 2 else images.detach()
+
+    images = images.detach()
+    if images.ndim == 2:
+        images = images.view(-1, 1, 28, 28)
     tiles = make_grid(images.float().clamp(0, 1).cpu(), columns, padding=1, pad_value=0.4)
     ax.imshow(tiles.permute(1, 2, 0).numpy(), vmin=0, vmax=1)
     ax.set_title(title, **font)
     ax.axis("off")
 
 
+def latent_name(level):
+    """The name of the latent variable of a level: "z" for "", "z1" for "_1"."""
+    return "z" + level.removeprefix("_")
+
+
+def first_value(dictionary):
+    """The first value of a dict."""
+    return next(iter(dictionary.values()))
+
+
+# -------------------------------------------------------------------------- the pictures of one run
+
+def draw_run(run, folder):
+    """Draw the pictures of one report.EvaluatedRun into a folder. Raises OSError.
+
+    They are collapse.png and training.png, headroom.png if the run has a headroom, and for models
+    of images reconstructions.png and samples.png.
+    """
+    f, data, model = run.f, run.data, run.model
+    caption = f"{files.caption([f], [data])} seed={f.seed}"
+    device = data.test[0].device
+
+    draw_collapse(folder / "collapse.png", {"": run.examples}, caption)
+    if run.result.headroom:
+        draw_headroom(folder / "headroom.png", run.result.headroom, caption)
+    draw_panels(
+        folder / "training.png",
+        run.result.curves,
+        width=3.4,
+        height=3,
+        caption=caption,
+        draw=plot_training,
+    )
+
+    if hasattr(model, "reconstructions"):
+        # Some models draw their reconstructions at random.
+        with common.seeded(f.seed, "evaluation", device):
+            images = reconstructions(model, f, data, 100)
+        draw_images(folder / "reconstructions.png", images, caption)
+
+    if hasattr(model, "samples"):
+        with torch.no_grad(), common.seeded(f.seed, "samples", device):
+            images = model.samples(100, common.on_device(f, data.test[0]))
+        if not isinstance(images, dict):
+            images = {"samples from the prior": images}
+        draw_images(folder / "samples.png", images, caption)
+
+
+def draw_images(path, images, caption):
+    """Draw one panel of tiles for each {title: images}."""
+    draw_panels(path, images, width=4.2, height=4.7, caption=caption, draw=show_images)
+
+
+@torch.no_grad()
+def reconstructions(model, f, data, count):
+    """A model's reconstructions of about `count` test examples, {caption: images}.
+
+    There is the same number of examples from each class, and the classes come one after another.
+    """
+    common.set_precision(f)
+    classes = data.test_labels.unique()[:count]
+    count_per_class = max(1, count // len(classes))
+    rows = []
+    for label in classes:
+        rows_of_class = (data.test_labels == label).nonzero()[:, 0]
+        rows.append(rows_of_class[:count_per_class])
+    rows = torch.cat(rows)
+    batch = [tensor[rows] for tensor in data.test]
+    return model.reconstructions(*batch, common.on_device(f, data.test[0]))
+
+
+def plot_training(ax, title, curve):
+    """Plot a curve of the training, a list with one value per epoch."""
+    ax.plot(range(1, len(curve) + 1), curve)
+    ax.set(title=title, xlabel="epoch", ylabel="nats per training example")
+
+
 def draw_collapse(path, runs, caption):
-    """Collapse curves, a panel a level, a line a run that has it: runs is {label: {"unit_kl" of each level: (n, d)}}."""
-    kls = dict.fromkeys(name for run in runs.values() for name in run if name.startswith("unit_kl"))
+    """Draw collapse curves, with one panel per level and one curve per run that has the level.
 
-    def draw(ax, title, kl):
-        plot_collapse(ax, runs, kl)
+    runs is {label: examples}, where examples has "unit_kl" (n, d) of each level, in nats.
+    """
+    panels = {}
+    for examples in runs.values():
+        for name in examples:
+            if name.startswith("unit_kl"):
+                level = name.removeprefix("unit_kl")
+                panels[f"units of {latent_name(level)}"] = name
+
+    def draw(ax, title, name):
+        plot_collapse(ax, runs, name)
         ax.set(title=title)
-    draw_panels(path, {"units of z" + kl.removeprefix("unit_kl").removeprefix("_"): kl for kl in kls}, 4.6, 3.6, caption, draw)
+
+    draw_panels(path, panels, width=4.6, height=3.6, caption=caption, draw=draw)
 
 
-def plot_collapse(ax, runs, kl):
-    """The collapse curves of one level, a line a run, on axes: runs is {label: {kl: (n, d)}}."""
+def plot_collapse(ax, runs, name):
+    """Plot the collapse curves of one level, one curve per run.
+
+    runs is {label: examples}, and name is the level's entry of the examples, such as "unit_kl_2".
+    """
     from matplotlib import colormaps
-    every = math.ceil(len(runs) / 12)                     # run has its label: a legend must not be taller than its axes
-    for k, (label, run) in enumerate(runs.items()):
-        if kl in run:
-            ax.step(EPSILON, 100 * collapse_curve(run[kl], EPSILON), where="post", label=label if k % every == 0 else None,
-                    color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)), linewidth=1.8,
-                    linestyle=("-", "--", "-.", ":")[k % 4])
+
+    # Only every n-th run has a label, since a legend must not be taller than its axes.
+    label_every = math.ceil(len(runs) / 12)
+    for k, (label, examples) in enumerate(runs.items()):
+        if name not in examples:
+            continue
+        ax.step(
+            EPSILON,
+            100 * collapse_curve(examples[name], EPSILON),
+            where="post",
+            label=label if k % label_every == 0 else None,
+            color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)),
+            linewidth=1.8,
+            linestyle=("-", "--", "-.", ":")[k % 4],
+        )
     ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
     if len(runs) > 1:
-        ax.legend(fontsize=7, handlelength=4)             # long enough to tell the lines apart
+        # The handles are long enough to show the line styles.
+        ax.legend(fontsize=7, handlelength=4)
 
 
-def plot_headroom(ax, title, found):
-    """What the active units of a level describe, and what more units could, against the level above which a unit pays."""
-    active, idle = found["theta"], found["tau"]
+def collapse_curve(unit_kl, epsilon, delta=0.05):
+    """The share of units that are (epsilon, delta)-collapsed (Lucas et al. 2019, arXiv 1911.02469).
+
+    A unit is collapsed if P_x[KL_i < epsilon] >= 1 - delta. unit_kl (n, d) is in nats, and epsilon
+    is (m,). Returns (m,).
+    """
+    # A unit is collapsed if its k-th smallest KL is below epsilon. k is the smallest number of
+    # examples whose share is at least 1 - delta.
+    k = math.ceil(round(len(unit_kl) * (1 - delta), 9))
+    kth_smallest = np.sort(unit_kl, axis=0)[k - 1]
+    return (kth_smallest[:, None] < epsilon).mean(axis=0)
+
+
+def draw_headroom(path, levels, caption):
+    """Draw the headroom of each level, {latent: headroom.LevelHeadroom}, with its verdict."""
+    panels = {}
+    for latent, level in levels.items():
+        panels[f"{latent}: {level.verdict()}"] = level
+    draw_panels(path, panels, width=4.6, height=3.6, caption=caption, draw=plot_headroom)
+
+
+def plot_headroom(ax, title, level):
+    """Plot the variance that the units of a level describe, and that further units could describe.
+
+    level is a headroom.LevelHeadroom. The dashed line is the variance from which on a unit gains
+    more than its KL costs.
+    """
+    active = len(level.theta)
     if active:
-        ax.plot(range(1, 1 + len(active)), active, "o", label="active units: θ², by their KL")
-    ax.plot(range(1 + len(active), 1 + len(active) + len(idle)), np.maximum(idle, 1e-300), "x", color="C1",
-            label="what is left: τ, of more units")
-    if found["level"]:
-        ax.axhline(found["level"], color="0.5", linestyle="--", linewidth=1, label="level: above it a unit pays")
-        ax.set(ylim=(found["level"] / 100, 2 * max([found["level"], *active, *idle])))
-    ax.axvline(found["units"] + 0.5, color="0.8", linewidth=1, label="the model's units")
+        units = range(1, 1 + active)
+        ax.plot(units, level.theta, "o", label="active units: θ², by their KL")
+    further_units = range(1 + active, 1 + active + len(level.tau))
+    ax.plot(
+        further_units,
+        np.maximum(level.tau, 1e-300),
+        "x",
+        color="C1",
+        label="what is left: τ, of more units",
+    )
+    if level.level:
+        ax.axhline(
+            level.level,
+            color="0.5",
+            linestyle="--",
+            linewidth=1,
+            label="level: above it a unit pays",
+        )
+        # Just before a model diverges, the KL of a unit can make its theta infinite.
+        variances = [level.level, *level.theta, *level.tau]
+        largest = max(variance for variance in variances if math.isfinite(variance))
+        ax.set(ylim=(level.level / 100, 2 * largest))
+    ax.axvline(level.units + 0.5, color="0.8", linewidth=1, label="the model's units")
     ax.set(yscale="log", xlabel="unit", ylabel="variance")
     ax.set_title(title.replace(": idle", ":\nidle"), fontsize=9)
     ax.legend(fontsize=7)
 
 
-def collapse_curve(unit_kl, epsilon, delta=0.05):
-    """The share of units that are (epsilon, delta)-collapsed, P_x[KL_i < epsilon] >= 1 - delta (Lucas et al. 2019).
-
-    unit_kl (n, d) in nats, epsilon (m,); returns (m,).
-    """
-    # A unit is collapsed at epsilon if its k-th smallest KL is below it, k the fewest examples that make 1 - delta.
-    k = math.ceil(round(len(unit_kl) * (1 - delta), 9))
-    return (np.sort(unit_kl, axis=0)[k - 1][:, None] < epsilon).mean(axis=0)
-
+# --------------------------------------------------------------------------- the pictures of a grid
 
 def grid_dir(settings, data):
-    """Where the pictures of a grid go: out_dir/<script>/grids/<its flags>."""
-    flags = files.varying(settings, data)
-    shared = {name: value for name, value in files.changed(settings[0], data[0]).items() if name not in flags}
-    return files.run_dir(settings[0], data[0]).parent / "grids" / files.spell(
-        {name: "+".join(map(str, values)) for name, values in flags.items()} | shared)
+    """The folder of a grid's pictures: out_dir/<script>/grids/<its flags>."""
+    varying = files.varying_flags(settings, data)
+    flags = {}
+    for name, values in varying.items():
+        flags[name] = "+".join(map(str, values))
+    for name, value in files.changed_settings(settings[0], data[0]).items():
+        if name not in varying:
+            flags[name] = value
+    return files.run_dir(settings[0], data[0]).parent / "grids" / files.spell(flags)
 
 
-def draw_grid(models, settings, data):
-    """The pictures of a grid: over one flag its collapse curves overlaid; over two a contact sheet of reconstructions
-    for each way to reconstruct and a heat map for each metric, rows the first flag, columns the second; and what was
-    trained on or against what a closed form predicts.
+@dataclass
+class Grid:
+    """The runs of a grid over one or two flags.
 
-    Of settings that differ only in the seed the first is drawn; diverged settings are left out.
+    flags: the flags that differ between the settings, {name: its values}. Of two flags, the values
+        of the first one are the rows of a picture, those of the second one are the columns.
+    cells: {values of the flags: report.EvaluatedRun}. Settings that diverged are left out. Among
+        settings that differ only in the seed, it has the first one.
+    model: any model of the script, for its closed form.
+    caption: the caption of all pictures.
     """
-    flags, cells = files.varying(settings, data), {}
-    for model, f, d in zip(models, settings, data):
-        if model is not None:
-            cells.setdefault(tuple(files.what(f, d)[name] for name in flags), (model, f, d))
-    if len(flags) not in (1, 2) or not cells:
+
+    flags: dict
+    cells: dict
+    model: object
+    caption: str
+
+    @property
+    def results(self):
+        """{values of the flags: report.RunResult}"""
+        return {values: run.result for values, run in self.cells.items()}
+
+    @property
+    def comparisons(self):
+        """{values of the flags: verify.Comparison} of linear models."""
+        return {values: run.result.theory for values, run in self.cells.items()}
+
+    def are_linear_models(self):
+        """Whether the models are linear, so that a closed form predicts their units."""
+        return all(comparison is not None for comparison in self.comparisons.values())
+
+    def is_dense(self):
+        """Whether all flags are numbers, so that a closed form also holds between the settings.
+
+        Flags that may be vectors do not count as numbers. The closed forms take no tensor of them.
+        """
+        run = first_value(self.cells)
+        fields = {field.name: field for field in dataclasses.fields(run.f)}
+        for name, values in self.flags.items():
+            is_scalar = fields[name].metadata["scalar"] and not fields[name].metadata["vector"]
+            is_number = all(isinstance(value, float) for value in values)
+            if not (is_scalar and is_number):
+                return False
+        return True
+
+    def predicted(self, **flags):
+        """The closed form for the first run's setting with other values of these flags."""
+        run = first_value(self.cells)
+        return self.model.predicted(dataclasses.replace(run.f, **flags), run.data)
+
+
+def make_grid(evaluated_runs):
+    """The Grid of report.EvaluatedRuns, or None if there is nothing to draw.
+
+    That is so if the runs do not differ in one or two flags, if all of them diverged, or if this
+    process has none of the models.
+    """
+    settings = [run.f for run in evaluated_runs]
+    data = [run.data for run in evaluated_runs]
+    flags = files.varying_flags(settings, data)
+
+    cells = {}
+    model = None
+    for run in evaluated_runs:
+        if run.result.metrics is not None:
+            values_of_run = files.run_settings(run.f, run.data)
+            cells.setdefault(tuple(values_of_run[name] for name in flags), run)
+        if model is None:
+            model = run.model
+    if len(flags) not in (1, 2) or not cells or model is None:
+        return None
+
+    seeds = ",".join(dict.fromkeys(str(run.f.seed) for run in cells.values()))
+    caption = f"{files.caption(settings, data)} seed={seeds}"
+    return Grid(flags=flags, cells=cells, model=model, caption=caption)
+
+
+def draw_grid(evaluated_runs):
+    """Draw the pictures of a grid of report.EvaluatedRuns over one or two flags. Raises OSError.
+
+    theory.png    linear models: the trained units beside the closed form
+    linear.png    trained KLs and active units over those that a closed form predicts
+
+    A grid over one flag also has:
+
+    collapse.png  the collapse curves of all settings
+
+    A grid over two flags also has:
+
+    reconstructions_<k>.png    the test images, and each kind of reconstruction
+    metrics.png                a heat map for each metric
+    """
+    grid = make_grid(evaluated_runs)
+    if grid is None:
         return
+    settings = [run.f for run in evaluated_runs]
+    data = [run.data for run in evaluated_runs]
     folder = grid_dir(settings, data)
-    seeds = dict.fromkeys(f.seed for _, f, _ in cells.values())
-    caption = f"{files.caption_of(settings, data)} seed={','.join(map(str, seeds))}"
-    scalars = [field.name for field in dataclasses.fields(settings[0]) if field.metadata["scalar"]]
-    dense = all(name in scalars and all(isinstance(value, float) for value in flags[name]) for name in flags)
-    exact = all(hasattr(model, "predicted") for model, _, _ in cells.values())
-    if exact:
-        if len(flags) == 1:
-            draw_units_over(folder / "theory.png", flags, cells, dense, caption)
-        elif dense:
-            draw_active_map(folder / "theory.png", flags, cells, caption)
-    results = {key: files.read_result(f, d, "result.json") for key, (_, f, d) in cells.items()}
-    predicted = {key: result for key, result in results.items() if theory.closed_form(result)}
-    if predicted and not (exact and dense):               # where theory.png has no line between the settings
-        draw_beside_linear(folder / "linear.png", flags, predicted, caption)
-    if len(flags) == 1:
-        runs = {f"{name} = {value}": np.load(files.run_dir(f, d) / "units.npz")
-                for name in flags for (value,), (_, f, d) in cells.items()}
-        draw_collapse(folder / "collapse.png", runs, caption)
+
+    # 1. The trained values beside those that a closed form predicts.
+    one_flag = len(grid.flags) == 1
+    has_theory = grid.are_linear_models()
+    if has_theory and one_flag:
+        draw_units_over(folder / "theory.png", grid)
+    elif has_theory and grid.is_dense():
+        draw_active_map(folder / "theory.png", grid)
+
+    # Where theory.png has predictions between the settings, linear.png adds nothing.
+    has_closed_form = any(verify.closed_form(result) for result in grid.results.values())
+    if has_closed_form and not (has_theory and grid.is_dense()):
+        draw_beside_linear(folder / "linear.png", grid)
+
+    # 2. The settings beside each other.
+    if one_flag:
+        draw_collapse_over(folder / "collapse.png", grid)
     else:
-        draw_sheets(folder, flags, cells, caption)
-        draw_heat_maps(folder / "metrics.png", flags, cells, caption)
+        draw_sheets(folder, grid)
+        draw_heat_maps(folder / "metrics.png", grid)
     print(f"files: {folder}", file=sys.stderr)
 
 
-def draw_units_over(path, flags, cells, dense, caption):
-    """Over one flag, a row a level: each unit's information, predicted as a line and trained as dots, and how many units
-    are active, predicted as a staircase and trained as dots."""
-    [(flag_name, values)] = flags.items()
-    theories = {value: files.read_result(f, d, "result.json")["theory"] for (value,), (_, f, d) in cells.items()}
-    levels, (model, f, d) = theory.levels_of(next(iter(theories.values()))["predicted"]), next(iter(cells.values()))
+def draw_collapse_over(path, grid):
+    """Draw the collapse curves of a grid over one flag in one picture."""
+    [flag_name] = grid.flags
+    examples = {}
+    for (value,), run in grid.cells.items():
+        # The file of another process may not be whole.
+        if run.examples is not None:
+            examples[f"{flag_name} = {value}"] = run.examples
+    draw_collapse(path, examples, grid.caption)
 
-    def information(of, level):                           # 0 for units that a setting does not have
-        rows = [torch.tensor(of_setting[of][f"information{level}"]) for of_setting in theories.values()]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    if dense:                                             # between the trained values, too
+def draw_units_over(path, grid):
+    """Draw the units of a linear model over one flag, predicted and trained, one row per level.
+
+    On the left is the information of each unit, predicted as a line and trained as dots. On the
+    right is the number of active units, predicted as a staircase and trained as dots. If the grid
+    is dense, the prediction is also computed between the trained settings.
+    """
+    [(flag_name, values)] = grid.flags.items()
+    comparisons = list(grid.comparisons.values())
+    trained_x = [value for (value,) in grid.cells]
+    levels = theory.levels_of(comparisons[0].predicted)
+
+    dense = grid.is_dense()
+    if dense:
         x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
-        predicted = model.predicted(dataclasses.replace(f, **{flag_name: x}), d)
+        predicted = grid.predicted(**{flag_name: x})
     else:
-        x, predicted = list(theories), {f"information{level}": information("predicted", level) for level in levels}
+        x = trained_x
+        predicted = {}
+        for level in levels:
+            name = f"information{level}"
+            predicted[name] = stack_units([c.predicted[name] for c in comparisons])
 
     def draw(axes):
-        from matplotlib import colormaps
-        for row, level in zip(axes, levels):
-            lines = predicted[f"information{level}"]
-            trained = information("trained", level)
-            for i in range(lines.shape[1]):
-                color = colormaps["viridis"](0.9 * i / max(1, lines.shape[1] - 1))
-                row[0].plot(x, lines[:, i], color=color, linewidth=1, label="predicted" if i == 0 else None,
-                            linestyle="-" if dense else ":")
-                row[0].plot(list(theories), trained[:, i], ".", color=color, markersize=4, label="trained" if i == 0 else None)
+        for (left, right), level in zip(axes, levels):
+            name = f"information{level}"
+            lines = predicted[name]
+            dots = stack_units([c.trained[name] for c in comparisons])
+            plot_information(left, (x, lines), (trained_x, dots), "-" if dense else ":")
             if dense and flag_name in ("beta", "beta_2"):
-                collapse = [at for at in theories[values[0]]["predicted"][f"collapse{level}"]
-                            if at is not None and min(values) < at < max(values)]
-                row[0].plot(collapse, [0] * len(collapse), "|", color="red", markersize=9,
-                            label="predicted collapse" if collapse else None)
-            row[1].step(x, (lines > 0).sum(1), where="mid", color="0.5", label="predicted")
-            row[1].plot(list(theories), (trained > theory.ACTIVE).sum(1), ".", color="C3", markersize=5, label="trained")
-            unit = "z" + level.removeprefix("_")
-            row[0].set(xlabel=flag_name, ylabel=f"information of each unit of {unit} (nats)")
-            row[1].set(xlabel=flag_name, ylabel=f"active units of {unit}", ylim=(-0.5, lines.shape[1] + 0.5))
-            row[0].legend(fontsize=7)
-            row[1].legend(fontsize=7)
-    save_figure(path, 2, len(levels), 4.8, 3.4, caption, draw)
+                thresholds = comparisons[0].predicted[f"collapse{level}"]
+                plot_thresholds(left, thresholds, min(values), max(values))
+
+            predicted_count = (lines > 0).sum(1)
+            trained_count = (dots > theory.ACTIVE).sum(1)
+            right.step(x, predicted_count, where="mid", color="0.5", label="predicted")
+            right.plot(trained_x, trained_count, ".", color="C3", markersize=5, label="trained")
+
+            latent = latent_name(level)
+            left.set(xlabel=flag_name, ylabel=f"information of each unit of {latent} (nats)")
+            right.set(
+                xlabel=flag_name,
+                ylabel=f"active units of {latent}",
+                ylim=(-0.5, lines.shape[1] + 0.5),
+            )
+            left.legend(fontsize=7)
+            right.legend(fontsize=7)
+
+    save_figure(
+        path, columns=2, rows=len(levels), width=4.8, height=3.4, caption=grid.caption, draw=draw
+    )
 
 
-def draw_beside_linear(path, flags, results, caption):
-    """What the closed form of the linear model predicts, across, and what was trained, up: a row a level, KL and active
-    units, a point a setting, with their rank correlation over settings."""
-    correlations = theory.linear_correlations(list(results.values()))
-    levels = theory.levels_of(theory.closed_form(next(iter(results.values()))))
-
-    def draw(axes):
-        for row, level in zip(axes, levels):
-            for ax, title, metrics in zip(row, ("KL (nats)", "active units"), ([f"kl{level}"], [f"AU{level}", f"AU_kl{level}"])):
-                for metric, marker, side in zip(metrics, "ox", ("left", "right")):
-                    points = np.array([(predicted, trained) for result in results.values()
-                                       for name, predicted, trained in theory.beside_linear(result) if name == metric])
-                    ax.plot(*points.T, marker, label=with_rank(metric, correlations.get(metric)))
-                    for point in np.unique(points, axis=0):
-                        here = [", ".join(map(str, key)) for key, of in zip(results, points) if (of == point).all()]
-                        ax.annotate("; ".join(here), point, xytext=(5, 5) if side == "left" else (-5, 5), ha=side,
-                                    textcoords="offset points", fontsize=7)
-                ax.margins(0.1)
-                ax.axline((points[0, 0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)      # as predicted
-                ax.set(xlabel="predicted of the linear model", ylabel="trained", title=f"z{level.removeprefix('_')}: {title}")
-                ax.legend(fontsize=7, title=f"a point a {', '.join(flags)}", title_fontsize=7)
-    save_figure(path, 2, len(levels), 4.8, 3.8, caption, draw)
+def stack_units(rows):
+    """Lists of values per unit as a tensor (settings, units), 0 for units that a setting lacks."""
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
-def with_rank(label, correlation):
-    return label if correlation is None else f"{label}, rank correlation {correlation:.2f}"
+def plot_information(ax, predicted, trained, linestyle):
+    """Plot the information of each unit, predicted as a line and trained as dots.
+
+    Both are (x, information (len(x), d)), in nats.
+    """
+    from matplotlib import colormaps
+
+    x, lines = predicted
+    trained_x, dots = trained
+    units = lines.shape[1]
+    for i in range(units):
+        color = colormaps["viridis"](0.9 * i / max(1, units - 1))
+        ax.plot(
+            x,
+            lines[:, i],
+            color=color,
+            linewidth=1,
+            label="predicted" if i == 0 else None,
+            linestyle=linestyle,
+        )
+        ax.plot(
+            trained_x,
+            dots[:, i],
+            ".",
+            color=color,
+            markersize=4,
+            label="trained" if i == 0 else None,
+        )
 
 
-def draw_active_map(path, flags, cells, caption):
-    """Over two scalar flags, a panel a level: how many units are predicted active as a map, trained ones as numbers on it."""
-    (row_flag, row_values), (column_flag, column_values) = flags.items()
-    theories = {key: files.read_result(f, d, "result.json")["theory"] for key, (_, f, d) in cells.items()}
-    levels, (model, f, d) = theory.levels_of(next(iter(theories.values()))["predicted"]), next(iter(cells.values()))
-    rows, columns = (np.geomspace(min(values) / 1.3, max(values) * 1.3, 200) for values in (row_values, column_values))
-    grid = dict(zip((row_flag, column_flag), torch.tensor(np.meshgrid(rows, columns, indexing="ij")).flatten(1)))
-    predicted = model.predicted(dataclasses.replace(f, **grid), d)
+def plot_thresholds(ax, thresholds, lowest, highest):
+    """Mark the thresholds (None for never) at which units collapse, within a range of beta."""
+    inside = []
+    for threshold in thresholds:
+        if threshold is not None and lowest < threshold < highest:
+            inside.append(threshold)
+    label = "predicted collapse" if inside else None
+    ax.plot(inside, [0] * len(inside), "|", color="red", markersize=9, label=label)
+
+
+def draw_active_map(path, grid):
+    """Draw the number of active units of a linear model over two scalars, one panel per level.
+
+    The colour is the predicted number. The trained number is written at each setting, in bold where
+    it differs.
+    """
+    (row_flag, row_values), (column_flag, column_values) = grid.flags.items()
+    comparisons = grid.comparisons
+    levels = theory.levels_of(first_value(comparisons).predicted)
+
+    rows = np.geomspace(min(row_values) / 1.3, max(row_values) * 1.3, 200)
+    columns = np.geomspace(min(column_values) / 1.3, max(column_values) * 1.3, 200)
+    row_grid, column_grid = np.meshgrid(rows, columns, indexing="ij")
+    scalars = {
+        row_flag: torch.tensor(row_grid).flatten(),
+        column_flag: torch.tensor(column_grid).flatten(),
+    }
+    predicted = grid.predicted(**scalars)
 
     def draw(axes):
         for ax, level in zip(axes[0], levels):
-            active = (predicted[f"information{level}"] > 0).sum(1).view(200, 200)
-            total = predicted[f"information{level}"].shape[1]
-            shown = ax.pcolormesh(columns, rows, active, cmap="viridis", vmin=0, vmax=total, shading="nearest", rasterized=True)
-            for (row, column), beside in theories.items():
-                trained, of = theory.active_units(beside, "trained")[level], theory.active_units(beside)[level]
-                ax.text(column, row, trained, ha="center", va="center", fontsize=8,
-                        color="black" if of > total / 2 else "white", weight="normal" if trained == of else "bold")
+            information = predicted[f"information{level}"]
+            units = information.shape[1]
+            colors = ax.pcolormesh(
+                columns,
+                rows,
+                (information > 0).sum(1).view(200, 200),
+                cmap="viridis",
+                vmin=0,
+                vmax=units,
+                shading="nearest",
+                rasterized=True,
+            )
+            for (row, column), comparison in comparisons.items():
+                predicted_count = comparison.active_units()[level]
+                trained_count = comparison.active_units("trained")[level]
+                ax.text(
+                    column,
+                    row,
+                    trained_count,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="black" if predicted_count > units / 2 else "white",
+                    weight="normal" if trained_count == predicted_count else "bold",
+                )
             ax.set(xscale="log", yscale="log", xlabel=column_flag, ylabel=row_flag)
             ax.minorticks_off()
-            ax.set(xticks=column_values, yticks=row_values, xticklabels=column_values, yticklabels=row_values,
-                   title=f"active units of z{level.removeprefix('_')}: predicted, and trained (numbers)")
-            ax.figure.colorbar(shown, ax=ax)
-    save_figure(path, len(levels), 1, 5.0, 4.0, caption, draw)
+            latent = latent_name(level)
+            ax.set(
+                xticks=column_values,
+                yticks=row_values,
+                xticklabels=column_values,
+                yticklabels=row_values,
+                title=f"active units of {latent}: predicted, and trained (numbers)",
+            )
+            ax.figure.colorbar(colors, ax=ax)
+
+    save_figure(
+        path, columns=len(levels), rows=1, width=5.0, height=4.0, caption=grid.caption, draw=draw
+    )
 
 
-def draw_sheets(folder, flags, cells, caption):
-    """Contact sheets of 20 examples a setting, reconstructions_<k>.png: 0 the originals, then each reconstruction."""
-    (row_flag, row_values), (column_flag, column_values) = flags.items()
-    sheets = {cell: list(reconstructions(*cells[cell], 20).items()) for cell in cells
-              if hasattr(cells[cell][0], "reconstructions")}
-    for k in range(max(map(len, sheets.values()), default=0)):
-        def draw(axes):
-            for (i, row), (j, column) in itertools.product(enumerate(row_values), enumerate(column_values)):
+def draw_beside_linear(path, grid):
+    """Draw trained values over those that a closed form predicts, one row per level.
+
+    On the left is the KL, on the right is the number of active units. Each setting is a point. The
+    legend has the rank correlation over the settings.
+    """
+    results = {}
+    for key, result in grid.results.items():
+        if verify.closed_form(result):
+            label = ", ".join(map(str, key))
+            results[label] = result
+    correlations = verify.rank_correlations(list(results.values()))
+    levels = theory.levels_of(verify.closed_form(first_value(results)))
+
+    def plot_metric(ax, metric, marker, side):
+        label = with_rank(metric, correlations.get(metric))
+        points = predicted_and_trained(results.values(), metric)
+        ax.plot(points[:, 0], points[:, 1], marker, label=label)
+        label_points(ax, points, list(results), side)
+
+    def finish(ax, metric, title):
+        # On this line, the trained value is the predicted one.
+        predicted = predicted_and_trained(results.values(), metric)[0, 0]
+        ax.margins(0.1)
+        ax.axline((predicted, predicted), slope=1, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlabel="predicted of the linear model", ylabel="trained", title=title)
+        ax.legend(fontsize=7, title=f"a point a {', '.join(grid.flags)}", title_fontsize=7)
+
+    def draw(axes):
+        for (left, right), level in zip(axes, levels):
+            plot_metric(left, f"kl{level}", "o", "left")
+            plot_metric(right, f"AU{level}", "o", "left")
+            plot_metric(right, f"AU_kl{level}", "x", "right")
+            finish(left, f"kl{level}", f"{latent_name(level)}: KL (nats)")
+            finish(right, f"AU{level}", f"{latent_name(level)}: active units")
+
+    save_figure(
+        path, columns=2, rows=len(levels), width=4.8, height=3.8, caption=grid.caption, draw=draw
+    )
+
+
+def label_points(ax, points, labels, side):
+    """Write a label beside each of the points (n, 2). Equal points share a label.
+
+    side is the end of the label that is at the point, "left" or "right".
+    """
+    for point in np.unique(points, axis=0):
+        labels_of_point = []
+        for label, other in zip(labels, points):
+            if (other == point).all():
+                labels_of_point.append(label)
+        ax.annotate(
+            "; ".join(labels_of_point),
+            point,
+            xytext=(5, 5) if side == "left" else (-5, 5),
+            ha=side,
+            textcoords="offset points",
+            fontsize=7,
+        )
+
+
+def predicted_and_trained(results, metric):
+    """The predicted and the trained value of a metric for each result, an array (results, 2)."""
+    points = []
+    for result in results:
+        for name, predicted, trained in verify.linear_pairs(result):
+            if name == metric:
+                points.append((predicted, trained))
+    return np.array(points).reshape(-1, 2)
+
+
+def with_rank(label, correlation):
+    """A label with a rank correlation, if there is one."""
+    if correlation is None:
+        return label
+    return f"{label}, rank correlation {correlation:.2f}"
+
+
+def draw_sheets(folder, grid):
+    """Draw contact sheets over two flags, each with about 20 test examples per setting.
+
+    reconstructions_0.png has the test images. Each further sheet has one kind of reconstruction.
+    """
+    sheets = {}
+    for key, run in grid.cells.items():
+        if hasattr(run.model, "reconstructions"):
+            images = reconstructions(run.model, run.f, run.data, 20)
+            sheets[key] = list(images.items())
+
+    kinds = max(map(len, sheets.values()), default=0)
+    for k in range(kinds):
+        tiles = {key: sheet[k] for key, sheet in sheets.items() if k < len(sheet)}
+        draw_sheet(folder / f"reconstructions_{k}.png", grid, tiles)
+
+
+def draw_sheet(path, grid, tiles):
+    """Draw one contact sheet. tiles is {(row value, column value): (title, images)}."""
+    (row_flag, row_values), (column_flag, column_values) = grid.flags.items()
+    sheet_title, _ = list(tiles.values())[-1]
+
+    def draw(axes):
+        for i, row in enumerate(row_values):
+            for j, column in enumerate(column_values):
                 axes[i][j].axis("off")
-                if k < len(sheets.get((row, column), [])):
-                    title, images = sheets[row, column][k]
-                    show_images(axes[i][j], f"{row_flag} = {row}, {column_flag} = {column}", images, 5, fontsize=8)
-            axes[0][0].figure.suptitle(title, fontsize=9)
-        save_figure(folder / f"reconstructions_{k}.png", len(column_values), len(row_values), 1.9, 1.8, caption, draw)
+                if (row, column) in tiles:
+                    _, images = tiles[row, column]
+                    title = f"{row_flag} = {row}, {column_flag} = {column}"
+                    show_images(axes[i][j], title, images, columns=5, fontsize=8)
+        axes[0][0].figure.suptitle(sheet_title, fontsize=9)
+
+    save_figure(
+        path,
+        columns=len(column_values),
+        rows=len(row_values),
+        width=1.9,
+        height=1.8,
+        caption=grid.caption,
+        draw=draw,
+    )
 
 
-def draw_heat_maps(path, flags, cells, caption):
-    """A heat map for every metric, each cell with its number."""
-    (row_flag, row_values), (column_flag, column_values) = flags.items()
-    metrics = {key: files.read_result(f, d, "result.json")["metrics"] for key, (_, f, d) in cells.items()}
-    names = list(dict.fromkeys(name for of in metrics.values() for name in of))
+def draw_heat_maps(path, grid):
+    """Draw a heat map over two flags for each metric."""
+    results = grid.results
+    names = {}
+    for result in results.values():
+        for name in result.metrics:
+            names[name] = None
     columns = min(4, len(names))
 
     def draw(axes):
+        for ax, name in zip(axes.flat, names):
+            values = {key: result.metrics.get(name, math.nan) for key, result in results.items()}
+            plot_heat_map(ax, name, grid.flags, values)
         for ax in axes.flat[len(names):]:
             ax.axis("off")
-        for ax, name in zip(axes.flat, names):
-            values = [[metrics.get((row, column), {}).get(name, math.nan) for column in column_values] for row in row_values]
-            ax.imshow(values, cmap="viridis")
-            middle = (np.nanmin(values) + np.nanmax(values)) / 2
-            for i, j in np.ndindex(len(row_values), len(column_values)):
-                ax.text(j, i, common.cell(values[i][j]), ha="center", va="center", fontsize=7,
-                        color="black" if values[i][j] > middle else "white")
-            ax.set(title=name, xlabel=column_flag, ylabel=row_flag, xticks=range(len(column_values)),
-                   yticks=range(len(row_values)), xticklabels=column_values, yticklabels=row_values)
-    save_figure(path, columns, math.ceil(len(names) / columns), 3.4, 3.2, caption, draw)
+
+    save_figure(
+        path,
+        columns=columns,
+        rows=math.ceil(len(names) / columns),
+        width=3.4,
+        height=3.2,
+        caption=grid.caption,
+        draw=draw,
+    )
 
 
-# Those of an experiment of reproduce.py, to a path, of its runs: each one command line, with the results of its settings.
+def plot_heat_map(ax, title, flags, values):
+    """Plot a metric over two flags, with its number in each cell.
+
+    values is {(row value, column value): number}. A setting that is not in it is an empty cell.
+    """
+    (row_flag, row_values), (column_flag, column_values) = flags.items()
+    table = []
+    for row in row_values:
+        table.append([values.get((row, column), math.nan) for column in column_values])
+
+    ax.imshow(table, cmap="viridis")
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
+    for i in range(len(row_values)):
+        for j in range(len(column_values)):
+            ax.text(
+                j,
+                i,
+                common.format_metric(table[i][j]),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if table[i][j] > middle else "white",
+            )
+    ax.set(
+        title=title,
+        xlabel=column_flag,
+        ylabel=row_flag,
+        xticks=range(len(column_values)),
+        yticks=range(len(row_values)),
+        xticklabels=column_values,
+        yticklabels=row_values,
+    )
+
+
+# ------------------------------------------------------- the pictures of reproduce.py's experiments
+
+# The functions that take a path and runs each draw the picture of one experiment. A run is a
+# reproduce.Run: one command line, with the results of its settings.
 
 def units_by_level(run):
-    """The mean KL of every unit of each level, level 1 first: a list of arrays, of the run's first setting."""
+    """The mean KL of each unit in the first setting of a run, a list of (d,) with level 1 first."""
     units = run.units(0)
-    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + sum(name.startswith("unit_kl_") for name in units))]
+    levels = sum(name.startswith("unit_kl_") for name in units)
+    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + levels)]
 
 
 def by_script(runs):
-    """{script: the results of its settings with a closed form, each once}."""
-    found = {}
+    """The results that have a closed form, {script: [RunResult]}, each setting once."""
+    scripts = {}
     for run in runs:
         for result in run.results:
-            if theory.closed_form(result):
-                found.setdefault(run.script, {})[str(result["settings"])] = result
-    return {script: list(results.values()) for script, results in found.items()}
+            if verify.closed_form(result):
+                results = scripts.setdefault(run.script, {})
+                results[str(result.settings)] = result
+    return {script: list(results.values()) for script, results in scripts.items()}
 
 
 def collapse_curves(path, runs):
-    """A row of panels a command, a panel a level."""
-    levels = [name for name in runs[0].units(0) if name.startswith("unit_kl")]
+    """Draw collapse curves, with one row of panels per command and one panel per level."""
+    first_units = first_setting_units(runs)
+    names = [name for name in first_units if name.startswith("unit_kl")]
 
     def draw(axes):
         for row, run in zip(axes, runs):
-            labels = [", ".join(f"{name} = {value}" for name, value in of.items()) or run.script for of in run.rows()]
-            for ax, kl in zip(row, levels):
-                plot_collapse(ax, {label: run.units(i) for i, label in zip(run.of_first_seed(), labels)}, kl)
-                ax.set(title=run.words() + (f", z{kl[-1]}" if len(levels) > 1 else ""))
-    save_figure(path, len(levels), len(runs), 4.6, 3.6, "", draw)
+            units = units_by_label(run)
+            for ax, name in zip(row, names):
+                plot_collapse(ax, units, name)
+                latent = f", z{name[-1]}" if len(names) > 1 else ""
+                ax.set(title=run.objective_name() + latent)
+
+    save_figure(
+        path, columns=len(names), rows=len(runs), width=4.6, height=3.6, caption="", draw=draw
+    )
+
+
+def first_setting_units(runs):
+    """The values per test example of the first setting that did not diverge."""
+    for run in runs:
+        for units in units_by_label(run).values():
+            return units
+    return {}
+
+
+def units_by_label(run):
+    """The values per test example of each setting with the first seed, {label: examples}.
+
+    Settings that diverged are left out.
+    """
+    units = {}
+    for i, flags in zip(run.first_seed_indices(), run.setting_labels()):
+        label = ", ".join(f"{name} = {value}" for name, value in flags.items())
+        if run.results[i].metrics is not None:
+            units[label or run.script] = run.units(i)
+    return units
 
 
 def beside(path, runs):
-    """One panel, a curve a command."""
-    draw_collapse(path, {run.script: run.units(0) for run in runs}, "")
+    """Draw the collapse curves of several commands in one picture, one curve per command."""
+    units = {run.script: run.units(0) for run in runs if run.results[0].metrics is not None}
+    draw_collapse(path, units, "")
 
 
 def of_the_grid(name):
-    """The picture of this name that the script itself draws of its grid."""
+    """A function that copies the picture of this name that the script drew of its grid."""
     def copy(path, runs):
-        files.write(path, lambda file: file.write((runs[0].grid() / name).read_bytes()))
+        picture = (runs[0].grid_dir() / name).read_bytes()
+        files.write(path, lambda file: file.write(picture))
     return copy
 
 
 def per_digit(path, runs):
-    """KL and active units of each digit, predicted of the linear model and trained, a row a script."""
+    """Draw KL and active units for each digit, predicted and trained, one row per script."""
     def draw(axes):
-        for row, run in zip(axes, runs):
-            correlation = theory.linear_correlations(run.results)
-            for ax, metric, label in zip(row, ("kl", "AU"), ("KL (nats)", "active units")):
-                digits = [result["settings"]["digit"] for result in run.results]
-                pairs = [next(pair[1:] for pair in theory.beside_linear(result) if pair[0] == metric) for result in run.results]
-                predicted, trained = zip(*pairs)
-                ax.plot(digits, predicted, "_", color="0.3", markersize=14, label="predicted of the linear model")
-                ax.plot(digits, trained, "o", color="C0", label=with_rank("trained", correlation.get(metric)))
-                ax.set(xlabel="digit", ylabel=label, xticks=sorted(set(digits)), ylim=(0, None), title=run.script)
-                ax.locator_params(axis="y", integer=True)
-                ax.legend(fontsize=7)
-    save_figure(path, 2, len(runs), 4.6, 3.0, "", draw)
+        for (left, right), run in zip(axes, runs):
+            plot_digits(left, run, "kl", "KL (nats)")
+            plot_digits(right, run, "AU", "active units")
+
+    save_figure(path, columns=2, rows=len(runs), width=4.6, height=3.0, caption="", draw=draw)
+
+
+def plot_digits(ax, run, metric, ylabel):
+    """Plot a metric over the digits: predicted for the linear model, and trained."""
+    results = [result for result in run.results if verify.closed_form(result)]
+    correlation = verify.rank_correlations(results).get(metric)
+    digits = [result.settings["digit"] for result in results]
+    points = predicted_and_trained(results, metric)
+    ax.plot(
+        digits,
+        points[:, 0],
+        "_",
+        color="0.3",
+        markersize=14,
+        label="predicted of the linear model",
+    )
+    ax.plot(digits, points[:, 1], "o", color="C0", label=with_rank("trained", correlation))
+    ax.set(
+        xlabel="digit",
+        ylabel=ylabel,
+        xticks=sorted(set(digits)),
+        ylim=(0, None),
+        title=run.script,
+    )
+    ax.locator_params(axis="y", integer=True)
+    ax.legend(fontsize=7)
 
 
 def rates(path, runs):
-    """The KL of each run over its training, and after it on the test images, beside the delta that it cannot fall below."""
-    found = {("standard" if f.prior == "standard" else f"δ = {f.delta:g}"): (f, run.results[i]) for run in runs
-             for i, f in enumerate(run.settings) if i in run.of_first_seed() and run.results[i]["metrics"]}
+    """Draw the KL of each delta-VAE, during training and on the test images, beside its delta.
+
+    The KL of the standard prior has no lower limit. The other priors keep it above delta.
+    """
+    results = {}
+    for run in runs:
+        for i in run.first_seed_indices():
+            f = run.settings[i]
+            label = "standard" if f.prior == "standard" else f"δ = {f.delta:g}"
+            if run.results[i].metrics is not None:
+                results[label] = run.results[i]
 
     def draw(axes):
-        during, after = axes[0]
-        for k, (label, (f, result)) in enumerate(found.items()):
-            curve, delta, metrics = result["curves"]["kl"], result["metrics"]["smallest_rate"], result["metrics"]
-            during.plot(range(1, len(curve) + 1), curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
-            during.axhline(delta, color=f"C{k}", linestyle="--", linewidth=1)
-            against = ("against the model's own prior", "against the auxiliary prior", "δ") if k == 0 else (None,) * 3
-            after.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=against[0])
-            after.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=against[1])
-            after.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=against[2])
-        during.set(xlabel="epoch", ylabel="KL (nats per training example)", ylim=(0, None))
-        after.set(ylabel="rate (nats per test example)", xticks=range(len(found)), xticklabels=list(found))
-        during.locator_params(axis="x", integer=True)
-        during.legend(fontsize=7)
-        after.legend(fontsize=7)
-    save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+        left, right = axes[0]
+        for k, (label, result) in enumerate(results.items()):
+            plot_rate_curve(left, k, label, result)
+            plot_rate_bars(right, k, result)
+        left.set(xlabel="epoch", ylabel="KL (nats per training example)", ylim=(0, None))
+        right.set(
+            ylabel="rate (nats per test example)",
+            xticks=range(len(results)),
+            xticklabels=list(results),
+        )
+        left.locator_params(axis="x", integer=True)
+        left.legend(fontsize=7)
+        right.legend(fontsize=7)
+
+    save_figure(path, columns=2, rows=1, width=4.8, height=3.6, caption="", draw=draw)
+
+
+def plot_rate_curve(ax, k, label, result):
+    """Plot the KL of the k-th delta-VAE over its training, and its delta as a dashed line."""
+    curve = result.curves["kl"]
+    epochs = range(1, len(curve) + 1)
+    ax.plot(epochs, curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
+    ax.axhline(result.metrics["smallest_rate"], color=f"C{k}", linestyle="--", linewidth=1)
+
+
+def plot_rate_bars(ax, k, result):
+    """Plot the test KL of the k-th delta-VAE, its rate with the auxiliary prior, and its delta."""
+    own_prior = auxiliary_prior = delta_label = None
+    if k == 0:
+        own_prior = "against the model's own prior"
+        auxiliary_prior = "against the auxiliary prior"
+        delta_label = "δ"
+    metrics = result.metrics
+    delta = metrics["smallest_rate"]
+    ax.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=own_prior)
+    ax.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=auxiliary_prior)
+    ax.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=delta_label)
 
 
 def by_level(path, runs):
-    """The KL of each level, and the share of its units that are active, a bar a model."""
-    units = {run.script: units_by_level(run) for run in runs if run.results[0]["metrics"]}
+    """Draw the KL of each level and the share of its units that are active, one bar per model."""
+    units = {}
+    for run in runs:
+        if run.results[0].metrics is not None:
+            units[run.script] = units_by_level(run)
     levels = range(1, 1 + max(map(len, units.values()), default=0))
 
     def draw(axes):
+        left, right = axes[0]
         for k, (script, kls) in enumerate(units.items()):
-            places = [level + 0.8 * ((k + 0.5) / len(units) - 0.5) for level in levels[:len(kls)]]
-            style = {"width": 0.8 / len(units), "color": f"C{k}", "hatch": ("", "//", "..")[k % 3], "label": script}
-            axes[0][0].bar(places, [kl.sum() for kl in kls], **style)
-            axes[0][1].bar(places, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
-        for ax, label in zip(axes[0], ("KL (nats per test example)", "share of units with a KL above 0.01 nats")):
-            ax.set(xlabel="level, 1 next to the image", ylabel=label, xticks=levels, ylim=(0, None))
-        axes[0][0].legend(fontsize=7)
-    save_figure(path, 2, 1, 4.8, 3.6, "", draw)
+            offset = 0.8 * ((k + 0.5) / len(units) - 0.5)
+            x = [level + offset for level in levels[:len(kls)]]
+            style = {
+                "width": 0.8 / len(units),
+                "color": f"C{k}",
+                "hatch": ("", "//", "..")[k % 3],
+                "label": script,
+            }
+            left.bar(x, [kl.sum() for kl in kls], **style)
+            right.bar(x, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
+        left.set(ylabel="KL (nats per test example)")
+        right.set(ylabel="share of units with a KL above 0.01 nats")
+        for ax in (left, right):
+            ax.set(xlabel="level, 1 next to the image", xticks=levels, ylim=(0, None))
+        left.legend(fontsize=7)
+
+    save_figure(path, columns=2, rows=1, width=4.8, height=3.6, caption="", draw=draw)
 
 
 def against_prediction(path, runs):
-    """A panel a script, of those with settings enough, and level: the KL that the closed form predicts, and the trained one."""
-    panels = {f"{script}{f', z{level[1:]}' if level else ''}": (results, f"kl{level}") for script, results in by_script(runs).items()
-              if theory.can_be_ranked(results) for level in theory.levels_of(theory.closed_form(results[0]))}
+    """Draw the trained KL over the predicted one, one panel per script and level.
 
-    def draw(ax, title, panel):
-        results, kl = panel
-        points = [pair[1:] for result in results for pair in theory.beside_linear(result) if pair[0] == kl]
-        ax.plot(*zip(*points), "o", markersize=4)
-        ax.axline((points[0][0],) * 2, slope=1, color="0.7", linewidth=0.8, zorder=0)
+    Scripts with too few settings for a rank correlation are left out.
+    """
+    panels = {}
+    for script, results in by_script(runs).items():
+        if verify.can_be_ranked(results):
+            for level in theory.levels_of(verify.closed_form(results[0])):
+                latent = f", {latent_name(level)}" if level else ""
+                panels[f"{script}{latent}"] = predicted_and_trained(results, f"kl{level}")
+
+    def draw(ax, title, points):
+        ax.plot(points[:, 0], points[:, 1], "o", markersize=4)
+        predicted = points[0, 0]
+        ax.axline((predicted, predicted), slope=1, color="0.7", linewidth=0.8, zorder=0)
         ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
         ax.set_title(title, fontsize=8)
-    draw_panels(path, panels, 3.4, 3.0, "", draw)
+
+    draw_panels(path, panels, width=3.4, height=3.0, caption="", draw=draw)

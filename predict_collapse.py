@@ -1,369 +1,1029 @@
-"""Which latent units would collapse on your data, and which beta keeps as many as you want? The closed forms, no training.
+"""Predict which latent units would collapse on your data, and which beta keeps a given number of
+them active. Nothing is trained: the predictions are closed forms.
 
     python predict_collapse.py --x features.npy --eta_dec 0.5 --active 12
     python predict_collapse.py --model cvae --x inputs.npy --y targets.npy --beta 0.5,1,2
     python predict_collapse.py --model hvae --dataset mnist --eta_enc 0.5 --eta_dec 0.5
     python predict_collapse.py --x u.npy --residual r.npy --eta_dec 0.5 --beta 1.0 --collapsed 9
 
-Of a linear VAE, CVAE or two-level HVAE at its optimum (Dang et al. 2024, arXiv 2306.05023, theorems 1, 2, 3 and 5). All they
-need of the data are its second moments: rows of an .npy, .npz, .csv or .pt file, read once, chunk by chunk. With --residual
-instead: did the objective collapse the units of a VAE that you have trained, of whatever kind, or did training?
+The predictions describe a linear VAE, CVAE or two-level HVAE at its optimum (Dang et al. 2024,
+arXiv 2306.05023, theorems 1, 2, 3 and 5). They depend on the data only through second moments. The
+data are the rows of an .npy, .npz, .csv or .pt file, or of a data set of images.
+
+With --residual the script does a post-mortem instead. It decides whether the objective or training
+collapsed the units of a VAE that you have trained, which need not be linear. See headroom.py.
+
+The file has four parts: the data, the prediction, its report, and the post-mortem.
 """
+import csv
 import dataclasses
 import math
-import pickle
+import os
 import sys
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
+import common
 import numpy as np
 import torch
 
-import common
 import datasets
 import files
+import headroom
 import pictures
 import theory
+import verify
+
+# Limits of the stds. The square of a number between them is neither 0 nor infinite in float64.
+# Numbers in a file have the same upper limit.
+SMALLEST = 1e-100
+LARGEST = 1e100
+
+# The upper limit of sigma, which is rounded to float32.
+LARGEST_SIGMA = 1e38
+
+# The largest number of units. Units beyond the columns of the data are always collapsed.
+MAX_UNITS = 10_000
+
+# The number of rows that are read at a time.
+CHUNK = 4096
+
+# The flag that collapses the units of each model one after another.
+SWEPT_FLAGS = {"vae": "beta", "cvae": "beta", "hvae": "beta_2"}
+
+# The scalars of the objective.
+SCALARS = ("beta", "beta_1", "beta_2", "eta_enc", "eta_dec", "sigma", "sigma_1", "sigma_2")
+
+# The ridges that the post-mortem tries, as shares of the total variance of u. The ridge with the
+# largest gain counts, since each gain is measured on rows that were not used for the fit.
+RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 @dataclass
-class Flags:
-    device = "cpu"                                        # no flag: numpy's float64
-    x: str = common.flag("", "file with an example a row; rows of more than one dimension are flattened")
-    y: str = common.flag("", "file with a CVAE's targets, a row for each row of --x")
-    dataset: str = common.flag("none", "training images instead of --x; a quarter of them as x, the rest as y, of a CVAE",
-                               choices=("none", "mnist", "fashion", "digits"))
-    data_dir: str = common.flag("data", "where data sets lie, or are put")
+class Flags(common.BaseFlags):
+    epilog = (
+        "The value of a flag that takes a number may be a list such as 0.1,0.5,1.0 or a range "
+        "first:last:step such as 0.1:5.0:0.1, which includes its last value. Every combination is "
+        "reported."
+    )
+
+    # This is no flag: all arithmetic is in float64 on the CPU.
+    device = "cpu"
+
+    x: str = common.flag(
+        "",
+        "file with one example per row; rows with more than one dimension are flattened",
+        metavar="FILE",
+    )
+    y: str = common.flag(
+        "", "file with the targets of a CVAE, one row for each row of --x", metavar="FILE"
+    )
+    dataset: str = common.flag(
+        "none",
+        "training images instead of --x; for a CVAE, x is a quarter of each image and y the rest",
+        choices=("none", "mnist", "fashion", "digits"),
+    )
+    data_dir: str = common.flag("data", "folder of the data sets", metavar="FOLDER")
     center: bool = common.flag(False, "subtract the means, as a model with biases could")
-    model: str = common.flag("vae", "whose collapse", choices=("vae", "cvae", "hvae"))
-    beta: float = common.flag(1.0, "vae, cvae: weight of the KL", above=0)
-    beta_1: float = common.flag(1.0, "hvae: weight of z1's KL", above=0)
-    beta_2: float = common.flag(1.0, "hvae: weight of z2's KL", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior", above=0)
-    eta_dec: float = common.flag(1.0, "std of the decoder", above=0)
-    sigma: float = common.flag(0.0, "vae, cvae: std of q, fixed; 0 for a learnable one", low=0)
-    sigma_1: float = common.flag(0.5, "hvae: std of q(z1|x), fixed", above=0)
-    sigma_2: float = common.flag(0.0, "hvae: std of q(z2|z1), fixed; 0 for a learnable one", low=0)
-    d_1: int = common.flag(0, "units of z, of z1 in an hvae; 0 for as many as the data has modes", low=0)
-    d_2: int = common.flag(0, "hvae: units of z2; 0 for as many as z1 has", low=0)
-    residual: str = common.flag("", "file with what a trained model leaves of its target, a row for each row of --x, which its encoder reads")
-    collapsed: int = common.flag(0, "with --residual: how many units of the trained model are collapsed", low=0)
-    active: int = common.flag(0, "the number of active units to recommend a beta for (hvae: of z2, beta_2)", low=0)
-    out_dir: str = common.flag("runs", "where results go")
+    model: str = common.flag("vae", "the model to predict", choices=("vae", "cvae", "hvae"))
+    beta: float = common.flag(1.0, "vae, cvae: weight of the KL", above=0, high=LARGEST)
+    beta_1: float = common.flag(1.0, "hvae: weight of z1's KL", above=0, high=LARGEST)
+    beta_2: float = common.flag(1.0, "hvae: weight of z2's KL", above=0, high=LARGEST)
+    eta_enc: float = common.flag(1.0, "std of the prior", above=SMALLEST, high=LARGEST)
+    eta_dec: float = common.flag(1.0, "std of the decoder", above=SMALLEST, high=LARGEST)
+    sigma: float = common.flag(
+        0.0, "vae, cvae: std of q if it is fixed; 0 if it is learnable", low=0, high=LARGEST_SIGMA
+    )
+    sigma_1: float = common.flag(
+        0.5, "hvae: std of q(z1|x), which is fixed", above=SMALLEST, high=LARGEST
+    )
+    sigma_2: float = common.flag(
+        0.0, "hvae: std of q(z2|z1) if it is fixed; 0 if it is learnable", low=0, high=LARGEST
+    )
+    d_1: int = common.flag(
+        0,
+        "number of units of z (hvae: of z1); 0 for one unit per mode of the data",
+        low=0,
+        high=MAX_UNITS,
+    )
+    d_2: int = common.flag(
+        0, "hvae: number of units of z2; 0 for as many as z1 has", low=0, high=MAX_UNITS
+    )
+    residual: str = common.flag(
+        "",
+        "file with the targets of a trained model minus its reconstructions, one row for each row "
+        "of --x, which is then the input of its encoder",
+        metavar="FILE",
+    )
+    collapsed: int = common.flag(
+        0,
+        "with --residual: number of collapsed units of the trained model",
+        low=0,
+        high=MAX_UNITS,
+    )
+    active: int = common.flag(
+        0, "number of active units (hvae: of z2) to recommend a beta (hvae: beta_2) for", low=0
+    )
+    out_dir: str = common.flag("runs", "folder for the results", metavar="FOLDER")
 
 
-SWEPT = {"vae": "beta", "cvae": "beta", "hvae": "beta_2"}    # by which units collapse one after another
-CHUNK = 4096                                              # rows at a time
-RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)                # of which the best counts: whatever units gain on other rows is to be had
-LARGEST = 1e100                                           # of a number in a file
+# ------------------------------------------------------------------------------------- the data
+
+@dataclass
+class Rows:
+    """The rows of a file or of a data set, to be read chunk by chunk.
+
+    flag: the flag that names them, for messages.
+    count: the number of rows.
+    columns: the number of columns, once each row is flattened.
+    read: read(start, stop) gives the rows from start up to stop, an array (rows, ...).
+    place: place(row, column), which count from 0, describes the place of a number in words.
+    """
+    flag: str
+    count: int
+    columns: int
+    read: Callable
+    place: Callable
 
 
-# ------------------------------------------------------------------------------------------------------------- the data
+def open_rows(f, flags):
+    """A list of Rows: the data set of --dataset, or the file of each of the flags.
 
-def opened(f, flag):
-    """(rows(start, stop), number of rows) of the file that --x or --y names. Ends the program if it is no array of numbers."""
+    Ends the program if a file holds no array of numbers, or if their numbers of rows differ.
+    """
+    if f.dataset != "none":
+        return open_data_set(f)
+
+    sources = [open_file(f, flag) for flag in flags]
+    count = sources[0].count
+    for source in sources:
+        if source.count != count:
+            common.stop(
+                f, f"--{source.flag}: {source.count:,} rows, wants as many as --x: {count:,}"
+            )
+    if count < 2:
+        common.stop(f, "--x: one row, wants at least 2")
+    return sources
+
+
+def open_data_set(f):
+    """A list of Rows: the training images of --dataset, for a CVAE their x and their y."""
+    if f.model == "cvae":
+        [data] = datasets.load_mnist_quarters([f])
+    else:
+        [data] = datasets.load_mnist([f])
+
+    sources = []
+    for flag, images in zip(("x", "y"), data.train):
+        sources.append(rows_of_array(flag, images.cpu().numpy()))
+    return sources
+
+
+def open_file(f, flag):
+    """Rows of the file that a flag names. Ends the program if it holds no array of numbers."""
     path = getattr(f, flag)
-    readers = {".npy": _npy, ".npz": _npz, ".csv": _csv, ".pt": _pt}
-    read = readers.get(Path(path).suffix.lower())
-    if not read:
-        common.stop(f, f"--{flag}: got {path!r}, wants a file that ends in {', '.join(readers)}")
+    suffix = Path(path).suffix.lower()
+    if suffix not in READERS:
+        common.stop(f, f"--{flag}: got {path!r}, wants a file that ends in {', '.join(READERS)}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        common.stop(
+            f, f"--{flag}: got {path!r}, wants a regular file, not a folder, device or pipe"
+        )
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")               # of an empty file, of a sparse tensor: it is said below
-            rows, array = read(path)
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"of type {array.dtype}, wants numbers")
-        if array.ndim < (2 if flag == "x" else 1) or not array.size:
-            raise ValueError(f"of shape {array.shape}, wants rows of numbers")
-    except (OSError, ValueError, EOFError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as wrong:
-        common.stop(f, f"--{flag}: {path!r} cannot be read as an array: {str(wrong).splitlines()[0] if str(wrong) else 'empty'}")
-    return rows, len(array)
+            # numpy and torch warn of some files that are refused here, such as sparse tensors.
+            warnings.simplefilter("ignore")
+            return READERS[suffix](flag, path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # numpy and torch raise many kinds of errors for broken files.
+        reason = getattr(error, "strerror", None) or str(error) or "empty"
+        common.stop(
+            f, f"--{flag}: {path!r} cannot be read as an array: {reason.splitlines()[0]}"
+        )
 
 
-def _npy(path):
-    # Mapped anew for every chunk, so that no more than a chunk of the file is ever in memory.
-    return lambda start, stop: np.load(path, mmap_mode="r")[start:stop], np.load(path, mmap_mode="r")
+def read_npy(flag, path):
+    """Rows of an .npy file. At most one chunk of it is in memory at any time."""
+    array = np.load(path, mmap_mode="r")
+    if not isinstance(array, np.ndarray):
+        raise ValueError("its format is not .npy")
+    rows = rows_of_array(flag, array)
+
+    def read(start, stop):
+        # A memory map keeps the pages that were read, so each chunk gets its own map.
+        return np.load(path, mmap_mode="r")[start:stop]
+
+    return dataclasses.replace(rows, read=read)
 
 
-def _npz(path):
-    with np.load(path) as arrays:
-        if len(arrays.files) != 1:
-            raise ValueError(f"it holds {len(arrays.files)} arrays ({', '.join(arrays.files)}), wants one")
-        array = arrays[arrays.files[0]]
-    return lambda start, stop: array[start:stop], array
+def read_npz(flag, path):
+    """Rows of the only array of an .npz file."""
+    arrays = np.load(path)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError("its format is not .npz")
+    with arrays:
+        names = arrays.files
+        if len(names) != 1:
+            raise ValueError(f"it holds {len(names)} arrays ({', '.join(names)}), wants one")
+        return rows_of_array(flag, arrays[names[0]])
 
 
-def _csv(path):
-    try:
-        array = np.loadtxt(path, delimiter=",", ndmin=2)
-    except ValueError:                                    # a line of names
-        array = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=1)
-    return lambda start, stop: array[start:stop], array
-
-
-def _pt(path):
+def read_pt(flag, path):
+    """Rows of the tensor of a .pt file."""
     tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if not torch.is_tensor(tensor):
         raise ValueError(f"it holds a {type(tensor).__name__}, wants a tensor")
-    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()       # numpy has no bfloat16
-    return lambda start, stop: array[start:stop], array
+    if tensor.dtype == torch.bfloat16:
+        # numpy has no bfloat16.
+        tensor = tensor.float()
+    return rows_of_array(flag, tensor.detach().numpy())
 
 
-def chunks(f, flags):
-    """The rows that f's flags, --x and perhaps another, stand for, float64, chunk by chunk: (number of all rows, number of the first
-    one here, [(rows, d) of each flag]). Ends the program if they are not as many, or not finite."""
-    if f.dataset != "none":
-        [data] = (datasets.load_mnist_quarters if f.model == "cvae" else datasets.load_mnist)([f])
-        sources = [((lambda start, stop, t=t: t[start:stop].cpu().numpy()), len(t)) for t in data.train]
+def read_csv(flag, path):
+    """Rows of a .csv file. A first line without any number holds the names of the columns.
+
+    Blank lines and lines that begin with # are skipped.
+    """
+    names = []
+    numbers = []
+    lines = []
+    # Spreadsheets begin a file with a byte order mark, which the encoding utf-8-sig drops.
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        for cells in reader:
+            is_blank = len(cells) <= 1 and not "".join(cells).strip()
+            if is_blank or cells[0].lstrip().startswith("#"):
+                continue
+            if not names and not numbers and not any(is_number(cell) for cell in cells):
+                names = cells
+                continue
+            if numbers and len(cells) != len(numbers[0]):
+                raise ValueError(
+                    f"line {reader.line_num:,}: {len(cells)} cells, wants {len(numbers[0])} as in "
+                    f"line {lines[0]:,}"
+                )
+            numbers.append(parse_cells(cells, reader.line_num, names))
+            lines.append(reader.line_num)
+
+    if not numbers:
+        raise ValueError("it holds no rows of numbers")
+
+    def place(row, column):
+        return csv_place(lines[row], column, names)
+
+    return dataclasses.replace(rows_of_array(flag, np.stack(numbers)), place=place)
+
+
+def parse_cells(cells, line, names):
+    """The numbers (columns,) in a line of a .csv file. Raises ValueError that names a bad cell."""
+    numbers = []
+    for column, cell in enumerate(cells):
+        try:
+            numbers.append(float(cell))
+        except ValueError:
+            place = csv_place(line, column, names)
+            raise ValueError(f"{place} holds {cell[:40]!r}, wants a number") from None
+    return np.array(numbers)
+
+
+def is_number(text):
+    """Whether a text is a number. "nan" and "inf" are numbers here."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def csv_place(line, column, names):
+    """The place of a cell, in words. column counts from 0, and names may be empty."""
+    name = f" ({names[column].strip()[:40]!r})" if column < len(names) else ""
+    return f"line {line:,}, column {column + 1:,}{name}"
+
+
+# The function that reads each kind of file.
+READERS = {".npy": read_npy, ".npz": read_npz, ".csv": read_csv, ".pt": read_pt}
+
+
+def rows_of_array(flag, array):
+    """Rows of an array (rows, ...). Raises ValueError if it holds no rows of numbers."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"of type {array.dtype}, wants numbers")
+    # The targets of a CVAE may be a vector: one number for each row of --x.
+    least_dimensions = 2 if flag == "x" else 1
+    if array.ndim < least_dimensions or not array.size:
+        raise ValueError(f"of shape {array.shape}, wants rows of numbers")
+
+    def read(start, stop):
+        return array[start:stop]
+
+    def place(row, column):
+        return f"row {row:,} (from 0)"
+
+    return Rows(flag=flag, count=len(array), columns=array[0].size, read=read, place=place)
+
+
+def chunks(f, sources):
+    """The rows of all sources, chunk by chunk: a list with an array (rows, columns) per source.
+
+    Arrays are float64. Ends the program if a number is not finite, or if its square is not.
+    """
+    count = sources[0].count
+    progress = common.Progress("reading", count, "rows")
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        parts = []
+        for source in sources:
+            rows = source.read(start, start + CHUNK).reshape(size, -1).astype(np.float64)
+            check_numbers(f, source, rows, start)
+            parts.append(rows)
+        yield parts
+        progress.update(start + size)
+    progress.update(count, end=True)
+
+
+def check_numbers(f, source, rows, start):
+    """End the program if one of the rows (rows, columns) from start on holds a bad number."""
+    is_bad = ~(np.abs(rows) <= LARGEST)
+    if not is_bad.any():
+        return
+    row, column = np.argwhere(is_bad)[0]
+    value = rows[row, column]
+    if np.isfinite(value):
+        wanted = f"numbers up to {LARGEST:g}, whose squares can be summed"
     else:
-        sources = [opened(f, flag) for flag in flags]
-    n = sources[0][1]
-    if sources[-1][1] != n:
-        common.stop(f, f"--{flags[-1]}: {sources[-1][1]:,} rows, wants as many as --x: {n:,}")
-    if n < 2:
-        common.stop(f, "--x: one row, wants at least 2")
-    progress = common.Progress("reading", n, "rows")
-    for start in range(0, n, CHUNK):
-        parts = [rows(start, start + CHUNK).reshape(min(CHUNK, n - start), -1).astype(np.float64) for rows, _ in sources]
-        for flag, part in zip(flags, parts):
-            largest = np.abs(part).max()
-            if not largest < np.inf:                      # nan, too
-                row = start + int(np.argmax(~np.isfinite(part).all(1)))
-                common.stop(f, f"--{flag}: row {row:,} (from 0) holds {part[row - start][~np.isfinite(part[row - start])][0]}, "
-                               "wants finite numbers")
-            if largest > LARGEST:
-                common.stop(f, f"--{flag}: got {largest:.3g}, wants numbers up to {LARGEST:g}, whose squares can be summed")
-        yield n, start, parts
-        progress.update(min(n, start + CHUNK))
-    progress.update(n, end=True)
+        wanted = "finite numbers"
+    common.stop(
+        f,
+        f"--{source.flag}: {source.place(start + row, column)} holds {value:.3g}, wants {wanted}",
+    )
 
 
-def moments(f):
-    """(second moment (d, d) of x, or of x and y joined, float64; number of rows; columns of x). One pass over the rows."""
-    moment, total = 0, 0
-    for n, _, parts in chunks(f, ("x", "y") if f.model == "cvae" else ("x",)):
-        chunk = np.concatenate(parts, axis=1)
-        moment, total = moment + chunk.T @ chunk, total + chunk.sum(0)      # numpy computes half of a symmetric product
-    moment, mean = moment / n, total / n
+@dataclass
+class Moment:
+    """The second moment of the data.
+
+    matrix: E[v v^T] (d, d), float64. v is a row of x, or of x and y joined for a CVAE. With
+        --center it is the covariance.
+    count: the number of rows.
+    dim_x: the number of columns of x.
+    """
+    matrix: torch.Tensor
+    count: int
+    dim_x: int
+
+
+def measure_moment(f):
+    """The Moment of the data, in one pass over the rows. Warns of columns without information."""
+    sources = open_rows(f, ("x", "y") if f.model == "cvae" else ("x",))
+    matrix = 0
+    mean = 0
+    for parts in chunks(f, sources):
+        rows = np.concatenate(parts, axis=1)
+        # numpy computes only half of a symmetric product.
+        matrix = matrix + rows.T @ rows
+        mean = mean + rows.sum(0)
+
+    count = sources[0].count
+    matrix = matrix / count
+    mean = mean / count
     if f.center:
-        moment = moment - np.outer(mean, mean)
-    dim_x, variance = parts[0].shape[1], np.diag(moment) - (0 if f.center else mean**2)
-    constant = variance <= 1e-12 * np.maximum(mean**2, variance.max())
-    for which, words in ((constant & (mean == 0), "0 throughout"),
-                         (constant & (mean != 0), "constant" + ("" if f.center else
-                          ": a unit describes them, unless --center takes the means away"))):
-        if which.any():
-            warn(f"{which.sum()} of {len(moment)} columns are {words}")
-    if n < len(moment):
-        warn(f"{n:,} rows are few for {len(moment):,} columns: there are at most {n:,} modes, and on fresh rows they hold less")
-    return torch.from_numpy(moment), n, dim_x
+        matrix = matrix - np.outer(mean, mean)
+    warn_of_data(f, matrix, mean, count)
+    return Moment(matrix=torch.from_numpy(matrix), count=count, dim_x=sources[0].columns)
 
 
-def halves(f):
-    """(number of rows, [(C, A) of the even rows, (C, A) of the odd ones]): the means of r u^T (D, p) and of u u^T (p, p), u a row of
-    --x with a 1 at its end, r one of --residual. One pass over the rows."""
-    sums = [[0, 0], [0, 0]]
-    for n, start, (u, r) in chunks(f, ("x", "residual")):
-        u = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
-        for half in (0, 1):
-            of_u, of_r = u[half::2], r[half::2]           # a chunk begins with an even row
-            sums[half] = [sums[half][0] + of_r.T @ of_u, sums[half][1] + of_u.T @ of_u]
-    rows = (n + 1) // 2, n // 2
-    return n, [tuple(torch.from_numpy(total / count) for total in of) for of, count in zip(sums, rows)]
+def warn_of_data(f, matrix, mean, count):
+    """Warn of constant columns, and of fewer rows than columns."""
+    columns = len(mean)
+    variance = np.diag(matrix)
+    if not f.center:
+        variance = variance - mean**2
+    is_constant = variance <= 1e-12 * np.maximum(mean**2, variance.max())
+
+    zeros = (is_constant & (mean == 0)).sum()
+    if zeros:
+        warn(f"{zeros} of {columns} columns are 0 throughout")
+
+    constants = (is_constant & (mean != 0)).sum()
+    if constants:
+        remedy = "" if f.center else ": a unit describes them, unless --center takes the means away"
+        warn(f"{constants} of {columns} columns are constant{remedy}")
+
+    if count < columns:
+        warn(
+            f"{count:,} rows are few for {columns:,} columns: there are at most {count:,} modes, "
+            "and on fresh rows they hold less"
+        )
 
 
-def warn(words):
-    print(f"warning: {words}", file=sys.stderr)
+def warn(message):
+    """Print a warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------- the prediction
+# ------------------------------------------------------------------------------- the prediction
+
+@dataclass
+class Modes:
+    """The modes that the latent units can describe.
+
+    variances: (D,), float64, in descending order. For a CVAE these are the variances of the part
+        of y that x does not explain linearly.
+    count: the number of rows of the data.
+    explained: for a CVAE, a clause on how much of y is explained by x; else "".
+    """
+    variances: torch.Tensor
+    count: int
+    explained: str
+
+
+@dataclass
+class Prediction:
+    """The prediction for settings that differ in the swept beta only. See SWEPT_FLAGS.
+
+    f: the first of the settings.
+    modes: the Modes of the data.
+    predicted: the closed form for f, {name: (units,)}. See theory.py.
+    collapse: the betas at which the units of the swept beta's level collapse, (units,).
+    table: the `trade_off` to print, {column: (m,)}. The first column is the beta. The m betas are
+        those of the settings. If there is only one setting, they are betas around `collapse`.
+    curve: the `trade_off` to draw, with the same columns, at the `curve_betas`.
+    point: the `trade_off` of f, with the same columns and m = 1.
+    """
+    f: Flags
+    modes: Modes
+    predicted: dict
+    collapse: torch.Tensor
+    table: dict
+    curve: dict
+    point: dict
+
+
+def predict(settings):
+    """The Prediction for each group of settings that differ in the swept beta only.
+
+    Ends the program if a result is not finite, or if --active exceeds the number of units.
+    """
+    groups = {}
+    modes_of_data = {}
+    for f in settings:
+        data = (f.model, f.dataset, f.center)
+        if data not in modes_of_data:
+            modes_of_data[data] = measure_modes(f)
+
+        other_flags = []
+        for field in dataclasses.fields(f):
+            if field.name != SWEPT_FLAGS[f.model]:
+                other_flags.append(getattr(f, field.name))
+        groups.setdefault(tuple(other_flags), []).append(f)
+
+    predictions = []
+    for group in groups.values():
+        f = group[0]
+        predictions.append(predict_group(group, modes_of_data[f.model, f.dataset, f.center]))
+    return predictions
+
+
+def measure_modes(f):
+    """The Modes of the data of --x and --y, or of --dataset."""
+    moment = measure_moment(f)
+    if f.model != "cvae":
+        return Modes(variances=theory.spectrum(moment.matrix), count=moment.count, explained="")
+
+    variances = theory.spectrum(theory.moment_given_x(moment.matrix, moment.dim_x))
+    variance_of_y = moment.matrix[moment.dim_x:, moment.dim_x:].trace()
+    explained = "y is 0; "
+    if variance_of_y > 0:
+        explained = f"x explains {1 - variances.sum() / variance_of_y:.1%} of y; "
+    return Modes(variances=variances, count=moment.count, explained=explained)
+
+
+def predict_group(group, modes):
+    """The Prediction for a group of settings that differ in the swept beta only."""
+    f = group[0]
+    swept = SWEPT_FLAGS[f.model]
+    predicted = optimum(f, modes.variances, getattr(f, swept))
+    check_finite(group, predicted)
+
+    collapse = predicted[f"collapse{swept_level(f)}"]
+    if f.active > len(collapse):
+        common.stop(f, f"--active: got {f.active}, there are {len(collapse)} units")
+
+    betas_to_draw = curve_betas(collapse)
+    betas_to_print = [getattr(g, swept) for g in group]
+    if len(group) == 1:
+        betas_to_print = [float(f"{beta:.3g}") for beta in betas_to_draw[::33].tolist()]
+
+    return Prediction(
+        f=f,
+        modes=modes,
+        predicted=predicted,
+        collapse=collapse,
+        table=finite_trade_off(group, modes, betas_to_print),
+        curve=finite_trade_off(group, modes, betas_to_draw),
+        point=finite_trade_off(group, modes, [getattr(f, swept)]),
+    )
+
+
+def finite_trade_off(group, modes, betas):
+    """The `trade_off` of a group at betas (m,) as a table, {column: (m,)}, with the betas first.
+
+    Ends the program if a number in it is not finite.
+    """
+    f = group[0]
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    table = {SWEPT_FLAGS[f.model]: betas, **trade_off(f, modes.variances, betas)}
+    check_finite(group, table)
+    return table
+
+
+def check_finite(settings, results):
+    """End the program if one of the results, {name: numbers}, is infinite or not a number.
+
+    The message names the flags of the settings that are not at their default. Only the betas at
+    which units collapse may be infinite: such a unit never collapses.
+    """
+    for name, numbers in results.items():
+        numbers = torch.as_tensor(numbers, dtype=torch.float64)
+        is_wrong = numbers.isnan() if name.startswith("collapse") else ~numbers.isfinite()
+        if is_wrong.any():
+            flags = ", ".join(changed_scalars(settings)) or "--x"
+            common.stop(
+                settings[0],
+                f"{flags}: {name} is not finite for these values, wants less extreme ones",
+            )
+
+
+def changed_scalars(settings):
+    """The flags for scalars of the objective that are not at their default in all settings."""
+    flags = []
+    for name in SCALARS:
+        if any(getattr(f, name) != getattr(Flags, name) for f in settings):
+            flags.append(f"--{name}")
+    return flags
+
+
+def swept_level(f):
+    """The suffix of the level whose units the swept beta collapses."""
+    return "_2" if f.model == "hvae" else ""
+
 
 def optimum(f, variances, beta):
-    """The closed form of --model over beta (of SWEPT), a number or (...,), for modes of these variances (D,)."""
-    theta, modes = variances.sqrt(), int((variances > 0).sum())
-    d_1 = f.d_1 or max(1, modes)
+    """The closed form of --model for modes with these variances (D,). See theory.py.
+
+    beta takes the place of f's swept beta. It is a number or a tensor (...,). For a CVAE the
+    result is that of a VAE of the part of y that x does not explain (theorem 2).
+    """
+    theta = variances.sqrt()
+    d_1 = f.d_1 or max(1, int((variances > 0).sum()))
     if f.model == "hvae":
-        d_2, etas = f.d_2 or d_1, (f.eta_enc, f.eta_dec)
+        d_2 = f.d_2 or d_1
+        arguments = {
+            "theta": theta,
+            "d_1": d_1,
+            "d_2": d_2,
+            "sigma_1": f.sigma_1,
+            "beta_1": f.beta_1,
+            "beta_2": beta,
+            "eta_enc": f.eta_enc,
+            "eta_dec": f.eta_dec,
+        }
         if f.sigma_2:
-            return theory.hvae_optimum_fixed_sigma_2(theta, d_1, d_2, f.sigma_1, f.sigma_2, f.beta_1, beta, *etas)
-        return theory.hvae_optimum(theta, d_1, d_2, f.sigma_1, f.beta_1, beta, *etas)
+            return theory.hvae_optimum_fixed_sigma_2(sigma_2=f.sigma_2, **arguments)
+        return theory.hvae_optimum(**arguments)
+
     if f.sigma:
-        return theory.vae_optimum_fixed_sigma(theta, torch.full((d_1,), f.sigma), beta, f.eta_enc, f.eta_dec)
-    return theory.vae_optimum(theta, d_1, beta, f.eta_enc, f.eta_dec)
+        # Like the scripts with a fixed sigma, this rounds it to float32.
+        sigma = torch.full((d_1,), f.sigma)
+        return theory.vae_optimum_fixed_sigma(
+            theta, sigma, beta, eta_enc=f.eta_enc, eta_dec=f.eta_dec
+        )
+    return theory.vae_optimum(theta, d_1, beta, eta_enc=f.eta_enc, eta_dec=f.eta_dec)
 
 
 def trade_off(f, variances, beta):
-    """Over beta (m,): {"active": of the level that beta acts on, "rate": sum of the KL terms in nats, "distortion": mean
-    squared error, "loss": L* in nats}, each (m,). L* = distortion / (2 eta_dec^2) + D/2 log(2 pi eta_dec^2) + beta rate."""
+    """The rate-distortion trade-off over beta (m,), which takes the place of f's swept beta.
+
+    Returns, each (m,):
+      active      the number of active units of the level that beta acts on
+      rate        the sum of the KL terms, in nats per row
+      distortion  the mean squared error
+      loss        the least negative beta-ELBO L*, in nats per row
+
+    L* = distortion / (2 eta_dec^2) + D/2 log(2 pi eta_dec^2) + the KL terms, each times its beta.
+    """
     predicted = optimum(f, variances, beta)
-    rates = {level: predicted[f"kl{level}"].sum(-1) for level in theory.levels_of(predicted)}
-    weighted = f.beta_1 * rates["_1"] + beta * rates["_2"] if f.model == "hvae" else beta * rates[""]
+    loss = predicted["loss"]
+    if f.model == "hvae":
+        kl_1 = predicted["kl_1"].sum(-1)
+        kl_2 = predicted["kl_2"].sum(-1)
+        rate = kl_1 + kl_2
+        weighted_rate = f.beta_1 * kl_1 + beta * kl_2
+    else:
+        rate = predicted["kl"].sum(-1)
+        weighted_rate = beta * rate
+
     constant = len(variances) / 2 * math.log(2 * math.pi * f.eta_dec**2)
-    top = list(rates)[-1]
-    return {"active": (predicted[f"information{top}"] > 0).sum(-1), "rate": sum(rates.values()),
-            "distortion": (predicted["loss"] - constant - weighted) * 2 * f.eta_dec**2, "loss": predicted["loss"]}
+    return {
+        "active": (predicted[f"information{swept_level(f)}"] > 0).sum(-1),
+        "rate": rate,
+        "distortion": (loss - constant - weighted_rate) * 2 * f.eta_dec**2,
+        "loss": loss,
+    }
 
 
-def recommended(collapse, wanted):
-    """(low, high): with low <= beta < high exactly `wanted` units are active, by the betas at which units collapse (d,); None
-    if no beta does that."""
+def recommended_betas(collapse, active):
+    """(low, high): exactly `active` units are active if low <= beta < high, or None if never.
+
+    collapse (d,) are the betas at which the units collapse.
+    """
     ends = sorted([math.inf, *collapse.tolist(), 0.0], reverse=True)
-    high, low = ends[wanted], ends[wanted + 1] if wanted < len(collapse) else 0.0
+    high = ends[active]
+    low = ends[active + 1] if active < len(collapse) else 0.0
     return (low, high) if low < high else None
 
 
 def curve_betas(collapse):
-    """Betas around those at which units collapse, (400,), evenly on a log scale; over four decades at most."""
-    there = [value for value in collapse.tolist() if 0 < value < math.inf] or [1.0]
-    there = [value for value in there if value >= 1e-4 * max(there)]
-    return torch.logspace(math.log10(min(there) / 3), math.log10(max(there) * 3), 400, dtype=torch.float64)
+    """400 betas around those at which units collapse (d,), evenly on a log scale: (400,).
+
+    They span four decades, and a little more, at most.
+    """
+    # A beta outside these limits is a rounding error of 0 or of infinity.
+    ends = [beta for beta in collapse.tolist() if 1e-300 < beta < 1e300]
+    ends = [beta for beta in ends if beta >= 1e-4 * max(ends)]
+    if not ends:
+        ends = [1.0]
+    low = math.log10(min(ends) / 3)
+    high = math.log10(max(ends) * 3)
+    return torch.logspace(low, high, 400, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------ the prediction's report
 
-def report(group, variances, n, words):
-    """Print and draw what is predicted for settings that differ in the swept beta alone."""
-    f, swept = group[0], SWEPT[group[0].model]
-    predicted = optimum(f, variances, getattr(f, swept))
-    levels = theory.levels_of(predicted)
-    top, described = levels[-1], "variance" if f.center else "second moment"
-    collapse = predicted[f"collapse{top}"]
-    if f.active > len(collapse):
-        common.stop(f, f"--active: got {f.active}, there are {len(collapse)} units")
-    print(f"\n{f.model} on {f.dataset if f.dataset != 'none' else f.x}: {n:,} rows, {swept} = {getattr(f, swept):g}, "
-          f"eta_enc {f.eta_enc:g}, eta_dec {f.eta_dec:g}; {words}KL in nats per row")
-    shares = variances / variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    for level in levels:
-        print_units(f, predicted, level, shares, described)
+def report_prediction(prediction):
+    """Print, draw and save a prediction."""
+    f = prediction.f
+    print_heading(prediction)
+    for level in theory.levels_of(prediction.predicted):
+        print_units(prediction, level)
     if f.active:
-        found = recommended(collapse, f.active)
-        print(f"\nfor {f.active} active units: " + (
-            f"{swept} from {found[0]:.6g} on and below {found[1]:.6g}" if found else
-            f"no {swept} gives just so many, since modes of equal theta collapse together"))
-    betas = torch.tensor([getattr(g, swept) for g in group] if len(group) > 1 else [
-        float(f"{beta:.3g}") for beta in curve_betas(collapse)[::33]], dtype=torch.float64)
-    rows = {swept: betas, **trade_off(f, variances, betas)}
-    formats = {swept: "{:g}", "active": "{:d}"}
-    print()
-    common.print_rows([list(rows), *([formats.get(name, "{:.4f}").format(value) for name, value in zip(rows, row)]
-                                     for row in zip(*(values.tolist() for values in rows.values())))])
+        print_recommendation(prediction)
+    print_trade_off(prediction.table)
+
     folder = files.run_dir(f, None)
-    draw(folder / "trade_off.png", f, variances, collapse, predicted, top)
-    files.write_json(folder / "prediction.json", files.describe(f, None) | {
-        "dataset": f.dataset if f.dataset != "none" else f.x, "rows": n, "predicted": theory.per_unit(predicted),
-        "optimal_loss": predicted["loss"].item(), "trade_off": {name: values.tolist() for name, values in rows.items()}})
+    draw_trade_off(folder / "trade_off.png", prediction)
+    save_prediction(folder / "prediction.json", prediction)
     print(f"files: {folder}", file=sys.stderr)
 
 
-def print_units(f, predicted, level, shares, described):
-    """A row a unit: the active ones, and the first three that are collapsed."""
+def print_heading(prediction):
+    """Print which model and which data the prediction is for."""
+    f = prediction.f
+    swept = SWEPT_FLAGS[f.model]
+    print(
+        f"\n{f.model} on {data_name(f)}: {prediction.modes.count:,} rows, "
+        f"{swept} = {getattr(f, swept):g}, eta_enc {f.eta_enc:g}, eta_dec {f.eta_dec:g}; "
+        f"{prediction.modes.explained}KL in nats per row"
+    )
+
+
+def data_name(f):
+    """The data set or the file of x."""
+    return f.dataset if f.dataset != "none" else f.x
+
+
+def print_units(prediction, level):
+    """Print one row for each active unit of a level, and for the first three collapsed ones."""
+    f = prediction.f
+    predicted = prediction.predicted
     information = predicted[f"information{level}"]
-    theta = torch.nn.functional.pad(predicted["theta"], (0, max(0, len(information) - len(predicted["theta"]))))
-    if f.model == "cvae":
-        theta = theta**2                                  # theorem 2 calls the variance theta
-    share = torch.nn.functional.pad(shares, (0, max(0, len(information) - len(shares))))
+    units = len(information)
     active = int((information > 0).sum())
-    rows = [["unit", "theta", f"share of {described}", f"kl{level}", "state", f"collapses at {SWEPT[f.model]}"]]
-    for i in range(min(len(information), active + 3)):
-        at = predicted[f"collapse{level}"][i].item()
-        rows.append([str(i + 1), f"{theta[i]:.4f}", f"{share[i]:.2%}", f"{predicted[f'kl{level}'][i]:.4f}",
-                     "active" if information[i] > 0 else "collapsed", "never" if at == math.inf else f"{at:.6g}"])
+
+    # Units without a mode of their own have theta = 0.
+    theta = pad(predicted["theta"], units)
+    if f.model == "cvae":
+        # `optimum` returns roots, but theorem 2 calls the variances themselves theta.
+        theta = theta**2
+    variances = prediction.modes.variances
+    total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    shares = pad(variances / total, units)
+
+    share_of = "variance" if f.center else "second moment"
+    swept = SWEPT_FLAGS[f.model]
+    table = [
+        ["unit", "theta", f"share of {share_of}", f"kl{level}", "state", f"collapses at {swept}"]
+    ]
+    shown = min(units, active + 3)
+    for i in range(shown):
+        collapse = predicted[f"collapse{level}"][i].item()
+        table.append([
+            str(i + 1),
+            f"{theta[i]:.4f}",
+            f"{shares[i]:.2%}",
+            f"{predicted[f'kl{level}'][i]:.4f}",
+            "active" if information[i] > 0 else "collapsed",
+            "never" if collapse == math.inf else f"{collapse:.6g}",
+        ])
     print()
-    common.print_rows(rows)
-    more = len(information) - len(rows) + 1
-    print((f"and {more} more, all collapsed; " if more else "")
-          + f"{active} of {len(information)} units{' of z' + level.removeprefix('_') if level else ''} active")
+    common.print_table(table)
+
+    if shown < units:
+        print(f"and {units - shown} more, all collapsed; ", end="")
+    print(f"{active} of {units} units{of_level(level)} active")
 
 
-def draw(path, f, variances, collapse, predicted, top):
-    """The rate-distortion curve, and under it how many units are active, over beta."""
-    swept, betas = SWEPT[f.model], curve_betas(collapse)
-    curve = trade_off(f, variances, betas)
-    here = trade_off(f, variances, torch.tensor([getattr(f, swept)], dtype=torch.float64))
+def pad(values, count):
+    """values (n,) with zeros at its end, so that there are at least count of them."""
+    return torch.nn.functional.pad(values, (0, max(0, count - len(values))))
 
-    def panels(axes):
-        axes[0, 0].plot(curve["rate"], curve["distortion"], color="0.3")
-        axes[0, 0].plot(here["rate"], here["distortion"], "o", color="C3", label=f"{swept} = {getattr(f, swept):g}")
-        axes[0, 0].set(xlabel="rate: KL (nats per row)", ylabel="distortion: mean squared error")
-        axes[1, 0].step(betas, curve["active"], where="mid", color="0.3")
-        axes[1, 0].plot([getattr(f, swept)], here["active"], "o", color="C3", label=f"{swept} = {getattr(f, swept):g}")
-        axes[1, 0].set(xscale="log", xlabel=swept, ylabel=f"active units{' of z' + top.removeprefix('_') if top else ''}")
-        for ax in axes[:, 0]:
+
+def of_level(level):
+    """The words after "units" that name a level of an HVAE."""
+    return f" of z{level.removeprefix('_')}" if level else ""
+
+
+def print_recommendation(prediction):
+    """Print for which betas --active units are active."""
+    f = prediction.f
+    swept = SWEPT_FLAGS[f.model]
+    betas = recommended_betas(prediction.collapse, f.active)
+    if betas:
+        words = f"{swept} from {betas[0]:.6g} on and below {betas[1]:.6g}"
+    else:
+        words = f"no {swept} gives just so many, since modes of equal theta collapse together"
+    print(f"\nfor {f.active} active units: {words}")
+
+
+def print_trade_off(columns):
+    """Print a `trade_off`, {column: (m,)}, with one row per beta."""
+    table = [list(columns)]
+    for row in zip(*(values.tolist() for values in columns.values())):
+        beta, active, *others = row
+        table.append([f"{beta:g}", str(active), *(f"{value:.4f}" for value in others)])
+    print()
+    common.print_table(table)
+
+
+def save_prediction(path, prediction):
+    """Write prediction.json."""
+    predicted = prediction.predicted
+    result = files.description(prediction.f, None)
+    result["dataset"] = data_name(prediction.f)
+    result["rows"] = prediction.modes.count
+    result["predicted"] = verify.per_unit(predicted)
+    result["optimal_loss"] = predicted["loss"].item()
+    result["trade_off"] = {name: values.tolist() for name, values in prediction.table.items()}
+    files.write_json(path, result)
+
+
+def draw_trade_off(path, prediction):
+    """Draw the rate-distortion curve and, below it, the number of active units over beta."""
+    f = prediction.f
+    curve = prediction.curve
+    point = prediction.point
+    swept = SWEPT_FLAGS[f.model]
+    label = f"{swept} = {getattr(f, swept):g}"
+
+    def draw(axes):
+        upper, lower = axes[:, 0]
+        upper.plot(curve["rate"], curve["distortion"], color="0.3")
+        upper.plot(point["rate"], point["distortion"], "o", color="C3", label=label)
+        upper.set(xlabel="rate: KL (nats per row)", ylabel="distortion: mean squared error")
+
+        lower.step(curve[swept], curve["active"], where="mid", color="0.3")
+        lower.plot(point[swept], point["active"], "o", color="C3", label=label)
+        units = f"active units{of_level(swept_level(f))}"
+        lower.set(xscale="log", xlabel=swept, ylabel=units)
+        for ax in (upper, lower):
             ax.legend(fontsize=7)
-    pictures.save_figure(path, 1, 2, 5.2, 3.2, files.spell(files.changed(f, None)), panels)
+
+    pictures.save_figure(
+        path,
+        columns=1,
+        rows=2,
+        width=5.2,
+        height=3.2,
+        caption=files.spell(files.changed_settings(f, None)),
+        draw=draw,
+    )
 
 
-def gain_on_the_other_half(moments, ridge, count, *weights):
-    """What units found on one half of the rows gain on the other, in nats per row; the mean of both ways. A ridge, as a share of all
-    variance of u, keeps them from relying on what few rows of their half say: without one a column that is all but 0 in one
-    half makes an enormous z of the other's."""
-    return sum(theory.gain(theory.idle_units(cross, moment, count, *weights, ridge=ridge * moment.trace()), *other, *weights)
-               for (cross, moment), other in (moments, moments[::-1])) / 2
+# ------------------------------------------------------------------------------- the post-mortem
+
+@dataclass
+class PostMortem:
+    """The headroom of a trained model, from its residuals. See headroom.py.
+
+    f: the setting.
+    count: the number of rows.
+    level: the variance above which a linear unit gains more than its KL costs.
+    tau: (D,), the eigenvalues of T in descending order.
+    gain: the headroom G_k on all rows, in nats per row.
+    held_out: the gain on one half of the rows of units that were found on the other half.
+    verdict: whether the objective or training collapsed the units, in words.
+    """
+    f: Flags
+    count: int
+    level: float
+    tau: torch.Tensor
+    gain: float
+    held_out: float
+    verdict: str
 
 
-def report_headroom(f, n, moments):
-    """Print and draw whether the objective or training collapsed the units of a trained model, from the moments of `halves`."""
-    weights, shares = (f.beta, 1, f.eta_dec), ((n + 1) // 2 / n, n // 2 / n)
-    cross, moment = (sum(share * of[i] for share, of in zip(shares, moments)) for i in (0, 1))
-    tau, level = theory.spectrum(theory.linear_part(cross, moment)), theory.level_of(*weights)
-    nats = theory.headroom(tau, f.collapsed, *weights)
-    held_out = max(gain_on_the_other_half(moments, ridge, f.collapsed, *weights) for ridge in RIDGES)
-    verdict = theory.verdict(None, f.collapsed, nats)
-    if (nats > theory.ACTIVE) != (held_out > theory.ACTIVE):
-        verdict = verdict.partition(",")[0] + ": too few rows to tell by what"
-    print(f"\n{f.x}, {f.residual}: {n:,} rows, beta = {f.beta:g}, eta_dec {f.eta_dec:g}, level {level:g}; nats per row")
-    paying = int((tau[:f.collapsed] > level).sum())
-    rows = [["idle unit", "tau", "tau / level", "would pay"]]
-    for i in range(min(f.collapsed, len(tau), paying + 3)):
-        gain = theory.headroom(tau[i:i + 1], 1, *weights)
-        rows.append([str(i + 1), f"{tau[i]:.4f}", f"{tau[i] / level:.4f}", f"{gain:.4f}"])
-    common.print_rows(rows)
-    print(f"headroom {nats:.4f} nats; of units found on one half of the rows, measured on the other: {held_out:.4f}\n{verdict}")
+def examine(settings):
+    """The PostMortem of each setting. Ends the program if a result is not finite."""
+    count, moments = measure_halves(settings[0])
+    return [examine_one(f, count, moments) for f in settings]
+
+
+def measure_halves(f):
+    """The moments of the even and of the odd rows, in one pass over the rows.
+
+    Returns (number of rows, [(C, A) of the even rows, (C, A) of the odd rows]), float64.
+    C = E[r u^T] is (D, p) and A = E[u u^T] is (p, p). u is a row of --x with a 1 at its end, and r
+    is the row of --residual.
+    """
+    sources = open_rows(f, ("x", "residual"))
+    cross = [0, 0]
+    moment = [0, 0]
+    for u, r in chunks(f, sources):
+        u = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
+        # CHUNK is even, so a chunk begins with an even row.
+        for half in (0, 1):
+            half_u = u[half::2]
+            half_r = r[half::2]
+            cross[half] = cross[half] + half_r.T @ half_u
+            moment[half] = moment[half] + half_u.T @ half_u
+
+    moments = []
+    for half, size in enumerate(half_sizes(sources[0].count)):
+        moments.append((
+            torch.from_numpy(cross[half] / size),
+            torch.from_numpy(moment[half] / size),
+        ))
+    return sources[0].count, moments
+
+
+def half_sizes(count):
+    """The number of even rows and the number of odd rows, among count rows."""
+    return (count + 1) // 2, count // 2
+
+
+def examine_one(f, count, moments):
+    """The PostMortem of one setting, from the moments of the halves of count rows."""
+    objective = {"beta": f.beta, "weight": 1, "std": f.eta_dec}
+    (even_cross, even_moment), (odd_cross, odd_moment) = moments
+    even_count, odd_count = half_sizes(count)
+    even_share = even_count / count
+    odd_share = odd_count / count
+    cross = even_share * even_cross + odd_share * odd_cross
+    moment = even_share * even_moment + odd_share * odd_moment
+
+    level = headroom.pay_level(**objective)
+    tau = theory.spectrum(headroom.linear_part(cross, moment))
+    gain = headroom.gain_of_units(tau, f.collapsed, **objective)
+    held_out_gains = []
+    for ridge in RIDGES:
+        held_out_gains.append(headroom.held_out_gain(moments, ridge, f.collapsed, **objective))
+    check_finite(
+        [f],
+        {"level": level, "tau": tau, "headroom": gain, "held-out headroom": held_out_gains},
+    )
+
+    held_out = max(held_out_gains)
+    verdict = headroom.verdict(None, f.collapsed, gain)
+    if (gain > theory.ACTIVE) != (held_out > theory.ACTIVE):
+        units_collapsed = verdict.partition(",")[0]
+        verdict = f"{units_collapsed}: too few rows to tell by what"
+    return PostMortem(
+        f=f,
+        count=count,
+        level=level,
+        tau=tau,
+        gain=gain,
+        held_out=held_out,
+        verdict=verdict,
+    )
+
+
+def report_post_mortem(post_mortem):
+    """Print, draw and save whether the objective or training collapsed the units."""
+    f = post_mortem.f
+    print(
+        f"\n{f.x}, {f.residual}: {post_mortem.count:,} rows, beta = {f.beta:g}, "
+        f"eta_dec {f.eta_dec:g}, level {post_mortem.level:g}; nats per row"
+    )
+    print_idle_units(post_mortem)
+    print(
+        f"headroom {post_mortem.gain:.4f} nats; of units found on one half of the rows, measured "
+        f"on the other: {post_mortem.held_out:.4f}"
+    )
+    print(post_mortem.verdict)
+
     folder = files.run_dir(f, None)
-    found = {"units": f.collapsed, "collapsed": f.collapsed, "headroom": nats, "level": level,
-             "tau": tau[:f.collapsed].tolist(), "theta": []}
-    pictures.draw_panels(folder / "headroom.png", {verdict: found}, 5.2, 3.6, files.spell(files.changed(f, None)), pictures.plot_headroom)
-    files.write_json(folder / "headroom.json", files.describe(f, None) | {
-        "dataset": f.x, "rows": n, **found, "held_out": held_out, "verdict": verdict})
+    draw_post_mortem(folder / "headroom.png", post_mortem)
+    save_post_mortem(folder / "headroom.json", post_mortem)
     print(f"files: {folder}", file=sys.stderr)
+
+
+def print_idle_units(post_mortem):
+    """Print one row for each collapsed unit that would gain, and for the next three."""
+    f = post_mortem.f
+    tau = post_mortem.tau
+    level = post_mortem.level
+    table = [["idle unit", "tau", "tau / level", "would pay"]]
+    gaining = int((tau[:f.collapsed] > level).sum())
+    for i in range(min(f.collapsed, len(tau), gaining + 3)):
+        gain = headroom.gain_of_units(tau[i:i + 1], 1, beta=f.beta, weight=1, std=f.eta_dec)
+        table.append([str(i + 1), f"{tau[i]:.4f}", f"{tau[i] / level:.4f}", f"{gain:.4f}"])
+    common.print_table(table)
+
+
+def level_headroom(post_mortem):
+    """The post-mortem as a headroom.LevelHeadroom. Only the collapsed units are known."""
+    f = post_mortem.f
+    return headroom.LevelHeadroom(
+        units=f.collapsed,
+        collapsed=f.collapsed,
+        headroom=post_mortem.gain,
+        level=post_mortem.level,
+        tau=post_mortem.tau[:f.collapsed].tolist(),
+        theta=[],
+    )
+
+
+def draw_post_mortem(path, post_mortem):
+    """Draw tau against the level."""
+    pictures.draw_panels(
+        path,
+        {post_mortem.verdict: level_headroom(post_mortem)},
+        width=5.2,
+        height=3.6,
+        caption=files.spell(files.changed_settings(post_mortem.f, None)),
+        draw=pictures.plot_headroom,
+    )
+
+
+def save_post_mortem(path, post_mortem):
+    """Write headroom.json."""
+    result = files.description(post_mortem.f, None)
+    result["dataset"] = post_mortem.f.x
+    result["rows"] = post_mortem.count
+    result.update(dataclasses.asdict(level_headroom(post_mortem)))
+    result["held_out"] = post_mortem.held_out
+    result["verdict"] = post_mortem.verdict
+    files.write_json(path, result)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+def check_prediction_flags(settings):
+    """End the program if flags of a prediction do not go together."""
+    f = settings[0]
+    if any(g.collapsed for g in settings):
+        common.stop(
+            f, "--collapsed: wants --residual, what a trained model leaves of its target"
+        )
+    if (f.dataset == "none") == (not f.x):
+        common.stop(
+            f, "--x: wants a file with an example a row, or --dataset for images instead"
+        )
+    if (f.model == "cvae") != bool(f.y) and f.dataset == "none":
+        common.stop(f, "--y: wants a file with targets for --model cvae, and for no other")
+
+
+def check_post_mortem_flags(settings):
+    """End the program if flags of a post-mortem do not go together."""
+    f = settings[0]
+    for name in ("y", "dataset", "model", "center", "sigma", "active"):
+        if any(getattr(g, name) != getattr(Flags, name) for g in settings):
+            common.stop(f, f"--{name}: has no meaning beside --residual")
+    if not f.x or not all(g.collapsed for g in settings):
+        common.stop(
+            f, "--residual: wants --x, what the encoder reads, and --collapsed, at least 1"
+        )
 
 
 def main(argv=None):
     settings = common.parse_flags(Flags, argv)
-    f = settings[0]
-    if f.residual:
-        for name in ("y", "dataset", "model", "center", "sigma", "active"):
-            if any(getattr(g, name) != getattr(Flags, name) for g in settings):
-                common.stop(f, f"--{name}: has no meaning beside --residual")
-        if not f.x or not all(g.collapsed for g in settings):
-            common.stop(f, "--residual: wants --x, what the encoder reads, and --collapsed, at least 1")
-        n, moments_of_halves = halves(f)
-        for f in settings:
-            report_headroom(f, n, moments_of_halves)
-        return 0
-    if any(g.collapsed for g in settings):
-        common.stop(f, "--collapsed: wants --residual, what a trained model leaves of its target")
-    if (f.dataset == "none") == (not f.x):
-        common.stop(f, "--x: wants a file with an example a row, or --dataset for images instead")
-    if (f.model == "cvae") != bool(f.y) and f.dataset == "none":
-        common.stop(f, "--y: wants a file with targets for --model cvae, and for no other")
-    groups, moment_of = {}, {}
-    for f in settings:
-        data = (f.model, f.dataset, f.center)
-        if data not in moment_of:
-            moment_of[data] = moments(f)
-        others = [getattr(f, field.name) for field in dataclasses.fields(f) if field.name != SWEPT[f.model]]
-        groups.setdefault(tuple(others), []).append(f)
-    for group in groups.values():
-        moment, n, dim_x = moment_of[group[0].model, group[0].dataset, group[0].center]
-        variances, words = theory.spectrum(moment), ""
-        if group[0].model == "cvae":
-            variances, of_y = theory.spectrum(theory.residual(moment, dim_x)), moment[dim_x:, dim_x:].trace()
-            words = f"x explains {1 - variances.sum() / of_y:.1%} of y; " if of_y > 0 else "y is 0; "
-        report(group, variances, n, words)
+    if settings[0].residual:
+        check_post_mortem_flags(settings)
+        post_mortems = examine(settings)
+        for post_mortem in post_mortems:
+            report_post_mortem(post_mortem)
+    else:
+        check_prediction_flags(settings)
+        predictions = predict(settings)
+        for prediction in predictions:
+            report_prediction(prediction)
     return 0
 
 

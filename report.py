@@ -1,423 +1,970 @@
-"""What a trained model is worth: first its evaluation, then `report`, which leaves its result, then the tables.
+"""Evaluation of trained models, the result file of each run, and the tables that a script prints.
 
-A model, as `training.fit` and `report` want it, is an nn.Module built from one setting f, an instance of its script's flags.
-In its methods the scalars of f (beta, eta, sigma: `common.scalar`) are 0-d tensors on the device. With a batch of B examples
-and S = sample_shape draws:
+`report(runs)` is the last step of every script. It evaluates the models that `training.fit`
+returns, writes the files of each run, draws the pictures, and prints the tables.
 
-    forward(*batch, f, sample_shape=())    the terms of the ELBO, in nats, per example, a dict of
-        log_px_z (S, B)      log p(x|z) at a draw of z
-        kl*      (S, B, d)   per latent unit: the ELBO's KL term of this level ("kl", or "kl_1", "kl_2", ...)
-      and in eval mode also
-        log_w*   (S, B)      log p(x, z) - log q(z|x), the log importance weight; of several names those of independent
-                             draws: the product of their means is p(x)
-        mean*    (S, B, d)   E_q[z|x] of each level, in standard deviations of its prior
-        unit_kl* (S, B, d)   the level's KL where the ELBO's term is no divergence (may be left out otherwise)
-      a term that does not depend on the draw may lack S; further terms (S, B) become metrics, the mean over examples, or, of
-      an error* that is the standard error of an example's term, that of the mean
-    loss(terms, f)                         (B,): what training minimises, the negative beta-ELBO
 
-What a model may have besides:
+What a model offers
+-------------------
+A model is an nn.Module that is built from one setting f, which is an instance of its script's
+flags. The shortest script to copy is MNIST_VAE_Relu_nonlearnable_sigma.py.
 
-    given(*batch, f)                       further arguments of forward, {name: value}, which all draws of a batch share where a
-                                           log-likelihood is asked for
-    reconstructions(*batch, f)             {caption: images (B, 784) or (B, C, H, W)}, for pictures
-    samples(n, f)                          images from the prior, n of them, or {caption: images}, for pictures
-    linear_optimum(f, data)                the closed form of its linear twin on the same data, one of theory.py's (static, f's
-                                           scalars are numbers); None where no optimum is finite
-    predicted(f, data)                     of a linear model: the closed form of this very one (static, f's scalars are numbers),
-    units(f, data)                         the same quantities of the model as it is, in float64,
-    exact_log_px(*batch, f)                and log p(x), (B,)
-    unexplained(*batch, f, draws)          of each level with a learnable posterior and a Gaussian target t, for its headroom, by so
-                                           many draws of z where there is no closed form: {level: {
-        reads    what the level's encoder reads, a tuple of (B, ...), t the last of them
-        mean     the mean of p(t|z), expected over q(z|reads): a list of (layer, hidden (B, h)) that add up to it, the layers
-                 nn.Linear, or None for hidden as it is
-        beta, weight, std                  the KL's weight in the loss, that of -log p(t|z), and the std of p(t|z) }}
-    widest_layer                           numbers per example, where a layer is wider than the data
-    dimensions                             of an image whose p(x|z) is a mass in bits per dimension: its numbers
-    elbo_draws                             draws per example where no log-likelihood is asked for
+In the methods below, `batch` is a tuple of tensors with one row per example: (x,) for a VAE, (x, y)
+for a CVAE. The scalars of f (beta, eta, sigma: every flag made by `common.scalar`) are 0-d tensors
+on the model's device. B is the number of examples, S = sample_shape is the number of draws of the
+latent variables per example, and d is the number of latent units of a level. Terms are in nats.
 
-The shortest script is MNIST_VAE_Relu_nonlearnable_sigma.py: copy it to begin another.
+Every model has these two methods:
+
+    forward(*batch, f, sample_shape=())
+        Returns the terms of the ELBO per example, as a dict:
+
+            log_px_z  (S, B)     log p(x|z) at a draw of z
+            kl*       (S, B, d)  the KL term of each latent unit of one level. The name is "kl" for
+                                 a model with one level, and "kl_1", "kl_2", ... for several levels.
+
+        In eval mode the dict also has:
+
+            log_w*    (S, B)     the log importance weight, log p(x, z) - log q(z|x). If there are
+                                 several names, their draws are independent, and p(x) is the product
+                                 of the mean weights of each name.
+            mean*     (S, B, d)  E_q[z|x] of each level, in standard deviations of its prior
+            unit_kl*  (S, B, d)  the KL divergence of each unit of a level. A model gives it for a
+                                 level whose term kl* is not a divergence.
+
+        A term that does not depend on the draw may lack the dimension S. Any further term (S, B)
+        becomes a metric, which is its mean over the examples. A further term whose name starts
+        with "error" is the standard error of an example's term. Its metric is the standard error
+        of the mean over the examples.
+
+    loss(terms, f)
+        Returns the negative beta-ELBO (B,), which training minimises.
+
+A model may also have these methods and attributes:
+
+    context_arguments(*batch, f)
+        Returns further arguments of forward, {name: value}, which all draws of a batch share. It is
+        called only where the log-likelihood is estimated.
+    reconstructions(*batch, f)
+        Returns {caption: images}, each (B, 784) or (B, C, H, W), for pictures.
+    samples(n, f)
+        Returns n images drawn from the prior, or {caption: images}, for pictures.
+    linear_optimum(f, data)
+        A static method. Returns the optimum of the model's linear twin on the same data, by
+        one of the closed forms of theory.py, or None where no optimum is finite. The scalars of f
+        are numbers here.
+    predicted(f, data)
+        A static method of a linear model. Returns the optimum of this model, by one of the closed
+        forms of theory.py. The scalars of f are numbers or tensors of many settings.
+    units(f, data)
+        Only for a linear model. Returns the quantities of `predicted`, measured on the model's
+        weights in float64.
+    exact_log_px(*batch, f)
+        Only for a linear model. Returns log p(x), (B,).
+    residuals(*batch, f, draws)
+        Returns {level suffix: headroom.Residual} with an entry for each level that has a learnable
+        posterior and a Gaussian target. The suffix is "" or "_2", as in "kl_2". The headroom of the
+        level is measured from it. Where an expectation over z has no closed form, it is the mean
+        over `draws` draws of z.
+    widest_layer
+        The number of values per example in the widest layer, if that is wider than the data.
+    dimensions
+        The number of values in an image, if p(x|z) is a probability of discrete values. Adds the
+        metric bits_per_dim.
+    elbo_draws
+        The number of draws per example where no log-likelihood is estimated.
 """
-import copy
-import functools
+import dataclasses
 import math
 import sys
 import time
-
-import numpy as np
-import torch
-from torch import nn
+from dataclasses import dataclass
 
 import common
+import numpy as np
+import torch
+
 import files
+import headroom
 import pictures
+import processes
 import theory
+import verify
 
-MANY_LEVELS = 2                                           # more have a table of their own
-ELBO_DRAWS = 16                                           # draws per example where no log-likelihood is asked for
-HEADROOM_DRAWS = 8                                        # draws per example of what a model leaves unexplained
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}               # of the widest layer: a cache, or a busy GPU
+# A model with more levels than this gets one table for all levels together and one per level.
+MANY_LEVELS = 2
 
+# Draws of z per example where no log-likelihood is estimated.
+ELBO_DRAWS = 16
+
+# Size of the widest layer of one chunk of the evaluation: it fits a CPU's cache or fills a GPU.
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}
+
+# A unit counts for AU if the variance of its mean exceeds this share of its prior's variance.
+ACTIVE_VARIANCE = 0.01
+
+
+# ------------------------------------------------------------------------------ the result of a run
+
+@dataclass
+class RunResult:
+    """The contents of result.json: one setting and its metrics.
+
+    script: the name of the script, without .py.
+    settings: the flags that determine the result, {name: value}.
+    dataset: the name of the data set.
+    device: the name of the device that computed the result.
+    versions: those of python, torch and numpy, {name: text}.
+    seconds: the seconds for "train", "evaluate" and "headroom". "train" is the time of the whole
+        group of settings that were trained side by side.
+    diverged: None, or {"epoch": int, "last_finite_loss": float or None}.
+    side_by_side: the number of settings that were trained side by side.
+    curves: means over each epoch of the training, {name: list}.
+    metrics: {name: number}, in nats per test example. None if the setting diverged.
+    parameters: the number of parameters of the model.
+    linear: the optimum of the model's linear twin, {name: list per unit}.
+    theory: a comparison of a linear model with its closed form.
+    headroom: {"z" or "z2": headroom.LevelHeadroom}.
+    dead_units: {network: [ReLU units that never fire, all ReLU units]}.
+    loss_change: the change of the training loss over the last tenth of the epochs, in nats.
+
+    The fields from `parameters` on are None for a model that does not have them. The file then
+    leaves them out.
+    """
+
+    script: str
+    settings: dict
+    dataset: str
+    device: str
+    versions: dict
+    seconds: dict
+    diverged: dict | None
+    side_by_side: int
+    curves: dict
+    metrics: dict | None
+    parameters: int | None = None
+    linear: dict | None = None
+    theory: verify.Comparison | None = None
+    headroom: dict | None = None
+    dead_units: dict | None = None
+    loss_change: float | None = None
+
+    @classmethod
+    def read(cls, f, data):
+        """The result of this very setting, or None if its file is missing or not whole.
+
+        A file that is not whole is reported in one line on stderr.
+        """
+        saved = files.read_matching(f, data, "result.json")
+        if saved is None:
+            return None
+        try:
+            result = cls.from_json(saved)
+            result.check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = files.run_dir(f, data) / "result.json"
+            print(f"{path} is not whole: evaluated again ({error!r})", file=sys.stderr)
+            return None
+        return result
+
+    @classmethod
+    def from_json(cls, saved):
+        """The result from the dict in its file. Raises KeyError or TypeError if it is not whole."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        result = cls(**{name: value for name, value in saved.items() if name in names})
+
+        if result.theory is not None:
+            result.theory = verify.Comparison(**result.theory)
+
+        if result.headroom is not None:
+            levels = {}
+            for level, saved_level in result.headroom.items():
+                levels[level] = headroom.LevelHeadroom(**saved_level)
+            result.headroom = levels
+        return result
+
+    def check(self):
+        """Raises ValueError, KeyError or TypeError if a part that tables rely on is missing."""
+        for field in dataclasses.fields(self):
+            if not isinstance(getattr(self, field.name), field.type):
+                raise TypeError(f"{field.name} is not of the type {field.type}")
+
+        # A setting that diverged has no metrics.
+        if self.metrics is None:
+            require(self.diverged, ["epoch", "last_finite_loss"])
+            return
+        require(self.metrics, ["elbo", "reconstruction"])
+        for level in common.levels(self.metrics):
+            require(self.metrics, [f"AU{level}", f"AU_kl{level}", f"active_share{level}"])
+        wrong = not_finite(self.metrics)
+        if wrong:
+            raise ValueError(f"these metrics are not finite: {', '.join(wrong)}")
+
+    def to_json(self):
+        """The result as the dict that is written to its file."""
+        saved = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            optional = field.default is None
+            if optional and saved[field.name] is None:
+                del saved[field.name]
+        return saved
+
+    def write(self, f, data):
+        """Write the result to result.json in the folder of this setting. Raises OSError."""
+        files.write_json(files.run_dir(f, data) / "result.json", self.to_json())
+
+
+def require(values, names):
+    """Raises KeyError if one of these names is missing, TypeError if values is None."""
+    for name in names:
+        if name not in values:
+            raise KeyError(name)
+
+
+@dataclass
+class EvaluatedRun:
+    """One setting with its model and its result.
+
+    f: the setting.
+    data: its data set, a datasets.Data.
+    model: the trained model. None if it diverged, or if another process has it.
+    result: its RunResult.
+    loaded_examples: the values per test example, if this process has them in memory.
+    """
+
+    f: object
+    data: object
+    model: object
+    result: RunResult
+    loaded_examples: dict | None = None
+
+    @property
+    def examples(self):
+        """The values per test example, {name: array}: log_px (n,) and unit_kl* (n, d), in nats.
+
+        None if the setting diverged, or if another process evaluated it and its file is not whole.
+        """
+        if self.result.metrics is None:
+            return None
+        if self.loaded_examples is None:
+            self.loaded_examples = read_examples(files.run_dir(self.f, self.data))
+        return self.loaded_examples
+
+
+def read_examples(folder):
+    """The arrays of a run's units.npz, {name: (n, ...)}, or None if it is missing or not whole."""
+    try:
+        with open(folder / "units.npz", "rb") as file, np.load(file) as arrays:
+            examples = {name: arrays[name] for name in arrays.files}
+    except Exception:  # A broken archive raises exceptions of a dozen classes.
+        return None
+
+    levels = [name for name in examples if name.startswith("unit_kl")]
+    if not levels or any(examples[name].ndim != 2 for name in levels):
+        return None
+    return examples
+
+
+# --------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
 def evaluate(model, f, data, split="test"):
-    """The metrics of a model on the test split (or on "train"), in nats per example, and what they are made of.
+    """The metrics of a model on a split of the data ("test" or "train"), in nats per example.
 
-    Returns (metrics, examples). metrics: log_px, log p(x) by importance sampling with num_samples draws from q (Burda
-    et al. 2016, eq. 8; absent for 0), elbo (at beta 1), reconstruction -E_q[log p(x|z)], and per level kl, AU (units
-    with Var_x(E_q[z|x]) > 0.01 of the prior's variance), AU_kl (units with mean KL > 0.01), active_share (share of
-    pairs of example and unit with KL > 0.01). examples: numpy arrays, log_px (n,) and unit_kl per level (n, d).
+    Returns (metrics, examples). metrics is {name: number}:
+
+        log_px          log p(x) by importance sampling with --num_samples draws from q (Burda et
+                        al. 2016, arXiv 1509.00519, eq. 8); left out for --num_samples 0
+        exact_log_px    log p(x) of a linear model
+        elbo            the ELBO at beta = 1, whatever beta was in training
+        reconstruction  -E_q[log p(x|z)]
+        kl*             KL term of each level
+        AU*             units with Var_x(E_q[z|x]) > 0.01 times the prior's variance (Burda et al.)
+        AU_kl*          units with a mean KL above 0.01 nats
+        active_share*   share of the pairs of an example and a unit whose KL exceeds 0.01 nats
+
+    examples is {name: array}: log_px and exact_log_px (n,), and unit_kl* of each level (n, d).
     """
-    common.use_precision(f)
-    split = getattr(data, split)
-    like, asked = split[0], getattr(f, "num_draws", f.num_samples)    # where num_samples are rows, draws have their own
-    draws = asked or getattr(model, "elbo_draws", ELBO_DRAWS)
-    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in split))
-    rows = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))      # images x draws at a time
-    images, scalars = max(1, rows // draws), common.on_device(f, like)
-    progress, terms, start = common.Progress("evaluating", len(like), "examples"), {}, 0
-    with common.seeded(f.seed, "evaluation", like.device):
-        while start < len(like):
-            batch, too_large = [t[start:start + images] for t in split], False
-            try:
-                given = model.given(*batch, scalars) if asked and hasattr(model, "given") else {}
-                means = mean_terms(functools.partial(model, **given), batch, scalars, draws, rows)
-            except torch.OutOfMemoryError:
-                if rows == 1:
-                    raise
-                too_large = True                          # its tensors are free once the exception is
-            if too_large:
-                torch.cuda.empty_cache()
-                images, rows = max(1, images // 2), rows // 2
-                print(f"not enough memory: evaluated in halves from here on, {min(images * draws, rows):,} draws at a time", file=sys.stderr)
-                continue
-            for name, value in means.items():
-                if name not in terms:                     # of all rows at once: many small tensors scatter the memory
-                    terms[name] = value.new_empty((len(like), *value.shape[1:]))
-                terms[name][start:start + len(value)] = value
-            start += len(batch[0])
-            progress.update(start)
-    progress.update(len(like), end=True)
-    terms = {name: value.double().cpu() for name, value in terms.items()}
+    common.set_precision(f)
+    rows = getattr(data, split)
 
-    metrics, examples = {}, {}
-    if asked:
-        log_px = sum(value - math.log(draws) for name, value in terms.items() if name.startswith("log_w"))
-        metrics["log_px"], examples["log_px"] = log_px.mean().item(), log_px.numpy()
+    # A script whose --num_samples counts rows of data has --num_draws for the draws of z.
+    num_draws = getattr(f, "num_draws", f.num_samples)
+    draws = num_draws or getattr(model, "elbo_draws", ELBO_DRAWS)
+    with common.seeded(f.seed, "evaluation", rows[0].device):
+        terms = sample_terms(model, f, rows, draws, with_context=num_draws > 0)
+
+    metrics = {}
+    examples = {}
+
+    # 1. The log-likelihood, estimated and exact.
+    if num_draws:
+        examples["log_px"] = estimated_log_px(terms, draws)
     if hasattr(model, "exact_log_px"):
-        exact = in_double(model, f, split, lambda double, batch, f: double.exact_log_px(*batch, f))
-        metrics["exact_log_px"], examples["exact_log_px"] = exact.mean().item(), exact.numpy()
-    kls = {f"kl{level}": terms[f"kl{level}"].sum(1).mean().item() for level in common.levels(terms)}
+        examples["exact_log_px"] = verify.in_float64(
+            model, f, rows, lambda model, batch, f: model.exact_log_px(*batch, f)
+        )
+    for name, log_px in examples.items():
+        metrics[name] = log_px.mean().item()
+
+    # 2. The ELBO and the other terms.
+    metrics.update(elbo_metrics(terms))
+    metrics.update(further_metrics(terms))
+    if getattr(model, "dimensions", 0):
+        log_px = metrics.get("log_px", metrics["elbo"])
+        metrics["bits_per_dim"] = -log_px / (model.dimensions * math.log(2))
+
+    # 3. The units of each level, and of all levels together where there are many.
+    levels = common.levels(terms)
+    if len(levels) > MANY_LEVELS:
+        metrics["kl"] = sum(metrics[f"kl{level}"] for level in levels)
+        terms.update(join_levels(terms, levels))
+        levels = [*levels, ""]
+    for level in levels:
+        metrics.update(unit_metrics(terms, level))
+        examples[f"unit_kl{level}"] = unit_kl(terms, level).float()
+
+    return metrics, {name: values.numpy() for name, values in examples.items()}
+
+
+def sample_terms(model, f, rows, draws, with_context):
+    """A model's terms for each row, averaged over draws of z: {name: (n, ...)}.
+
+    They are float64 and on the CPU. rows is a split of the data. The rows go through the model in
+    chunks. Where a chunk does not fit into memory, this chunk and all later ones are halved.
+    """
+    like = rows[0]
+    scalars = common.on_device(f, like)
+    sizes = [tensor[0].numel() for tensor in rows]
+    width = max([getattr(model, "widest_layer", 0), *sizes])
+
+    # The largest number of pairs of an example and a draw, and of examples, that form one chunk.
+    max_pairs = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))
+    max_examples = max(1, max_pairs // draws)
+
+    progress = common.Progress("evaluating", len(like), "examples")
+    terms = {}
+    start = 0
+    while start < len(like):
+        batch = [tensor[start:start + max_examples] for tensor in rows]
+        try:
+            context = {}
+            if with_context and hasattr(model, "context_arguments"):
+                context = model.context_arguments(*batch, scalars)
+            means = mean_over_draws(model, batch, scalars, draws, max_pairs, context)
+        except torch.OutOfMemoryError:
+            if max_pairs == 1:
+                raise
+            means = None
+
+        # The exception kept the chunk's tensors alive, so the next try starts only after it.
+        if means is None:
+            torch.cuda.empty_cache()
+            max_examples = max(1, max_examples // 2)
+            max_pairs = max_pairs // 2
+            print(
+                "not enough memory: evaluated in halves from here on, "
+                f"{min(max_examples * draws, max_pairs):,} draws at a time",
+                file=sys.stderr,
+            )
+            continue
+
+        for name, value in means.items():
+            # Memory for all rows is taken at once, since many small tensors would scatter it.
+            if name not in terms:
+                terms[name] = value.new_empty((len(like), *value.shape[1:]))
+            terms[name][start:start + len(value)] = value
+        start += len(batch[0])
+        progress.update(start)
+    progress.update(len(like), end=True)
+
+    return {name: value.double().cpu() for name, value in terms.items()}
+
+
+def mean_over_draws(model, batch, f, draws, max_pairs, context):
+    """A model's terms for a batch, averaged over draws of z: {name: (B, ...)}.
+
+    For log_w* it is the log of the sum over the draws of exp(log_w). At most max_pairs draws are
+    taken at a time. context is passed to the model's forward.
+    """
+    means = {}
+    for drawn in range(0, draws, max_pairs):
+        S = min(max_pairs, draws - drawn)
+        terms = model(*batch, f, sample_shape=(S,), **context)
+        for name, value in terms.items():
+            if name.startswith("log_w"):
+                log_sum = value.expand(S, -1).logsumexp(0)
+                means[name] = torch.logaddexp(means[name], log_sum) if name in means else log_sum
+                continue
+
+            has_units = name.startswith(("kl", "unit_kl", "mean"))
+            has_draws = value.ndim > (2 if has_units else 1)
+            mean = value.mean(0) if has_draws else value
+            part = mean * (S / draws)
+            means[name] = means[name] + part if name in means else part
+    return means
+
+
+def estimated_log_px(terms, draws):
+    """log p(x) of each example by importance sampling, (n,), from log_w* summed over the draws."""
+    log_px = 0
+    for name, log_sum in terms.items():
+        if name.startswith("log_w"):
+            log_px = log_px + (log_sum - math.log(draws))
+    return log_px
+
+
+def elbo_metrics(terms):
+    """The ELBO at beta = 1, the reconstruction term, and the KL term of each level, in nats."""
+    kls = {}
+    for level in common.levels(terms):
+        kls[f"kl{level}"] = terms[f"kl{level}"].sum(1).mean().item()
     reconstruction = -terms["log_px_z"].mean().item()
-    metrics |= {"elbo": -reconstruction - sum(kls.values()), "reconstruction": reconstruction} | kls
+    elbo = -reconstruction - sum(kls.values())
+    return {"elbo": elbo, "reconstruction": reconstruction, **kls}
+
+
+def further_metrics(terms):
+    """The mean over examples of each term that only this model has, or its standard error."""
+    metrics = {}
     for name, value in terms.items():
         if name.startswith("error"):
             metrics[name] = value.square().sum().sqrt().item() / len(value)
         elif name != "log_px_z" and not name.startswith(("log_w", "kl", "unit_kl", "mean")):
             metrics[name] = value.mean().item()
-    if getattr(model, "dimensions", 0):
-        metrics["bits_per_dim"] = -metrics.get("log_px", metrics["elbo"]) / (model.dimensions * math.log(2))
-    if len(kls) > MANY_LEVELS:                            # all units together, as a level without a name
-        metrics["kl"] = sum(kls.values())
-        terms["unit_kl"] = torch.cat([terms.get(f"unit_kl{level}", terms[f"kl{level}"]) for level in common.levels(terms)], 1)
-        terms |= {name: torch.cat([terms[f"{name}{level}"] for level in common.levels(terms)], 1) for name in ("mean", "kl")}
-    for level in common.levels(terms):
-        unit_kl = terms.get(f"unit_kl{level}", terms[f"kl{level}"])
-        metrics[f"AU{level}"] = (terms[f"mean{level}"].var(0) > 0.01).sum().item()
-        metrics[f"AU_kl{level}"] = (unit_kl.mean(0) > 0.01).sum().item()
-        metrics[f"active_share{level}"] = (unit_kl > 0.01).double().mean().item()
-        examples[f"unit_kl{level}"] = unit_kl.numpy().astype("float32")
-    return metrics, examples
+    return metrics
 
 
-def mean_terms(model, batch, f, draws, rows):
-    """A model's terms of a batch, the mean over so many draws of each, {name: (B, ...)}; of log_w* the log of the sum of their
-    exponentials. At most `rows` draws at a time."""
-    means = {}
-    for drawn in range(0, draws, rows):
-        S = min(rows, draws - drawn)
-        for name, value in model(*batch, f, sample_shape=(S,)).items():
-            if name.startswith("log_w"):
-                value = value.expand(S, -1).logsumexp(0)
-                means[name] = torch.logaddexp(means[name], value) if name in means else value
-            else:                                         # this part of the mean over draws, which a term may lack
-                drawn_from = value.ndim > (2 if name.startswith(("kl", "unit_kl", "mean")) else 1)
-                value = (value.mean(0) if drawn_from else value) * (S / draws)
-                means[name] = means[name] + value if name in means else value
-    return means
+def join_levels(terms, levels):
+    """The terms of the units of all levels together, as those of a level whose suffix is ""."""
+    return {
+        "unit_kl": torch.cat([unit_kl(terms, level) for level in levels], 1),
+        "mean": torch.cat([terms[f"mean{level}"] for level in levels], 1),
+        "kl": torch.cat([terms[f"kl{level}"] for level in levels], 1),
+    }
 
 
-@torch.no_grad()
-def in_double(model, f, split, work):
-    """work(model, batch, f) over all rows of a split, batch by batch, in float64: its (B, ...) joined, on the CPU."""
-    double = copy.deepcopy(model).double()
-    f = common.on_device(f, split[0][:0].double())
-    return torch.cat([work(double, [t.double() for t in batch], f).cpu() for batch in zip(*(t.split(2048) for t in split))])
+def unit_kl(terms, level):
+    """The KL divergence of each example and unit of a level, (n, d), in nats."""
+    return terms.get(f"unit_kl{level}", terms[f"kl{level}"])
 
 
-@torch.no_grad()
-def check(model, f, data, examples):
-    """`compare` a trained linear model with its closed form: `predicted(f, data)` gives that, `units(f, data)` the same of
-    the model; the loss is the exact mean over the training rows. examples are those of `evaluate`: if it sampled,
-    "importance_sampling" has the mean over test examples of (estimated p(x)) / (exact p(x)), which is 1 in expectation,
-    its standard error, and what rounding may add: log p(x) is sampled in data's precision."""
-    model = copy.deepcopy(model).train()
-    loss = in_double(model, f, data.train, lambda double, batch, f: double.loss(double(*batch, f), f)).mean().item()
-    units = model.cpu().double().units(common.on_device(f, data.moment[:0]), data)
-    beside = theory.compare(model.predicted(f, data), units, loss)
-    if "log_px" in examples:
-        ratio = np.exp(examples["log_px"] - examples["exact_log_px"])
-        rounding = torch.finfo(data.test[0].dtype).eps * np.abs(examples["exact_log_px"]).mean()
-        beside["importance_sampling"] = {"mean_ratio": ratio.mean(), "standard_error": ratio.std() / len(ratio)**0.5,
-                                         "rounding": rounding}
-    return beside
+def unit_metrics(terms, level):
+    """AU, AU_kl and active_share of a level, see `evaluate`."""
+    mean = terms[f"mean{level}"]
+    kl = unit_kl(terms, level)
+
+    # One example has no variance, so none of its units counts.
+    active = 0
+    if len(mean) > 1:
+        active = (mean.var(0) > ACTIVE_VARIANCE).sum().item()
+    return {
+        f"AU{level}": active,
+        f"AU_kl{level}": (kl.mean(0) > theory.ACTIVE).sum().item(),
+        f"active_share{level}": (kl > theory.ACTIVE).double().mean().item(),
+    }
 
 
-@torch.no_grad()
-def unexplained(model, f, data):
-    """What a trained model leaves of its Gaussian targets, from all training rows: {level: (cross (D, p), moment (p, p), beta,
-    weight, std)}, the arguments of `theory.headroom`. Sums are in float64, products of a few thousand rows in data's precision."""
-    like, sums, found = data.train[0], {}, {}
-    f = common.on_device(f, like[:0].double())            # 0-d: they leave the precision of what they meet
-    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in data.train))
-    rows = max(1, 2**26 // (width * like.element_size() * HEADROOM_DRAWS))         # examples at a time
-    for start in range(0, len(like), rows):
-        batch = [t[start:start + rows] for t in data.train]
-        for level, of in model.unexplained(*batch, f, HEADROOM_DRAWS).items():
-            u = torch.cat([*of["reads"], torch.ones_like(like[:len(batch[0]), :1])], dim=1)
-            if like.is_cuda:                              # where float32 may be rounded to TF32
-                u, of["mean"] = u.double(), [(layer, hidden.double()) for layer, hidden in of["mean"]]
-            moments = [hidden.T @ u for _, hidden in of["mean"]]
-            of_data = len(of["reads"]) == len(batch) and all(a is b for a, b in zip(of["reads"], batch))
-            moments += [] if of_data else [u.T @ u]       # else it is known
-            so_far = sums.setdefault(level, [0] * len(moments))
-            sums[level] = [total + moment.double() for total, moment in zip(so_far, moments)]
-            found[level] = of                             # but for hidden it is the same for all batches
-    for level, of in found.items():
-        hidden = [total.cpu() / len(like) for total in sums[level]]
-        moment = data.moment_with_one if len(hidden) == len(of["mean"]) else hidden.pop()
-        cross = moment[-1 - of["reads"][-1].shape[1]:-1]  # E[t u^T]
-        for (layer, _), by_u in zip(of["mean"], hidden):
-            if layer is not None:
-                by_u = layer.weight.double().cpu() @ by_u
-                if layer.bias is not None:
-                    by_u = by_u + layer.bias.double().cpu()[:, None] * moment[-1]
-            cross = cross - by_u
-        found[level] = (cross, moment, *(float(of[name]) for name in ("beta", "weight", "std")))
-    return found
+def not_finite(metrics):
+    """The names of the metrics that are nan or infinite."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
 
 
-def headroom(model, f, data, metrics, examples):
-    """Of each level with a learnable posterior and a Gaussian target {"z" or "z2": {"units", "collapsed", "headroom" (nats),
-    "level", "tau", "theta"}}; theta, of the active units, is the variance that a linear unit of their KL describes."""
-    found = {}
-    with common.seeded(f.seed, "evaluation", data.train[0].device):
-        for level, (cross, moment, *weights) in unexplained(model, f, data).items():
-            kl, active = examples[f"unit_kl{level}"].mean(0), metrics[f"AU_kl{level}"]
-            tau, at = theory.spectrum(theory.linear_part(cross, moment))[:len(kl)], theory.level_of(*weights)
-            found[f"z{level.removeprefix('_')}"] = {
-                "units": len(kl), "collapsed": len(kl) - active, "headroom": theory.headroom(tau, len(kl) - active, *weights),
-                "level": at if at < math.inf else None, "tau": tau.tolist(),
-                "theta": (at * np.exp(2 * np.sort(kl)[::-1][:active])).tolist() if at < math.inf else []}
-    return found
+# ------------------------------------------------------------------------------------------- report
 
+def report(runs, counterpart=None):
+    """Evaluate the runs that have no result yet, write their files, draw pictures, print tables.
 
-@torch.no_grad()
-def dead_units(model, f, data):
-    """{network: [hidden units that fire for no test example, hidden units]} of each of a model's networks with ReLUs; a channel
-    of a convolution is a unit."""
-    fires, of_networks = {}, {}
-
-    def note(name):
-        def hook(relu, inputs, output):
-            unit = 1 if output.ndim == 4 else output.ndim - 1
-            fired = (output > 0).transpose(0, unit).flatten(1).any(1)
-            fires[name] = fires.get(name, False) | fired
-        return hook
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.ReLU)]
-    with common.seeded(f.seed, "evaluation", data.test[0].device):
-        for batch in zip(*(t.split(1000) for t in data.test)) if hooks else ():
-            model(*batch, common.on_device(f, batch[0]))
-    for hook in hooks:
-        hook.remove()
-    for name, fired in fires.items():
-        of_network = of_networks.setdefault(name.split(".")[0], [0, 0])
-        of_network[0] += (~fired).sum().item()
-        of_network[1] += len(fired)
-    return of_networks
-
-
-def last_change(curve):
-    """The change of a curve over the last tenth of its epochs, one at least; None if there are no earlier ones."""
-    tenth = max(1, len(curve) // 10)
-    return curve[-1] - curve[-1 - tenth] if len(curve) > tenth else None
-
-
-def report(models, settings, data, counterpart=None):
-    """Evaluate what is not evaluated yet, leave each run's files, draw the grid's pictures and print the table.
-
-    counterpart is the script to compare with: where it has a run of the same flags, the collapse curves of both are drawn
-    on one picture. Returns the exit status: 1 if a setting diverged, else 0.
+    runs is the list that training.fit returns. Each process evaluates its share of it. The first
+    process then prints all results. counterpart is the name of a script to compare with: where it
+    has a run with the same flags, both collapse curves are drawn in one picture. Returns the exit
+    status: 1 if a setting diverged or if the result of another process is missing, else 0.
     """
-    for i in common.share(settings):
-        model, f, d = models[i], settings[i], data[i]
-        folder, result = files.run_dir(f, d), files.read_result(f, d, "result.json")
-        if result is None:
-            trained = files.read_result(f, d, "training.json")
-            result = files.describe(f, d) | {name: trained[name] for name in ("diverged", "side_by_side", "curves")}
-            result |= {"seconds": {"train": trained["seconds"]}, "metrics": None}
-            if model is not None:
-                start = time.monotonic()
-                result["parameters"] = sum(p.numel() for p in model.parameters())
-                result["metrics"], examples = evaluate(model, f, d)
-                if d.also_train:
-                    result["metrics"] |= {f"{name}_train": value for name, value in evaluate(model, f, d, "train")[0].items()}
-                if hasattr(model, "linear_optimum"):
-                    optimum = model.linear_optimum(f, d)
-                    result["linear"] = optimum and theory.per_unit(optimum)
-                if hasattr(model, "predicted"):
-                    result["theory"] = check(model, f, d, examples)
-                result["seconds"]["evaluate"] = time.monotonic() - start
-                if hasattr(model, "unexplained"):
-                    start = time.monotonic()
-                    result["headroom"] = headroom(model, f, d, result["metrics"], examples)
-                    for z, found in result["headroom"].items():
-                        result["metrics"]["headroom" + (f"_{z[1:]}" if z[1:] else "")] = found["headroom"]
-                    result["dead_units"] = dead_units(model, f, d)
-                    result["loss_change"] = last_change(trained["curves"]["loss"])
-                    result["seconds"]["headroom"] = time.monotonic() - start
-                files.write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
-                pictures.draw_run(folder, model, f, d, result, examples)
-            files.write_json(folder / "result.json", result)
-        print(f"files: {folder}", file=sys.stderr)
-        both = [folder, folder.parents[1] / (counterpart or "") / folder.name]
-        if counterpart and all((of / "units.npz").exists() for of in both):
-            pictures.draw_collapse(folder / "collapse_beside.png", {of.parent.name: np.load(of / "units.npz") for of in both},
-                                   files.caption_of([f], [d]).partition(" on ")[2] + f" seed={f.seed}")
-    files.unlock()
-    common.meet()                                         # the first process shows what all have done
-    if common.processes()[0] > 0:
+    own_runs = {}
+    for i in processes.own_indices(len(runs)):
+        run = evaluated_run(runs[i])
+        own_runs[i] = run
+        print(f"files: {files.run_dir(run.f, run.data)}", file=sys.stderr)
+        if counterpart:
+            draw_beside_counterpart(run, counterpart)
+
+    processes.barrier()
+    rank, _ = processes.rank_and_count()
+    if rank > 0:
         return 0
-    results = [files.read_result(f, d, "result.json") for f, d in zip(settings, data)]
-    pictures.draw_grid(models, settings, data)
-    print_table(results, settings, data)
-    print_verdicts(results, settings, data)
-    print_theory(results, settings, data)
-    print_linear(results, settings, data)
-    return int(any(result["diverged"] for result in results))
+
+    evaluated_runs = []
+    for i, run in enumerate(runs):
+        evaluated_runs.append(own_runs[i] if i in own_runs else run_of_another_process(run))
+    status = int(None in evaluated_runs)
+    evaluated_runs = [run for run in evaluated_runs if run is not None]
+    if not evaluated_runs:
+        return status
+
+    pictures.draw_grid(evaluated_runs)
+    print_metrics(evaluated_runs)
+    print_verdicts(evaluated_runs)
+    print_theory(evaluated_runs)
+    print_linear(evaluated_runs)
+    if any(run.result.diverged for run in evaluated_runs):
+        status = 1
+    return status
 
 
-def print_table(results, settings, data):
-    """One row a setting; rows that differ in nothing but the seed are one, mean ± standard deviation."""
-    flags, seeds = list(files.varying(settings, data)), len({f.seed for f in settings})
-    of_each = sorted([result["metrics"] or {} for result in results], key=len, reverse=True)    # in the order of those that have most
-    measured = dict.fromkeys(name for of in of_each for name in of)
-    by_level = [name for name in common.levels(measured)[::-1] if name]     # the top first
-    by_level = by_level if len(by_level) > MANY_LEVELS else []
-    metrics = [name for name in measured if not any(name.endswith(level) for level in by_level)]
-    rows, notes = {}, []
+def evaluated_run(run):
+    """A TrainedRun as an EvaluatedRun. It is read if its files are whole, else made and written."""
+    evaluated = read_run(run)
+    if evaluated is not None:
+        return evaluated
+
+    result = unevaluated_result(run)
+    examples = None
+    if run.model is not None:
+        examples = measure(run, result)
+    evaluated = EvaluatedRun(run.f, run.data, run.model, result, examples)
+
+    # result.json is written last, since it vouches for the other files.
+    folder = files.run_dir(run.f, run.data)
+    if result.metrics is not None:
+        files.write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
+        pictures.draw_run(evaluated, folder)
+    result.write(run.f, run.data)
+    return evaluated
+
+
+def read_run(run):
+    """A TrainedRun with the result that is in its folder, or None if its files are not whole."""
+    result = RunResult.read(run.f, run.data)
+    if result is None:
+        return None
+    if result.metrics is None:
+        return EvaluatedRun(run.f, run.data, None, result)
+
+    folder = files.run_dir(run.f, run.data)
+    if not has_all_parts(result, run):
+        print(f"{folder / 'result.json'} lacks a part: evaluated again", file=sys.stderr)
+        return None
+    examples = read_examples(folder)
+    if not are_examples_of(examples, result, run.data):
+        print(f"{folder / 'units.npz'} is missing or not whole: evaluated again", file=sys.stderr)
+        return None
+    return EvaluatedRun(run.f, run.data, run.model, result, examples)
+
+
+def has_all_parts(result, run):
+    """Whether a result has every part that its model offers."""
+    model = run.model
+    if model is None or result.parameters is None:
+        return False
+    if hasattr(model, "predicted") and result.theory is None:
+        return False
+    if hasattr(model, "residuals") and (not result.headroom or result.dead_units is None):
+        return False
+
+    # A linear twin without a finite optimum has no closed form.
+    if hasattr(model, "linear_optimum") and not result.linear:
+        return model.linear_optimum(run.f, run.data) is None
+    return True
+
+
+def are_examples_of(examples, result, data):
+    """Whether the arrays of a units.npz are those that belong to this result and data set."""
+    if examples is None:
+        return False
+    names = {f"unit_kl{level}" for level in common.levels(result.metrics)}
+    names.update({"log_px", "exact_log_px"} & set(result.metrics))
+    if set(examples) != names:
+        return False
+    return all(len(values) == len(data.test[0]) for values in examples.values())
+
+
+def unevaluated_result(run):
+    """The RunResult of a TrainedRun, with its training but without metrics."""
+    diverged = None
+    if run.record.diverged is not None:
+        diverged = dataclasses.asdict(run.record.diverged)
+    return RunResult(
+        **files.description(run.f, run.data),
+        seconds={"train": run.record.seconds},
+        diverged=diverged,
+        side_by_side=run.record.side_by_side,
+        curves=run.record.curves,
+        metrics=None,
+    )
+
+
+def measure(run, result):
+    """Evaluate a trained model and fill in its result. Returns the values per test example.
+
+    Where a metric is not finite, the result counts as diverged. None is then returned.
+    """
+    model, f, data = run.model, run.f, run.data
+    result.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    # 1. The metrics.
+    start = time.monotonic()
+    metrics, examples = evaluate(model, f, data)
+    if data.also_train:
+        train_metrics, _ = evaluate(model, f, data, "train")
+        for name, value in train_metrics.items():
+            metrics[f"{name}_train"] = value
+    if not_finite(metrics):
+        mark_as_diverged(run, result, metrics)
+        return None
+
+    # 2. The closed form of its linear twin, or of the model itself.
+    if hasattr(model, "linear_optimum"):
+        optimum = model.linear_optimum(f, data)
+        if optimum is not None:
+            result.linear = verify.per_unit(optimum)
+    if hasattr(model, "predicted"):
+        result.theory = verify.check_model(model, f, data, examples)
+    result.seconds["evaluate"] = time.monotonic() - start
+
+    # 3. Why units collapsed.
+    if hasattr(model, "residuals"):
+        start = time.monotonic()
+        result.headroom = headroom.measure(model, f, data, metrics, examples)
+        for latent, level in result.headroom.items():
+            suffix = f"_{latent[1:]}" if latent[1:] else ""
+            metrics[f"headroom{suffix}"] = level.headroom
+        result.dead_units = headroom.dead_units(model, f, data)
+        result.loss_change = headroom.last_change(result.curves["loss"])
+        result.seconds["headroom"] = time.monotonic() - start
+        if not_finite(metrics):
+            mark_as_diverged(run, result, metrics)
+            return None
+
+    result.metrics = metrics
+    return examples
+
+
+def mark_as_diverged(run, result, metrics):
+    """Let a result count as diverged in the last epoch, since these metrics are not finite."""
+    losses = result.curves.get("loss", [])
+    last_loss = losses[-1] if losses and math.isfinite(losses[-1]) else None
+    result.diverged = {"epoch": run.f.num_epochs, "last_finite_loss": last_loss}
+    result.linear = None
+    result.theory = None
+    result.headroom = None
+    result.dead_units = None
+    result.loss_change = None
+    folder = files.run_dir(run.f, run.data)
+    names = ", ".join(not_finite(metrics))
+    print(f"{folder}: counts as diverged; these metrics are not finite: {names}", file=sys.stderr)
+
+
+def run_of_another_process(run):
+    """The EvaluatedRun that another process has written, or None if its file is not whole."""
+    result = RunResult.read(run.f, run.data)
+    if result is None:
+        folder = files.run_dir(run.f, run.data)
+        print(f"{folder}: no result; the same command makes it again", file=sys.stderr)
+        return None
+    return EvaluatedRun(run.f, run.data, run.model, result)
+
+
+def draw_beside_counterpart(run, counterpart):
+    """Draw the collapse curves of a run and of the counterpart's run with the same flags."""
+    folder = files.run_dir(run.f, run.data)
+    counterpart_folder = folder.parents[1] / counterpart / folder.name
+    if run.examples is None:
+        return
+    counterpart_examples = read_examples(counterpart_folder)
+    if counterpart_examples is None:
+        if (counterpart_folder / "units.npz").exists():
+            print(f"{counterpart_folder / 'units.npz'} is not whole: not drawn", file=sys.stderr)
+        return
+    _, _, flags = files.caption([run.f], [run.data]).partition(" on ")
+    pictures.draw_collapse(
+        folder / "collapse_beside.png",
+        {folder.parent.name: run.examples, counterpart: counterpart_examples},
+        f"{flags} seed={run.f.seed}",
+    )
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+def settings_and_data(runs):
+    """The settings of evaluated runs, and their data sets."""
+    return [run.f for run in runs], [run.data for run in runs]
+
+
+def varying_flags(runs, with_seed=False):
+    """The names of the flags that differ between runs. The seed is added only if asked for."""
+    names = list(files.varying_flags(*settings_and_data(runs)))
+    if with_seed and len({run.f.seed for run in runs}) > 1:
+        names.append("seed")
+    return names
+
+
+def flag_values(result, flags):
+    """The values of these flags in a result, as text: {name: value}."""
+    return {name: str(result.settings[name]) for name in flags}
+
+
+def print_metrics(runs):
+    """Print the metrics with one row per setting, then a note for each setting that diverged.
+
+    Rows that differ only in the seed form one row, with mean ± standard deviation. A model with
+    many levels gets a second table with one row per setting and level.
+    """
+    flags = varying_flags(runs)
+    results = [run.result for run in runs]
+    by_setting = metrics_by_setting(results, flags)
+    names = metric_names(results)
+
+    levels = [level for level in common.levels(names)[::-1] if level]
+    if len(levels) <= MANY_LEVELS:
+        levels = []
+    shared_names = []
+    for name in names:
+        if not any(name.endswith(level) for level in levels):
+            shared_names.append(name)
+
+    print(f"\n{table_caption(runs)}")
+    common.print_table(metrics_table(by_setting, flags, shared_names))
     for result in results:
-        key = tuple(str(result["settings"][name]) for name in flags)
-        rows.setdefault(key, []).append(result["metrics"])
-        if result["diverged"]:
-            of = files.spell(dict(zip(flags, key)) | {"seed": result["settings"]["seed"]})
-            notes.append(f"{of} diverged in epoch {result['diverged']['epoch']}; the last finite loss was "
-                         f"{result['diverged']['last_finite_loss']:.6g}")
-    table = [flags + (metrics or ["metrics"])]
-    for key, repeats in rows.items():
-        finished = [m for m in repeats if m]
-        cells = [_cell([m.get(name) for m in finished], len(repeats)) for name in metrics] if finished else ["diverged"]
-        table.append([*key, *cells] + ["-"] * (len(table[0]) - len(key) - len(cells)))
-    train, test = (" to ".join(f"{n:,}" for n in sorted({min(counts), max(counts)})) for counts in zip(
-        *((len(d.train[0]), len(d.test[0])) for d in data)))
-    print(f"\n{files.caption_of(settings, data)}: {train} training and {test} test examples, "
-          f"{common.device_name(data[0].train[0].device)}, nats per test example, "
-          f"{f'seed {settings[0].seed}' if seeds == 1 else f'mean ± std over {seeds} seeds'}")
-    common.print_rows(table)
-    print("".join(f"{note}\n" for note in notes), end="")
-    if by_level:
-        kinds = ("kl", "AU", "AU_kl", "active_share")
-        table = [flags + ["level", *kinds]]
-        for key, repeats in rows.items():
-            finished = [m for m in repeats if m]
-            for level in [level for level in by_level if finished and f"kl{level}" in finished[0]]:
-                table.append([*key, level[1:], *(_cell([m[name + level] for m in finished], len(repeats)) for name in kinds)])
+        if result.diverged:
+            print(divergence_note(result, flags))
+    if levels:
         print()
-        common.print_rows(table)
+        common.print_table(levels_table(by_setting, flags, levels))
+
+
+def metrics_by_setting(results, flags):
+    """The metrics of each setting, in a list over its seeds: {values of the flags: list}.
+
+    A seed that diverged has None in place of its metrics.
+    """
+    by_setting = {}
+    for result in results:
+        values = tuple(flag_values(result, flags).values())
+        by_setting.setdefault(values, []).append(result.metrics)
+    return by_setting
+
+
+def metric_names(results):
+    """The names of all metrics, in the order of the results that have most of them."""
+    names = {}
+    finished = [result.metrics for result in results if result.metrics]
+    for metrics in sorted(finished, key=len, reverse=True):
+        for name in metrics:
+            names[name] = None
+    return list(names)
+
+
+def table_caption(runs):
+    """The line above the metrics: script, data set, shared flags, number of examples, seeds."""
+    settings, data = settings_and_data(runs)
+    train = count_range([len(d.train[0]) for d in data])
+    test = count_range([len(d.test[0]) for d in data])
+    device = common.device_name(data[0].train[0].device)
+
+    seeds = {f.seed for f in settings}
+    seed = f"seed {settings[0].seed}"
+    if len(seeds) > 1:
+        seed = f"mean ± std over {len(seeds)} seeds"
+    return (
+        f"{files.caption(settings, data)}: {train} training and {test} test examples, {device}, "
+        f"nats per test example, {seed}"
+    )
+
+
+def count_range(counts):
+    """The smallest and the largest count as text, such as "5,421 to 6,742", or the only one."""
+    ends = sorted({min(counts), max(counts)})
+    return " to ".join(f"{count:,}" for count in ends)
+
+
+def metrics_table(by_setting, flags, names):
+    """The rows of the table of metrics."""
+    head = [*flags, *(names or ["metrics"])]
+    table = [head]
+    for values, repeats in by_setting.items():
+        if any(repeats):
+            cells = [metric_cell(repeats, name) for name in names]
+        else:
+            cells = ["diverged"]
+        padding = ["-"] * (len(head) - len(values) - len(cells))
+        table.append([*values, *cells, *padding])
+    return table
+
+
+def levels_table(by_setting, flags, levels):
+    """The rows of the table of levels, the top level first."""
+    kinds = ["kl", "AU", "AU_kl", "active_share"]
+    table = [[*flags, "level", *kinds]]
+    for values, repeats in by_setting.items():
+        for level in levels:
+            cells = [metric_cell(repeats, f"{kind}{level}") for kind in kinds]
+            # Settings may differ in the number of levels.
+            if cells[0] != "-":
+                table.append([*values, level[1:], *cells])
+    return table
+
+
+def metric_cell(repeats, name):
+    """A metric of one setting's seeds as text: mean ± standard deviation, or "-" if there is none.
+
+    repeats are the metrics for each seed, None for a seed that diverged.
+    """
+    values = [metrics[name] for metrics in repeats if metrics and name in metrics]
+    if not values:
+        return "-"
+    if len(repeats) == 1:
+        return common.format_metric(values[0])
+    # The mean of a count is printed with decimals, too, even if only one seed has finished.
+    text = common.format_repeats([float(value) for value in values])
+    if len(values) < len(repeats):
+        text += f" ({len(values)} of {len(repeats)})"
+    return text
+
+
+def divergence_note(result, flags):
+    """The line about a setting that diverged. A last loss is named only where one was finite."""
+    seed = {"seed": result.settings["seed"]}
+    note = f"{files.spell(flag_values(result, flags) | seed)} diverged"
+    note += f" in epoch {result.diverged['epoch']}"
+    last_loss = result.diverged.get("last_finite_loss")
+    if last_loss is not None and math.isfinite(last_loss):
+        note += f"; the last finite loss was {last_loss:.6g}"
+    return note
+
+
+def print_verdicts(runs):
+    """Print for each setting and level whether the objective or training collapsed its units."""
+    flags = varying_flags(runs, with_seed=True)
+    lines = []
+    for run in runs:
+        if run.result.headroom:
+            label = files.spell(flag_values(run.result, flags))
+            for verdict in verdicts(run.result):
+                lines.append(f"{label}: {verdict}" if label else verdict)
+    if lines:
+        print()
+    for line in lines:
+        print(line)
 
 
 def verdicts(result):
-    """Of each level that has a `headroom`: what collapsed it, in words, and what points to the cause if it was training."""
-    dead = [f"{dead} of {units}{' hidden units' if i == 0 else ''} of {network}" for i, (network, (dead, units)) in enumerate(
-        (network, of) for network, of in result["dead_units"].items() if of[0])]
-    for z, of in result["headroom"].items():
-        said = f"{z}: {theory.verdict(of['units'], of['collapsed'], of['headroom'])}"
-        if of["headroom"] > theory.ACTIVE:
-            said += f"; {', '.join(dead)} are dead" if dead else ""
-            fell = -(result["loss_change"] or 0)
-            said += f"; the loss still fell by {fell:.2g} nats in the last tenth of the epochs" if fell > theory.ACTIVE else ""
-        yield said
+    """A sentence for each level that has a headroom: how many units collapsed, and why.
+
+    Where training is the cause, the sentence also says what points to it: ReLU units that never
+    fire, and a loss that still fell at the end.
+    """
+    dead = dead_units_in_words(result.dead_units or {})
+    fall = -(result.loss_change or 0)
+
+    sentences = []
+    for latent, level in result.headroom.items():
+        sentence = f"{latent}: {level.verdict()}"
+        if level.headroom > theory.ACTIVE:
+            if dead:
+                sentence += f"; {dead} are dead"
+            if fall > theory.ACTIVE:
+                sentence += (
+                    f"; the loss still fell by {fall:.2g} nats in the last tenth of the epochs"
+                )
+        sentences.append(sentence)
+    return sentences
 
 
-def print_verdicts(results, settings, data):
-    """A line a setting and level: whether the objective or training collapsed its units."""
-    flags = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else [])
-    lines = [(files.spell({name: str(result["settings"][name]) for name in flags}), said)
-             for result in results if result.get("headroom") for said in verdicts(result)]
-    print("".join(f"\n{of + ': ' if of else ''}{said}" for of, said in lines) + "\n" * bool(lines), end="")
+def dead_units_in_words(dead_units):
+    """The ReLU units that never fire: "13 of 16 hidden units of f_y, 2 of 16 of g_z", or ""."""
+    parts = []
+    for network, (dead, total) in dead_units.items():
+        if dead:
+            hidden_units = "" if parts else " hidden units"
+            parts.append(f"{dead} of {total}{hidden_units} of {network}")
+    return ", ".join(parts)
 
 
-def _cell(values, repeats):
-    """A metric's text, "-" if there is none; over seeds mean ± standard deviation."""
-    if values[0] is None:
-        return "-"
-    if repeats == 1:
-        return common.cell(values[0])
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}" + (f" ({len(values)} of {repeats})" if len(values) < repeats else "")
-
-
-def print_theory(results, settings, data):
-    """What the closed form predicts of each setting beside what was trained, if there is one, and where they differ."""
-    results = [result for result in results if result.get("theory")]
-    if not results:
+def print_theory(runs):
+    """Print how each trained linear model compares with its closed form, and where they differ."""
+    compared = [run.result for run in runs if run.result.theory is not None]
+    if not compared:
         return
-    if len(settings) == 1:
-        theory.print_units(results[0]["theory"], "trained")
-        print("".join(f"{note}\n" for note in theory.notes(results[0]["theory"])), end="")
-    flags, rows, differ = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else []), [], []
-    for result in results:
-        beside, key = result["theory"], {name: str(result["settings"][name]) for name in flags}
-        of = theory.active_units(beside, "trained")
-        row = key | {f"active{level}": f"{count} ({of[level]})" for level, count in theory.active_units(beside).items()}
-        row |= {"singular values": f"{theory.singular_value_error(beside):.2%}", "optimal loss": f"{beside['optimal_loss']:.4f}",
-                "trained": f"{beside['loss']:.4f}", "gap": f"{beside['gap']:.4f}"}
-        if "importance_sampling" in beside:
-            row["sampled / exact p"] = "{mean_ratio:.6f} ± {standard_error:.0e}".format(**beside["importance_sampling"])
-        rows.append(row)
-        differ += [f"{files.spell(key) + ': ' if key else ''}{what}" for what in theory.disagreements(beside)]
-    print("\npredicted (trained): active units; largest error of a singular value over the largest predicted one; nats per "
-          "training example")
-    columns = max(rows, key=len)                          # without draws nothing is sampled
-    common.print_rows([list(columns), *([row.get(name, "-") for name in columns] for row in rows)])
-    print("\n".join(f"DIFFERS {line}" for line in differ) or "trained as predicted")
+    if len(runs) == 1:
+        verify.print_units(compared[0].theory, "trained")
+        for note in compared[0].theory.notes():
+            print(note)
 
-
-def print_linear(results, settings, data):
-    """What the closed form of the linear twin predicts of each setting beside what was trained, and, where there are
-    settings enough, how far the two order them alike."""
-    results = [result for result in results if theory.closed_form(result)]
-    flags = list(files.varying(settings, data)) + (["seed"] if len({f.seed for f in settings}) > 1 else [])
+    flags = varying_flags(runs, with_seed=True)
     rows = []
-    for result in results if results and "linear" in results[0] else []:
-        row = {name: str(result["settings"][name]) for name in flags}
-        for metric, predicted, trained in theory.beside_linear(result):
-            word = metric.replace("AU_kl", "AU")          # the same units are predicted active for both
-            row |= {f"linear {word}": common.cell(predicted), metric: common.cell(trained)}
-        rows.append(row)
-    if rows:
-        print("\nlinear: what the closed form of the linear model predicts from the same training data, beside what was trained")
-        common.print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
-    if theory.can_be_ranked(results):
-        print(f"rank correlation of predicted and trained over {len(results)} settings: {theory.correlations_in_words(results)}")
+    differences = []
+    for result in compared:
+        values = flag_values(result, flags)
+        rows.append(values | theory_row(result.theory))
+        label = files.spell(values)
+        for disagreement in result.theory.disagreements():
+            differences.append(f"{label}: {disagreement}" if label else disagreement)
+
+    print(
+        "\npredicted (trained): active units; largest error of a singular value over the largest "
+        "predicted one; nats per training example"
+    )
+    # Settings without importance sampling lack the last column.
+    columns = list(max(rows, key=len))
+    table = [columns]
+    for row in rows:
+        table.append([row.get(name, "-") for name in columns])
+    common.print_table(table)
+
+    for difference in differences:
+        print(f"DIFFERS {difference}")
+    if not differences:
+        print("trained as predicted")
+
+
+def theory_row(comparison):
+    """The cells of one row of the theory's table, {column: text}."""
+    predicted = comparison.active_units()
+    trained = comparison.active_units("trained")
+    row = {}
+    for level, count in predicted.items():
+        row[f"active{level}"] = f"{count} ({trained[level]})"
+    row["singular values"] = f"{comparison.singular_value_error():.2%}"
+    row["optimal loss"] = f"{comparison.optimal_loss:.4f}"
+    row["trained"] = f"{comparison.loss:.4f}"
+    row["gap"] = f"{comparison.gap:.4f}"
+
+    sampling = comparison.importance_sampling
+    if sampling is not None:
+        ratio, error = sampling["mean_ratio"], sampling["standard_error"]
+        row["sampled / exact p"] = f"{ratio:.6f} ± {error:.0e}"
+    return row
+
+
+def print_linear(runs):
+    """Print the closed form of the linear twin beside the trained values of each setting.
+
+    Where there are enough settings, a rank correlation says how far both order them alike.
+    """
+    results = [run.result for run in runs if verify.closed_form(run.result) is not None]
+    if results and results[0].linear is not None:
+        flags = varying_flags(runs, with_seed=True)
+        rows = [flag_values(result, flags) | linear_row(result) for result in results]
+        print(
+            "\nlinear: what the closed form of the linear model predicts from the same training "
+            "data, beside what was trained"
+        )
+        common.print_table([list(rows[0]), *(list(row.values()) for row in rows)])
+
+    if verify.can_be_ranked(results):
+        correlations = verify.rank_correlations_in_words(results)
+        print(
+            f"rank correlation of predicted and trained over {len(results)} settings: "
+            f"{correlations}"
+        )
+
+
+def linear_row(result):
+    """The cells of one row of the linear twin's table, {column: text}."""
+    row = {}
+    for metric, predicted, trained in verify.linear_pairs(result):
+        # AU and AU_kl share a column, since the same units are predicted active for both.
+        predicted_name = metric.replace("AU_kl", "AU")
+        row[f"linear {predicted_name}"] = common.format_metric(predicted)
+        row[metric] = common.format_metric(trained)
+    return row

@@ -1,548 +1,545 @@
-"""What a linear VAE, CVAE and two-level HVAE converge to (Dang et al. 2024, arXiv 2306.05023, theorems 1, 2, 3 and 5; the optimal
-losses and the collapse thresholds follow from them), and how far a trained one is from it.
+"""Closed forms of posterior collapse: the global optima of a linear VAE, CVAE and two-level HVAE.
 
-In this order: the spectra of data; the closed forms; the same quantities of a model as it is; headroom, what more units would
-gain on top of any trained model; both side by side, and where they differ; `verify`, which checks a closed form by brute
-force. All in float64; moments are not centred. The closed forms take settings as numbers or as tensors (...,) of many and give
-{name: (..., d)}, per unit in the order of theta:
-  theta        what the theorem calls so: of each mode of the data, its root for VAE and HVAE, its variance for CVAE
-  lambda       singular values of the encoder on whitened data: the std of E[z|x] (of E[z2|z1])
-  omega        singular values of the decoder
-  sigma        std of q(z|x)
-  kl           the ELBO's KL term, in nats
-  information  log(1 + lambda^2 / sigma^2) / 2, what z tells of its input, in nats: 0 if and only if it is collapsed
-  collapse     the beta (HVAE: beta_2) from which on it is collapsed; inf for never
-and "loss" (...,), the least negative beta-ELBO, in nats per example. Two-level names end in their level, _1 or _2.
+Source: Dang, Tran, Nguyen, Ho, "Beyond Vanilla Variational Autoencoders: Detecting Posterior
+Collapse in Conditional and Hierarchical Variational Autoencoders", ICLR 2024, arXiv 2306.05023,
+theorems 1, 2, 3 and 5. The theorems give singular values. From these follow the KL terms, the
+optimal losses and the thresholds of collapse, which this file adds.
+
+In this order: the spectra of data; quantities of one unit; the VAE (theorem 1); the CVAE
+(theorem 2); the two-level HVAE (theorems 3 and 5). Everything is computed in float64.
+
+The objective
+-------------
+Each model minimises the exact negative beta-ELBO, in nats per example. With z the latent variable
+of a level, it is
+
+    L = E[-log p(x|z)] + sum over the levels of beta KL
+
+The expectation is over the data and the encoder. The CVAE has -log p(y|x,z) in place of
+-log p(x|z). With the data's dimension D and the decoder's standard deviation eta_dec,
+
+    -log p(x|z) = ||x - mean of p(x|z)||^2 / (2 eta_dec^2) + (D/2) log(2 pi eta_dec^2)
+
+Notation
+--------
+    (a)+        max(a, 0)
+    beta        weight of a KL term
+    eta_enc     std of the prior of the (top) latent variable
+    eta_dec     std of the decoder; in the HVAE also of p(z1|z2)
+    c           eta_dec / eta_enc
+    A           E[x x^T] over the training rows, not centred. A = P Phi P^T, Phi the variances.
+    theta_i     a mode of the data, the largest first. In the VAE and HVAE it is a standard
+                deviation, the square root of the i-th eigenvalue of A. In the CVAE it is a
+                variance, the i-th eigenvalue of E, see `moment_given_x`.
+
+Unit i of the model belongs to mode i. If there are more units than modes, the theta_i of the
+others are 0. "The std of a mode" is the root mean square of the data along it.
+
+What a closed form returns
+--------------------------
+A dict {name: float64 tensor}. The settings (beta, eta_enc, ...) may be numbers, or tensors (...,)
+of many settings, and then all shapes begin with (...,). The names of the HVAE, except theta and
+loss, end in their level, _1 or _2. A level has d units.
+
+    theta        (..., d)  modes of the data, see above; in the HVAE those of z1's units
+    lambda       (..., d)  singular values of the encoder on whitened data, which are the stds of
+                           the modes of E[z|x]; for z2 those of E[z2|z1] over z1. Units of z.
+    omega        (..., d)  singular values of the decoder, in units of its output per unit of z; in
+                           the HVAE those of U2, as omega_2
+    sigma        (..., d)  stds of q(z|x), in units of z
+    kl           (..., d)  the KL term of the ELBO, in nats
+    information  (..., d)  log(1 + lambda^2 / sigma^2) / 2, the nats of information that z has of
+                           its input. It is 0 if and only if the unit's mean has collapsed.
+    collapse     (..., d)  the least beta (in the HVAE the least beta_2) at which the unit has
+                           collapsed: 0 if it always has, inf if it never does
+    loss         (...,)    L at the optimum, in nats per example
+
+The tests compare every formula with minimisation by brute force; the matrix_*.py scripts do so
+for settings of one's own.
 """
-import copy
 import functools
 import math
-import sys
-import time
 
-import numpy as np
 import torch
 
-import common
-import files
+# A unit is active if its information, or its mean KL over the data, exceeds this, in nats.
+ACTIVE = 0.01
 
-ACTIVE = 0.01                                             # nats of information that make a unit active
+# Rows of data that `second_moment` adds up at a time.
+CHUNK_ROWS = 512
+
+
+# --- Spectra of data ---
 
 
 def second_moment(*columns):
-    """E[v v^T] over rows, float64 (d, d), of v = the columns (n, d_1), (n, d_2), ... joined, d = d_1 + d_2 + ..."""
-    moment = 0
-    for rows in zip(*(column.split(512) for column in columns)):
-        v = torch.cat(rows, dim=1).double()
-        moment = moment + v.T @ v
-    return moment.cpu() / len(columns[0])
+    """E[v v^T] over the rows of the data, not centred: (d, d), float64, on the CPU.
+
+    columns: tensors (n, d_1), (n, d_2), ..., whose rows together form v, with d = d_1 + d_2 + ...
+    """
+    total = 0
+    for chunk in zip(*(column.split(CHUNK_ROWS) for column in columns)):
+        v = torch.cat(chunk, dim=1).double()
+        total = total + v.T @ v
+    return total.cpu() / len(columns[0])
 
 
-@functools.lru_cache(maxsize=4)                           # by identity: a grid asks for the same moment again and again
+# The cache knows a moment by its identity. All settings of a grid share one moment.
+@functools.lru_cache(maxsize=4)
 def modes(moment):
-    """The modes of a second moment (d, d): variances (d,) in descending order, and directions (d, d) in columns.
+    """The modes of a second moment A = P Phi P^T, (d, d): the diagonal of Phi, and P.
 
-    Variances below d machine epsilons of the largest are rounding and set to 0.
+    Returns variances (d,), the largest first, and directions (d, d), one per column. Variances
+    below d machine epsilons of the largest one are rounding errors, and become 0.
     """
     variance, directions = torch.linalg.eigh(moment)
-    variance, directions = variance.flip(0), directions.flip(1)
+    variance = variance.flip(0)
+    directions = directions.flip(1)
     rounding = len(variance) * torch.finfo(variance.dtype).eps * variance[0]
     return torch.where(variance > rounding, variance, 0), directions
 
 
 def spectrum(moment):
-    """The variances of the modes of a second moment (d, d): (d,), in descending order."""
+    """The variances of the modes of a second moment (d, d): (d,), the largest first."""
     return modes(moment)[0]
 
 
 def root(moment):
-    """A root R (d, d) of a second moment, R R^T = E[v v^T]: the singular values of W R are those of W P Phi^(1/2)."""
+    """R = P Phi^(1/2), (d, d), a root of the second moment: R R^T = E[v v^T].
+
+    The lambda_i of the theorems are the singular values of W R, where W is the encoder.
+    """
     variance, directions = modes(moment)
     return directions * variance.sqrt()
 
 
 def whitening(moment, ridge=0):
-    """W (d, d) with E[W^T v (W^T v)^T] = 1 on the modes that vary, 0 on the others: W W^T is the pseudo-inverse of a moment, with a
-    ridge added to the variances."""
+    """W = P (Phi + ridge I)^(-1/2), (d, d), with columns of 0 for modes without variance.
+
+    Without a ridge, W W^T is the pseudo-inverse of the moment, and W^T v is the whitened v.
+    """
     variance, directions = modes(moment)
     return torch.where(variance > 0, (variance + ridge).rsqrt(), 0) * directions
 
 
 @functools.lru_cache(maxsize=4)
-def residual(moment, dim_x):
-    """E = B - C A^+ C^T, what is left of y's second moment once x has explained what it can: (d_y, d_y).
+def moment_given_x(moment, dim_x):
+    """E = B - C A^+ C^T, (d_y, d_y): the second moment of y - y', in units of y squared.
 
-    moment is that of (x, y) joined, with blocks A of x, (dim_x, dim_x), B of y and C = E[y x^T]. Source: theorem 2.
+    Here y' is the best linear prediction of y from x. Source: theorem 2. A = E[x x^T],
+    (dim_x, dim_x); B = E[y y^T], (d_y, d_y); C = E[y x^T], (d_y, dim_x); A^+ is the pseudo-inverse.
+
+    moment: the second moment of x and y joined, with the blocks [[A, C^T], [C, B]].
     """
-    A, B, C = moment[:dim_x, :dim_x], moment[dim_x:, dim_x:], moment[dim_x:, :dim_x]
-    explained = C @ whitening(A)                          # E[y x~^T], x~ the whitened x
-    left = B - explained @ explained.T
-    # What is left of a variance that x explains wholly is rounding.
-    return left if left.trace() > len(moment) * torch.finfo(left.dtype).eps * B.trace() else torch.zeros_like(left)
+    A = moment[:dim_x, :dim_x]
+    B = moment[dim_x:, dim_x:]
+    C = moment[dim_x:, :dim_x]
+    # With W W^T = A^+, this is E[y (W^T x)^T], where W^T x is the whitened x.
+    explained = C @ whitening(A)
+    E = B - explained @ explained.T
+
+    # Where x explains all of y, what is left is rounding errors.
+    rounding = len(moment) * torch.finfo(E.dtype).eps * B.trace()
+    return E if E.trace() > rounding else torch.zeros_like(E)
 
 
-def _per_unit(*settings):
-    """Settings as float64 tensors with an axis for units: (...,) becomes (..., 1)."""
-    return [torch.as_tensor(value, dtype=torch.float64).unsqueeze(-1) for value in settings]
+# --- Quantities of one unit ---
 
 
-def _first(values, d):
-    """The first d values, (..., d), with zeros where there are fewer."""
-    return torch.nn.functional.pad(values[..., :d], (0, max(0, d - values.shape[-1])))
+def expected_kl(lambda_, sigma, eta):
+    """E[KL(N(mean, sigma^2) || N(0, eta^2))], in nats, where lambda_ is the std of the mean.
 
+    KL = ((lambda^2 + sigma^2) / eta^2 - 1) / 2 - log(sigma / eta)
 
-def _gaussian(squared_error, dim, eta_dec):
-    """-log N of mean squared error (...,) in dim dimensions with std eta_dec, in nats."""
-    return squared_error / (2 * eta_dec**2) + dim / 2 * (2 * math.pi * eta_dec**2).log()
-
-
-def vae_optimum(theta, d_1, beta, eta_enc, eta_dec):
-    """The linear VAE at its optimum, Sigma = diag(sigma_i^2) learnable (theorem 1).
-
-    theta (D,): the roots of the spectrum of E[x x^T]. Per unit, (..., d_1): see above.
+    All arguments have the same unit, and shapes that broadcast to the result's.
     """
-    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
-    variance, level = _first(theta, d_1)**2, beta * eta_dec**2
-    above = torch.maximum(variance, level)                # reverse water-filling: modes below the level collapse
-    kl = (above / level).log() / 2
-    error = (theta**2).sum(-1) - (above - level).sum(-1)
-    return {"theta": _first(theta, d_1), "lambda": eta_enc * ((above - level) / above).sqrt(),
-            "omega": (above - level).sqrt() / eta_enc, "sigma": eta_enc * (level / above).sqrt(), "kl": kl,
-            "information": kl, "collapse": variance / eta_dec**2,
-            "loss": _gaussian(error, theta.shape[-1], eta_dec[..., 0]) + (beta * kl).sum(-1)}
-
-
-def cvae_optimum(theta, dim_z, beta, eta_enc, eta_dec):
-    """The linear CVAE at its optimum, Sigma = diag(sigma_i^2) learnable (theorem 2): the VAE of what x leaves of y.
-
-    theta (D,): the spectrum of E, see `residual`. Per unit, (..., dim_z): see above.
-    """
-    return vae_optimum(theta.sqrt(), dim_z, beta, eta_enc, eta_dec) | {"theta": _first(theta, dim_z)}
-
-
-def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
-    """The linear VAE at its optimum, Sigma = diag(sigma_i^2) fixed (theorem 1): sigma (..., d_1), the smallest on the
-    largest mode. Where the mean is dead (lambda = 0) the kl is not 0, unless sigma_i = eta_enc."""
-    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
-    sigma = sigma.double().sort(dim=-1).values
-    d_1 = sigma.shape[-1]
-    first, k = _first(theta, d_1), beta.sqrt() * eta_dec / eta_enc
-    gain = (first - k * sigma).clamp(min=0)
-    lambda_ = (sigma * gain / k).sqrt()
-    dead_kl = _kl(0, sigma, eta_enc)
-    error = (theta**2).sum(-1) - (gain**2).sum(-1)        # with the beta-weighted KL of the means in it
-    return {"theta": first, "lambda": lambda_, "omega": (k * gain / sigma).sqrt(), "sigma": sigma.expand_as(gain),
-            "kl": _kl(lambda_, sigma, eta_enc), "information": _information(lambda_, sigma),
-            "collapse": (first * eta_enc / (eta_dec * sigma))**2,
-            "loss": _gaussian(error, theta.shape[-1], eta_dec[..., 0]) + (beta * dead_kl).sum(-1)}
-
-
-def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
-    """The linear two-level HVAE at its optimum, Sigma1 = sigma_1^2 I fixed, Sigma2 = diag learnable (theorem 3).
-
-    theta (D,): the roots of the spectrum of E[x x^T]. Per unit of z1 (..., d_1) and of z2 (..., d_2): see above. omega_2
-    are the singular values of U2. Beyond the paper, d_1 and d_2 may differ: z2 describes the largest modes of z1.
-    """
-    sigma_1, beta_1, beta_2, eta_enc, eta_dec = _per_unit(sigma_1, beta_1, beta_2, eta_enc, eta_dec)
-    first, described = _first(theta, d_1), torch.arange(d_1) < d_2
-    b, alone = beta_2 / beta_1 * eta_dec**2, sigma_1 * first / beta_1.sqrt()
-    with_z2 = (sigma_1 * first / eta_dec)**2 / beta_2
-    # m = lambda_1^2 + sigma_1^2, the variance of a mode of z1
-    m = torch.where(described & ((sigma_1**2 >= b) | (alone >= b)), with_z2, alone)
-    m = torch.maximum(m, sigma_1**2)
-    ratio = torch.where(described, (m / b).clamp(min=1), 1)   # of m to what z2 leaves of it
-    kl_1 = (m / ratio / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
-    ratio_2 = 1 + _first(ratio - 1, d_2)
-    kl_2 = ratio_2.log() / 2
-    lambda_1, loss = _level_1(theta, first, m, sigma_1, eta_dec)
-    return {"theta": first, "lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1),
-            "lambda_2": eta_enc * (1 - 1 / ratio_2).sqrt(), "omega_2": (b * (ratio_2 - 1)).sqrt() / eta_enc,
-            "sigma_2": eta_enc / ratio_2.sqrt(), "kl_2": kl_2, "information_2": kl_2,
-            "collapse_1": _collapse_1(first, sigma_1, beta_1, (first / eta_dec)**2 * described),
-            "collapse_2": _first(beta_1 / eta_dec**2 * torch.maximum(sigma_1**2, alone) * described, d_2),
-            "loss": loss + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1)}
-
-
-def hvae_optimum_fixed_sigma_2(theta, d_1, d_2, sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec):
-    """The linear two-level HVAE at its optimum, Sigma1 = sigma_1^2 I and Sigma2 = sigma_2^2 I fixed (theorem 5).
-
-    Arguments and result as of `hvae_optimum`. Where the mean of z2 is dead its kl is not 0, unless sigma_2 = eta_enc.
-    """
-    sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec = _per_unit(sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec)
-    first, described = _first(theta, d_1), torch.arange(d_1) < d_2
-    c, K = eta_dec / eta_enc, (beta_1 * beta_2).sqrt()
-    m_0, alone = beta_2 * (c * sigma_2)**2 / beta_1, sigma_1 * first / beta_1.sqrt()
-    with_z2 = (sigma_1**2 * first**2 / (K * c * sigma_2))**(2 / 3)
-    m = torch.where(described & ((sigma_1**2 >= m_0) | (alone >= m_0)), with_z2, alone)
-    m = torch.maximum(m, sigma_1**2)
-    omega = ((K * c * m.sqrt() / sigma_2 - beta_2 * c**2).clamp(min=0) / beta_1).sqrt() * described
-    encoder = beta_1 * omega / (beta_1 * omega**2 + beta_2 * c**2)        # singular values of W2
-    left = (1 - omega * encoder)**2 * m + (omega * sigma_2)**2            # E (z1 - U2 z2)^2
-    kl_1 = (left / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
-    lambda_2 = _first(encoder * m.sqrt(), d_2)
-    kl_2 = _kl(lambda_2, sigma_2, eta_enc)
-    lambda_1, loss = _level_1(theta, first, m, sigma_1, eta_dec)
-    by_noise = first**4 / (beta_1 * (c * sigma_1 * sigma_2)**2)
-    return {"theta": first, "lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1),
-            "lambda_2": lambda_2, "omega_2": _first(omega, d_2), "kl_2": kl_2,
-            "information_2": _information(lambda_2, sigma_2),
-            "collapse_1": _collapse_1(first, sigma_1, beta_1, by_noise * described),
-            "collapse_2": _first(beta_1 / (c * sigma_2)**2 * torch.maximum(sigma_1**2, alone) * described, d_2),
-            "loss": loss + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1)}
-
-
-def _level_1(theta, first, m, sigma_1, eta_dec):
-    """lambda_1 and the reconstruction's part of the loss, from m, the variances of z1's modes."""
-    error = (theta**2).sum(-1) - (first**2 * (1 - sigma_1**2 / m)).sum(-1)
-    return (m - sigma_1**2).sqrt(), _gaussian(error, theta.shape[-1], eta_dec[..., 0])
-
-
-def _collapse_1(first, sigma_1, beta_1, with_z2):
-    """The beta_2 from which on lambda_1 = 0: never where the mode is strong enough for z1 alone, with_z2 otherwise."""
-    return torch.where(first > sigma_1 * beta_1.sqrt(), math.inf, with_z2)
-
-
-def _kl(lambda_, sigma, eta):
-    """E KL(N(mean, sigma^2) || N(0, eta^2)) in nats, lambda_ the root mean square of the mean."""
     return ((lambda_**2 + sigma**2) / eta**2 - 1) / 2 - (sigma / eta).log()
 
 
-def _information(lambda_, sigma):
+def information(lambda_, sigma):
+    """log(1 + lambda^2 / sigma^2) / 2, in nats.
+
+    It is the information that z ~ N(mean, sigma^2) has of its input, where the mean is Gaussian
+    with std lambda_.
+    """
     return (1 + (lambda_ / sigma)**2).log() / 2
 
 
-def vae_units(U, V, sigma, eta_enc):
-    """What `vae_optimum` predicts, of a linear VAE or CVAE as it is: U (D, d_1) its decoder, V = W R (d_1, D) its encoder
-    on whitened data, sigma (d_1,). All float64."""
-    # Units that share a sigma may be turned into each other without changing anything: take their singular directions.
-    of_unit = torch.empty_like(sigma)
-    for value in sigma.unique():
-        tied = sigma == value
-        of_unit[tied] = _singular_values(V[tied], int(tied.sum()))
-    return {"lambda": _singular_values(V, len(sigma)), "omega": _singular_values(U, len(sigma)), "sigma": sigma,
-            "kl": _kl(of_unit, sigma, eta_enc), "information": _information(of_unit, sigma)}
-
-
-def hvae_units(V1, W2, U2, sigma_1, sigma_2, eta_enc, eta_dec):
-    """What `hvae_optimum` predicts, of a linear two-level HVAE as it is: V1 = W1 R (d_1, D), W2 (d_2, d_1), U2 (d_1, d_2),
-    sigma_1 a number, sigma_2 (d_2,). All float64."""
-    d_1, d_2 = U2.shape
-    z1_moment = V1 @ V1.T + sigma_1**2 * torch.eye(d_1, dtype=V1.dtype)
-    unexplained = torch.eye(d_1, dtype=V1.dtype) - U2 @ W2
-    z1_left = unexplained @ z1_moment @ unexplained.T + U2 * sigma_2**2 @ U2.T     # E[(z1 - U2 z2)(z1 - U2 z2)^T]
-    kl_1 = (torch.linalg.eigvalsh(z1_left) / eta_dec**2 - 1) / 2 - math.log(sigma_1 / eta_dec)
-    lambda_1 = _singular_values(V1, d_1)
-    level_2 = vae_units(U2, W2 @ torch.linalg.cholesky(z1_moment), sigma_2, eta_enc)
-    return {"lambda_1": lambda_1, "kl_1": kl_1, "information_1": _information(lambda_1, sigma_1)} | {
-        f"{name}_2": values for name, values in level_2.items()}
-
-
-def _singular_values(matrix, d):
-    """The d largest singular values of a matrix in descending order, 0 where it has fewer."""
-    return _first(torch.linalg.svdvals(matrix), d)
-
-
-# Headroom. What a trained model, linear or not, leaves of a level's Gaussian target t, r = t - E_{z ~ q(z|u)}[mean of p(t|z)],
-# may still be linear in what the level's encoder reads, u (with a 1 at its end). Units that describe it would be those of a
-# linear VAE of the part of r that is linear in u, whose second moment is T = C A^+ C^T; C = E[r u^T], A = E[u u^T]: reverse
-# water-filling of T, as in theorem 2 of E. weight is that of -log p(t|z) in the loss, std is p(t|z)'s, beta the KL's weight.
-
-def level_of(beta, weight, std):
-    """The variance that a mode needs if a unit is to pay for its KL: beta std^2 / weight."""
-    return beta * std**2 / weight if weight else math.inf
-
-
-def linear_part(cross, moment):
-    """T (D, D), the second moment of that part of r which is linear in u: cross (D, p) is C, moment (p, p) is A. Its `spectrum`
-    are the tau of `headroom`."""
-    explained = cross @ whitening(moment)
-    return explained @ explained.T
-
-
-def headroom(tau, count, beta, weight, std):
-    """G_k, in nats of the negative beta-ELBO per example: what k = count more units would gain, if their encoder's means were
-    linear in u, their stds learnable, and their decoder linear, added to the mean of this very model. tau (D,) descending.
-    Where it is 0 the objective does not want them."""
-    level = level_of(beta, weight, std)
-    paying = tau[:count][tau[:count] > level]
-    return (weight / (2 * std**2) * (paying - level - torch.xlogy(level, paying / level)).sum()).item() if len(paying) else 0.0
-
-
-def idle_units(cross, moment, count, beta, weight, std, ridge=0):
-    """The units that gain the `headroom`, k of them at most: encoder (k, p) and std (k,) in stds of the prior, decoder (D, k).
-    With a ridge on the variances of u they rely less on its weak modes, for the sake of other rows."""
-    level, white = level_of(beta, weight, std), whitening(moment, ridge)
-    explained = cross @ white
-    tau, directions = modes(explained @ explained.T)
-    paying = (tau > level) & (torch.arange(len(tau)) < count)
-    tau, directions = tau[paying], directions[:, paying]
-    share = level / tau                                   # of a mode that the unit leaves
-    encoder = ((1 - share).sqrt() / tau.sqrt())[:, None] * directions.T @ explained @ white.T
-    return encoder, share.sqrt(), directions * (tau - level).sqrt()
-
-
-def gain(units, cross, moment, beta, weight, std):
-    """What units such as those of `idle_units` gain, in nats per example, on rows with these moments, which need not be those
-    that they were found on: the fall of the squared error, less the KL."""
-    encoder, sigma, decoder = units
-    mean = decoder @ encoder                              # of r, from u
-    error = -2 * (mean * cross).sum() + (mean @ moment * mean).sum() + (decoder**2 @ sigma**2).sum()
-    kl = ((encoder @ moment * encoder).sum(1) + sigma**2 - 1) / 2 - sigma.log()
-    return (-weight * error / (2 * std**2) - beta * kl.sum()).item()
-
-
-def verdict(units, collapsed, nats):
-    """What collapsed so many of a level's units (None if not known), whose `headroom` is so many nats: the objective or
-    training, in words."""
-    if not collapsed:
-        return f"none of {units} units collapsed"
-    return f"{collapsed}{f' of {units}' if units else ''} unit{'' if (units or collapsed) == 1 else 's'} collapsed, " + (
-        f"by training: idle units would pay at least {nats:.2g} nats" if nats > ACTIVE else "by the objective")
-
-
-def compare(predicted, trained, loss):
-    """What a closed form predicts beside what a model is, as lists: {"predicted", "trained", "errors", "optimal_loss",
-    "loss", "gap"}; None for a collapse that never comes. The trained values of each kind stand in the order of the
-    predicted, largest at largest: which unit of a model describes which mode is its own affair."""
-    ordered = {}
-    for name in trained:
-        if name in predicted:
-            ranks = predicted[name].argsort(descending=True, stable=True)
-            ordered[name] = torch.empty_like(predicted[name])
-            ordered[name][ranks] = trained[name].sort(descending=True).values
-    errors = {name: (ordered[name] - predicted[name]).abs().max().item() for name in ordered}
-    optimal, lists = predicted["loss"].item(), {name: values.tolist() for name, values in ordered.items()}
-    return {"predicted": per_unit(predicted), "trained": lists, "errors": errors, "optimal_loss": optimal, "loss": loss,
-            "gap": loss - optimal}
-
-
-def per_unit(predicted):
-    """What a closed form says of each unit, as lists: {name: [...]}, with None for a collapse that never comes."""
-    return {name: [None if value == math.inf else value for value in values.tolist()]
-            for name, values in predicted.items() if name != "loss"}
-
-
 def levels_of(predicted):
-    """The levels of a closed form's units: [""], or ["_1", "_2"]."""
-    return sorted(name.removeprefix("information") for name in predicted if name.startswith("information"))
+    """The suffixes of the levels in a closed form's result: [""], or ["_1", "_2"]."""
+    levels = []
+    for name in predicted:
+        if name.startswith("information"):
+            levels.append(name.removeprefix("information"))
+    return sorted(levels)
 
 
-def active_units(theory, of="predicted"):
-    """How many units of each level are active, of those predicted or of those trained: {"_1": 5, "_2": 3}."""
-    return {level: sum(value > ACTIVE for value in theory[of][f"information{level}"]) for level in levels_of(theory["predicted"])}
+def _reconstruction(squared_error, dim, eta_dec):
+    """E[-log p(x|z)] in nats, (...,), from E||x - mean of p(x|z)||^2, (...,).
 
-
-def singular_value_error(theory):
-    """The largest |trained - predicted| singular value, lambda or omega of any level, over the largest predicted one."""
-    names = [name for name in theory["errors"] if name.startswith(("lambda", "omega"))]
-    largest, error = max(max(theory["predicted"][name]) for name in names), max(theory["errors"][name] for name in names)
-    return error / largest if largest else error
-
-
-def disagreements(theory):
-    """In which ways a trained model is not what the closed form predicts, in words."""
-    if singular_value_error(theory) > 0.02:
-        yield f"a singular value is off by {singular_value_error(theory):.1%} of the largest, wants at most 2 %"
-    if not -1e-6 < theory["gap"] < 0.05:
-        yield f"the loss is {theory['gap']:.3f} nats above the optimal one, wants 0 to 0.05"
-    for level in levels_of(theory["predicted"]):
-        pairs = zip(theory["predicted"][f"information{level}"], theory["trained"][f"information{level}"])
-        wrong = [i + 1 for i, (predicted, trained) in enumerate(pairs)       # units near their threshold aside
-                 if (predicted > ACTIVE) != (trained > ACTIVE) and not 0 < predicted < 2 * ACTIVE]
-        if wrong:
-            yield f"units {', '.join(map(str, wrong))} of z{level.removeprefix('_')} are not as active as predicted"
-    sampling = theory.get("importance_sampling")
-    if sampling and abs(sampling["mean_ratio"] - 1) > 3 * sampling["standard_error"] + sampling["rounding"]:
-        yield (f"sampled p(x) is {sampling['mean_ratio']:.4f} of the exact one, more than three standard errors off: too few "
-               "draws for a q that is narrower than the posterior")
-
-
-def closed_form(result):
-    """What a closed form says of the units of a result's model, or of its linear twin, as lists; None if none does."""
-    if not result["metrics"]:
-        return None
-    return result["theory"]["predicted"] if "theory" in result else result.get("linear")
-
-
-def beside_linear(result):
-    """[(metric, what the closed form predicts, what was trained)], of each level kl, AU and AU_kl. Predicted active is
-    what has more than ACTIVE nats of information."""
-    predicted, metrics = closed_form(result), result["metrics"]
-    for level in levels_of(predicted):
-        active = sum(information > ACTIVE for information in predicted[f"information{level}"])
-        yield f"kl{level}", sum(predicted[f"kl{level}"]), metrics[f"kl{level}"]
-        yield f"AU{level}", active, metrics[f"AU{level}"]
-        yield f"AU_kl{level}", active, metrics[f"AU_kl{level}"]
-
-
-def can_be_ranked(results):
-    """Whether results are of three settings or more, seeds aside, so that a rank correlation says something."""
-    return len({str(result["settings"] | {"seed": None}) for result in results}) > 2
-
-
-def linear_correlations(results):
-    """{metric: Spearman's rank correlation of predicted and trained over results}, of those metrics that neither is constant in;
-    {} where there is nothing to rank."""
-    correlations = {}
-    for triples in zip(*map(beside_linear, results)) if can_be_ranked(results) else ():
-        ranks = []
-        for values in (np.round([triple[k] for triple in triples], 2) for k in (1, 2)):        # as they are printed
-            below, same = values[:, None] > values, values[:, None] == values
-            ranks.append(below.sum(1) + same.sum(1) / 2)  # ties share their mean rank
-        if all(np.ptp(of) > 0 for of in ranks):
-            correlations[triples[0][0]] = np.corrcoef(*ranks)[0, 1]
-    return correlations
-
-
-def correlations_in_words(results):
-    """linear_correlations as the end of a sentence."""
-    return ", ".join(f"{metric} {value:.2f}" for metric, value in linear_correlations(results).items()) or "none"
-
-
-def print_units(theory, found):
-    """A table a level: each unit's theta, what the closed form predicts and what was found ("trained"), its state."""
-    predicted, of_model = theory["predicted"], theory["trained"]
-    for level in levels_of(theory["predicted"]):
-        names = [name for name in ("lambda", "omega", "sigma", "kl") if f"{name}{level}" in of_model]
-        theta = predicted["theta"] + [0.0] * len(predicted[f"kl{level}"])
-        rows = [["unit", "theta", *(word for name in names for word in (f"{name}{level}", found)), "collapses at", "state"]]
-        for i, information in enumerate(predicted[f"information{level}"]):
-            numbers = [values[f"{name}{level}"][i] for name in names for values in (predicted, of_model)]
-            state = "active" if information > 0 else "collapsed"
-            if (of_model[f"information{level}"][i] > ACTIVE) != (information > ACTIVE):
-                state += f" but {found} is not"
-            at = predicted[f"collapse{level}"][i]
-            at = "never" if at is None else f"{at:.4g}"
-            rows.append([str(i + 1), *(f"{value:.4f}" for value in (theta[i], *numbers)), at, state])
-        print()
-        common.print_rows(rows)
-
-
-def minimise(loss, starts, blocks=40):
-    """Minimise loss({name: tensor}) over float64 parameters: L-BFGS from each start, in at most so many blocks of 50 steps,
-    until a block gains less than 1e-9 of the loss; then Newton steps from the best.
-    A list of ({name: tensor}, the loss there), the least first."""
-    found = []
-    for start in starts:
-        parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
-        optimizer = torch.optim.LBFGS(parameters.values(), max_iter=50, history_size=30, tolerance_change=0,
-                                      tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            value = loss(parameters)
-            value.backward()
-            return value
-
-        before = math.inf
-        for _ in range(blocks):
-            optimizer.step(closure)
-            now = loss(parameters).item()
-            if not before - now > 1e-9 * abs(now):
-                break
-            before = now
-        found.append(({name: value.detach() for name, value in parameters.items()}, now))
-    found.sort(key=lambda one: one[1])
-    return [newton(loss, found[0][0]), *found[1:]]
-
-
-def newton(loss, parameters, steps=40):
-    """Newton steps down to the nearest minimum: a line search on the loss ends where rounding hides its differences, at
-    half the digits. Directions in which the loss is flat stay as they are. ({name: tensor}, the loss there)."""
-    names, shapes = list(parameters), [value.shape for value in parameters.values()]
-
-    def unflatten(flat):
-        parts = flat.split([shape.numel() for shape in shapes])
-        return {name: part.view(shape) for name, part, shape in zip(names, parts, shapes)}
-
-    def of_flat(flat):
-        return loss(unflatten(flat))
-
-    flat = torch.cat([value.flatten() for value in parameters.values()])
-    value = of_flat(flat)
-    for _ in range(steps):
-        gradient = torch.func.grad(of_flat)(flat)
-        curvature, directions = torch.linalg.eigh(torch.func.jacrev(torch.func.grad(of_flat))(flat))
-        curvature = curvature.abs()                       # downhill where the loss curves down, too
-        curved = curvature > 1e-9 * curvature.max()
-        step = directions @ torch.where(curved, directions.T @ gradient / curvature, 0)
-        lengths = 0.5 ** torch.arange(10.0, dtype=flat.dtype, device=flat.device)
-        after = torch.stack([of_flat(flat - length * step) for length in lengths])
-        if not after.min() <= value + 1e-14 * value.abs():
-            break
-        flat, value = flat - lengths[after.argmin()] * step, after.min()
-        if step.abs().max() < 1e-12 * flat.abs().max():
-            break
-    return unflatten(flat), value.item()
-
-
-STARTS, TOLERANCE = 8, 1e-6                               # of the checks of theorems
-
-
-def moved(problem, device):
-    """A copy of a problem with its tensors on a device."""
-    copied = copy.copy(problem)
-    for name, value in vars(problem).items():
-        setattr(copied, name, value.to(device) if torch.is_tensor(value) else value)
-    return copied
-
-
-def random_starts(problem, f, device):
-    """STARTS random parameters of a problem, on a device, the same on every one."""
-    random = common.generator(f.seed, "init")
-    return [problem.start(lambda *shape: 0.5 * torch.randn(shape, dtype=torch.float64, generator=random, device="cpu").to(device))
-            for _ in range(STARTS)]
-
-
-def verify(Problem, settings):
-    """Check a theorem on synthetic data, setting by setting: minimise the exact expected loss from several random starts,
-    print what was found beside what is predicted, and VERIFIED or FAILED. Returns the exit status, 0 or 1.
-
-    Problem(f) has start(draw), random parameters {name: float64 tensor} where draw(*shape) draws; loss(parameters),
-    0-d; predicted(), one of the closed forms; units(parameters), the same quantities of these.
+    dim: the dimension of x; eta_dec: (...,), the std of p(x|z).
     """
-    if common.processes()[0] > 0:
-        return 0                                          # one process is enough
-    print(f"device: {common.device_name(common.device_of(settings[0]))}", file=sys.stderr)
-    rows, worst, flags = [], 0.0, files.varying(settings, [None] * len(settings))
-    for f in settings:
-        began, problem, there = time.monotonic(), Problem(f), common.device_of(f)
-        with there:
-            found = minimise(moved(problem, there).loss, random_starts(problem, f, there))
-        parameters = {name: value.cpu() for name, value in found[0][0].items()}
-        theory = compare(problem.predicted(), problem.units(parameters), found[0][1])
-        error = float(np.max([*theory["errors"].values(), abs(theory["gap"])]))        # nan if one of them is
-        worst = float(np.max([worst, error]))
-        files.write_json(files.run_dir(f, None) / "result.json", files.describe(f, None) | {
-            "seconds": {"minimise": time.monotonic() - began}, "max_error": error, "theory": theory})
-        row = {name: str(getattr(f, name)) for name in (*flags, "seed")}
-        for level in levels_of(theory["predicted"]):
-            active = [information > 0 for information in theory["predicted"][f"information{level}"]]
-            row |= {f"active{level}": str(sum(active)), f"collapsed{level}": str(len(active) - sum(active))}
-        rows.append(row | {"optimal loss": f"{theory['optimal_loss']:.6f}", "found": f"{theory['loss']:.6f}",
-                           "max error": f"{error:.1e}"})
-        if len(settings) > 1:
-            print(f"{len(rows)} of {len(settings)} settings", file=sys.stderr)
-    shared = {name: value for name, value in files.changed(f, None).items() if name not in (*flags, "seed")}
-    print(f"{common.script_name(f)} {files.spell(shared)}: {f.num_samples:,} rows, nats per row")
-    if len(settings) == 1:
-        print_units(theory, "found")
-        for note in notes(theory):
-            print(note)
-        print(f"\n{sum(loss - found[0][1] < 1e-6 for _, loss in found)} of {STARTS} random starts end at the least loss")
-    columns = max(rows, key=len)
-    common.print_rows([list(columns), *([row.get(name, "-") for name in columns] for row in rows)])
-    print(f"{'VERIFIED' if worst <= TOLERANCE else 'FAILED'} max error {worst:.1e}")
-    return int(not worst <= TOLERANCE)
+    return squared_error / (2 * eta_dec**2) + dim / 2 * (2 * math.pi * eta_dec**2).log()
 
 
-def notes(theory):
-    """What of the predicted optimum is not unique, or surprises, in sentences."""
-    predicted, theta = theory["predicted"], theory["predicted"]["theta"]
-    said = [f"units {i + 1} and {i + 2} have the same theta: each may describe any mixture of their modes"
-            for i in range(len(theta) - 1) if theta[i] > 0 and theta[i] - theta[i + 1] < 1e-9 * theta[0]]
-    if theta[-1] == 0:
-        said.append(f"theta is 0 from unit {theta.index(0.0) + 1} on: the data has no more modes")
-    if "lambda_1" in predicted and any(a == 0 < b for a, b in zip(predicted["lambda_1"], predicted["omega_2"])):
-        said.append("where lambda_1 = 0 < omega_2, z2 describes nothing but the noise of z1")
-    return said
+def _per_unit(*settings):
+    """Settings as float64 tensors with an axis for the units: (...,) becomes (..., 1)."""
+    return [torch.as_tensor(value, dtype=torch.float64).unsqueeze(-1) for value in settings]
+
+
+def _leading(values, d):
+    """The first d of the values (..., D) on the last axis: (..., d). Zeros follow if d > D."""
+    return torch.nn.functional.pad(values[..., :d], (0, max(0, d - values.shape[-1])))
+
+
+# --- The VAE: theorem 1 ---
+
+
+def vae_optimum(theta, d_1, beta, eta_enc, eta_dec):
+    """The linear VAE with a learnable encoder variance at its optimum. Source: theorem 1.
+
+    Model:
+        q(z|x) = N(W x, Sigma), Sigma = diag(sigma_i^2) learnable
+        p(x|z) = N(U z, eta_dec^2 I)
+        p(z)   = N(0, eta_enc^2 I)
+
+    Optimum:
+        omega_i  = sqrt((theta_i^2 - beta eta_dec^2)+) / eta_enc
+        lambda_i = eta_enc sqrt((theta_i^2 - beta eta_dec^2)+) / theta_i
+        sigma_i  = sqrt(beta) eta_enc eta_dec / theta_i  if theta_i > sqrt(beta) eta_dec
+                   eta_enc                               otherwise
+        KL_i     = (log(theta_i / (sqrt(beta) eta_dec)))+
+        L*       = [E||x||^2 - sum_i (theta_i^2 - beta eta_dec^2)+] / (2 eta_dec^2)
+                   + (D/2) log(2 pi eta_dec^2) + beta sum_i KL_i
+        Unit i collapses at beta = theta_i^2 / eta_dec^2.
+
+    This is reverse water-filling with the water level beta eta_dec^2: the squared error of mode i
+    is the smaller one of theta_i^2 and the water level.
+
+    theta:   (D,), all modes of x as stds, the largest first, in units of x; for data with second
+             moment A it is spectrum(A).sqrt()
+    d_1:     the number of units of z
+    beta:    the weight of KL(q(z|x) || p(z)), a number or (...,)
+    eta_enc: the std of the prior, in units of z, a number or (...,)
+    eta_dec: the std of p(x|z), in units of x, a number or (...,)
+
+    Returns theta, lambda, omega, sigma, kl, information and collapse, each (..., d_1), and loss,
+    (...,). See the top of this file.
+    """
+    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
+    theta_i = _leading(theta, d_1)
+    water_level = beta * eta_dec**2
+
+    # With v_i = max(theta_i^2, beta eta_dec^2), (theta_i^2 - beta eta_dec^2)+ is v_i minus the
+    # water level. Dividing by v_i rather than by theta_i^2 leaves all numbers finite at theta_i = 0
+    # and includes the case of a collapsed unit.
+    v = torch.maximum(theta_i**2, water_level)
+    above = v - water_level
+
+    omega = above.sqrt() / eta_enc
+    lambda_ = eta_enc * (above / v).sqrt()
+    sigma = eta_enc * (water_level / v).sqrt()
+    kl = (v / water_level).log() / 2
+
+    squared_error = (theta**2).sum(-1) - above.sum(-1)
+    reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
+    return {
+        "theta": theta_i,
+        "lambda": lambda_,
+        "omega": omega,
+        "sigma": sigma,
+        "kl": kl,
+        # 1 + lambda_i^2 / sigma_i^2 = v_i / (beta eta_dec^2), so the information is the KL.
+        "information": kl,
+        "collapse": theta_i**2 / eta_dec**2,
+        "loss": reconstruction + (beta * kl).sum(-1),
+    }
+
+
+def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
+    """The linear VAE with a fixed diagonal encoder variance at its optimum. Source: theorem 1.
+
+    Model:
+        q(z|x) = N(W x, Sigma), Sigma = diag(sigma_i^2) fixed
+        p(x|z) = N(U z, eta_dec^2 I)
+        p(z)   = N(0, eta_enc^2 I)
+
+    Optimum, with k = sqrt(beta) eta_dec / eta_enc and the smallest sigma_i for the largest theta_i:
+        omega_i  = sqrt(k (theta_i - k sigma_i)+ / sigma_i)
+        lambda_i = sqrt(sigma_i (theta_i - k sigma_i)+ / k)
+        KL_i     = ((lambda_i^2 + sigma_i^2) / eta_enc^2 - 1) / 2 - log(sigma_i / eta_enc)
+        L*       = [E||x||^2 - sum_i (theta_i - k sigma_i)+^2] / (2 eta_dec^2)
+                   + (D/2) log(2 pi eta_dec^2) + beta sum_i (KL_i at lambda_i = 0)
+        The mean of unit i dies at beta = (theta_i eta_enc / (eta_dec sigma_i))^2.
+
+    A unit whose mean is dead (lambda_i = 0) still has a KL, unless sigma_i = eta_enc. So a dead
+    mean is no posterior collapse here.
+
+    theta:   (D,), all modes of x as stds, the largest first, in units of x
+    sigma:   (..., d_1), the stds of q(z|x) in any order, in units of z; d_1 is the number of units
+    beta:    the weight of KL(q(z|x) || p(z)), a number or (...,)
+    eta_enc: the std of the prior, in units of z, a number or (...,)
+    eta_dec: the std of p(x|z), in units of x, a number or (...,)
+
+    Returns theta, lambda, omega, sigma, kl, information and collapse, each (..., d_1), and loss,
+    (...,). See the top of this file. sigma is in ascending order.
+    """
+    beta, eta_enc, eta_dec = _per_unit(beta, eta_enc, eta_dec)
+    sigma = sigma.double().sort(dim=-1).values
+    theta_i = _leading(theta, sigma.shape[-1])
+    k = beta.sqrt() * eta_dec / eta_enc
+
+    gain = (theta_i - k * sigma).clamp(min=0)
+    omega = (k * gain / sigma).sqrt()
+    lambda_ = (sigma * gain / k).sqrt()
+
+    # The sum over gain^2 includes the part of beta KL_i that lambda_i^2 causes.
+    squared_error = (theta**2).sum(-1) - (gain**2).sum(-1)
+    reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
+    kl_of_dead_mean = expected_kl(0, sigma, eta_enc)
+    return {
+        "theta": theta_i,
+        "lambda": lambda_,
+        "omega": omega,
+        "sigma": sigma.expand_as(gain),
+        "kl": expected_kl(lambda_, sigma, eta_enc),
+        "information": information(lambda_, sigma),
+        "collapse": (theta_i * eta_enc / (eta_dec * sigma))**2,
+        "loss": reconstruction + (beta * kl_of_dead_mean).sum(-1),
+    }
+
+
+# --- The CVAE: theorem 2 ---
+
+
+def cvae_optimum(theta, dim_z, beta, eta_enc, eta_dec):
+    """The linear CVAE with a learnable encoder variance at its optimum. Source: theorem 2.
+
+    Model:
+        q(z|x,y) = N(W1 x + W2 y, Sigma), Sigma = diag(sigma_i^2) learnable
+        p(y|x,z) = N(U1 z + U2 x, eta_dec^2 I)
+        p(z|x)   = N(0, eta_enc^2 I)
+
+    Optimum, where theta_i are variances, the eigenvalues of E (see `moment_given_x`), and omega_i
+    are the singular values of U1:
+        omega_i  = sqrt((theta_i - beta eta_dec^2)+) / eta_enc
+        lambda_i = eta_enc sqrt((theta_i - beta eta_dec^2)+ / theta_i)
+        sigma_i  = sqrt(beta) eta_enc eta_dec / sqrt(theta_i)  if theta_i > beta eta_dec^2
+                   eta_enc                                     otherwise
+        KL_i     = (log(theta_i / (beta eta_dec^2)))+ / 2
+        L*       = [tr E - sum_i (theta_i - beta eta_dec^2)+] / (2 eta_dec^2)
+                   + (d_y/2) log(2 pi eta_dec^2) + beta sum_i KL_i
+        Unit i collapses at beta = theta_i / eta_dec^2.
+
+    The better x predicts y, the smaller is E, and the more units collapse. For y = x it is 0.
+
+    theta:   (d_y,), the spectrum of E, the largest variance first, in units of y squared
+    dim_z:   the number of units of z
+    beta:    the weight of KL(q(z|x,y) || p(z|x)), a number or (...,)
+    eta_enc: the std of the prior, in units of z, a number or (...,)
+    eta_dec: the std of p(y|x,z), in units of y, a number or (...,)
+
+    Returns theta, lambda, omega, sigma, kl, information and collapse, each (..., dim_z), and loss,
+    (...,). See the top of this file.
+    """
+    # The equations are those of theorem 1 for modes with the stds sqrt(theta_i).
+    optimum = vae_optimum(theta.sqrt(), dim_z, beta, eta_enc, eta_dec)
+    optimum["theta"] = _leading(theta, dim_z)
+    return optimum
+
+
+# --- The two-level HVAE: theorems 3 and 5 ---
+
+
+def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
+    """The linear two-level HVAE with a learnable variance of q(z2|z1) at its optimum.
+
+    Source: theorem 3.
+
+    Model:
+        q(z1|x)  = N(W1 x, sigma_1^2 I), fixed      q(z2|z1) = N(W2 z1, diag(sigma_2i^2)), learnable
+        p(x|z1)  = N(U1 z1, eta_dec^2 I)
+        p(z1|z2) = N(U2 z2, eta_dec^2 I)            p(z2)    = N(0, eta_enc^2 I)
+
+    Optimum: let b = (beta_2 / beta_1) eta_dec^2, and let m_i = lambda_1i^2 + sigma_1^2 be the
+    variance of mode i of z1.
+        m_i       = max(sigma_1^2, sigma_1^2 theta_i^2 / (beta_2 eta_dec^2))
+                        if sigma_1^2 >= b or sigma_1 theta_i / sqrt(beta_1) >= b
+                    max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1))   otherwise
+        lambda_1i = sqrt(m_i - sigma_1^2)
+        omega_2i  = sqrt((m_i - b)+) / eta_enc, the singular values of U2
+        lambda_2i = eta_enc sqrt((m_i - b)+ / m_i)
+        sigma_2i  = eta_enc sqrt(min(m_i, b) / m_i)
+        KL1_i     = (min(m_i, b) / eta_dec^2 - 1) / 2 - log(sigma_1 / eta_dec)
+        KL2_i     = (log(m_i / b))+ / 2
+        L*        = [E||x||^2 - sum_i theta_i^2 (1 - sigma_1^2 / m_i)] / (2 eta_dec^2)
+                    + (D/2) log(2 pi eta_dec^2) + sum_i (beta_1 KL1_i + beta_2 KL2_i)
+        Unit i of z1 collapses at beta_2 = theta_i^2 / eta_dec^2 if theta_i <= sigma_1 sqrt(beta_1),
+        and never otherwise.
+        Unit i of z2 collapses at
+        beta_2 = (beta_1 / eta_dec^2) max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1)).
+
+    KL1_i is the ELBO's term E[log q(z1|x) - log p(z1|z2)]. It is no divergence, since z2 depends
+    on the draw of z1, and if b < sigma_1^2 it can be negative. Where lambda_1i = 0 < omega_2i, z2
+    describes only the noise of z1.
+
+    The theorem has d_1 = d_2. Beyond it, d_1 and d_2 may differ: z2 then describes the largest
+    modes of z1, and the second case holds for the others.
+
+    theta:   (D,), all modes of x as stds, the largest first, in units of x
+    d_1:     the number of units of z1
+    d_2:     the number of units of z2
+    sigma_1: the std of q(z1|x), in units of z1, a number or (...,)
+    beta_1:  the weight of the KL term of z1, a number or (...,)
+    beta_2:  the weight of KL(q(z2|z1) || p(z2)), a number or (...,)
+    eta_enc: the std of p(z2), in units of z2, a number or (...,)
+    eta_dec: the std of p(x|z1) and of p(z1|z2), in units of x, a number or (...,)
+
+    Returns theta, lambda_1, kl_1, information_1 and collapse_1, each (..., d_1); lambda_2,
+    omega_2, sigma_2, kl_2, information_2 and collapse_2, each (..., d_2); and loss, (...,). See the
+    top of this file.
+    """
+    sigma_1, beta_1, beta_2, eta_enc, eta_dec = _per_unit(
+        sigma_1, beta_1, beta_2, eta_enc, eta_dec
+    )
+    theta_i = _leading(theta, d_1)
+    # Whether z2 has a unit for mode i of z1.
+    has_z2 = torch.arange(d_1) < d_2
+
+    # Level 1: m_i, the variance of mode i of z1, where z2 describes it and where it does not.
+    b = beta_2 / beta_1 * eta_dec**2
+    m_without_z2 = sigma_1 * theta_i / beta_1.sqrt()
+    m_with_z2 = (sigma_1 * theta_i / eta_dec)**2 / beta_2
+    described = has_z2 & ((sigma_1**2 >= b) | (m_without_z2 >= b))
+    m = torch.maximum(torch.where(described, m_with_z2, m_without_z2), sigma_1**2)
+    lambda_1 = (m - sigma_1**2).sqrt()
+
+    # Level 2 in terms of r_i = max(m_i / b, 1), which is 1 for a collapsed unit. Then
+    # min(m_i, b) = m_i / r_i, and (m_i - b)+ = b (r_i - 1).
+    r = torch.where(has_z2, (m / b).clamp(min=1), 1)
+    kl_1 = (m / r / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
+    r_2 = 1 + _leading(r - 1, d_2)
+    omega_2 = (b * (r_2 - 1)).sqrt() / eta_enc
+    lambda_2 = eta_enc * (1 - 1 / r_2).sqrt()
+    sigma_2 = eta_enc / r_2.sqrt()
+    kl_2 = r_2.log() / 2
+
+    collapse_1 = (theta_i / eta_dec)**2 * has_z2
+    collapse_1 = torch.where(theta_i > sigma_1 * beta_1.sqrt(), math.inf, collapse_1)
+    collapse_2 = beta_1 / eta_dec**2 * torch.maximum(sigma_1**2, m_without_z2) * has_z2
+
+    squared_error = (theta**2).sum(-1) - (theta_i**2 * (1 - sigma_1**2 / m)).sum(-1)
+    reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
+    return {
+        "theta": theta_i,
+        "lambda_1": lambda_1,
+        "kl_1": kl_1,
+        "information_1": information(lambda_1, sigma_1),
+        "lambda_2": lambda_2,
+        "omega_2": omega_2,
+        "sigma_2": sigma_2,
+        "kl_2": kl_2,
+        # As in the VAE, the information of z2 is its KL.
+        "information_2": kl_2,
+        "collapse_1": collapse_1,
+        "collapse_2": _leading(collapse_2, d_2),
+        "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
+    }
+
+
+def hvae_optimum_fixed_sigma_2(
+    theta, d_1, d_2, sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec
+):
+    """The linear two-level HVAE with both encoder variances fixed at its optimum.
+
+    Source: theorem 5.
+
+    Model:
+        q(z1|x)  = N(W1 x, sigma_1^2 I), fixed      q(z2|z1) = N(W2 z1, sigma_2^2 I), fixed
+        p(x|z1)  = N(U1 z1, eta_dec^2 I)
+        p(z1|z2) = N(U2 z2, eta_dec^2 I)            p(z2)    = N(0, eta_enc^2 I)
+
+    Optimum: let c = eta_dec / eta_enc, K = sqrt(beta_1 beta_2) and
+    m_0 = beta_2 c^2 sigma_2^2 / beta_1, and let m_i = lambda_1i^2 + sigma_1^2 be the variance of
+    mode i of z1.
+        m_i       = max(sigma_1^2, (sigma_1^2 theta_i^2 / (K c sigma_2))^(2/3))
+                        if sigma_1^2 >= m_0 or sigma_1 theta_i / sqrt(beta_1) >= m_0
+                    max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1))   otherwise
+        lambda_1i = sqrt(m_i - sigma_1^2)
+        omega_2i  = sqrt((K c sqrt(m_i) / sigma_2 - beta_2 c^2)+ / beta_1), singular values of U2
+        w_2i      = beta_1 omega_2i / (beta_1 omega_2i^2 + beta_2 c^2), singular values of W2
+        lambda_2i = w_2i sqrt(m_i)
+        KL1_i     = ([(1 - omega_2i w_2i)^2 m_i + omega_2i^2 sigma_2^2] / eta_dec^2 - 1) / 2
+                    - log(sigma_1 / eta_dec), where [...] is E(z1 - U2 z2)^2 along mode i
+        KL2_i     = ((lambda_2i^2 + sigma_2^2) / eta_enc^2 - 1) / 2 - log(sigma_2 / eta_enc)
+        L*        = [E||x||^2 - sum_i theta_i^2 (1 - sigma_1^2 / m_i)] / (2 eta_dec^2)
+                    + (D/2) log(2 pi eta_dec^2) + sum_i (beta_1 KL1_i + beta_2 KL2_i)
+        Unit i of z1 collapses at beta_2 = theta_i^4 / (beta_1 (c sigma_1 sigma_2)^2) if
+        theta_i <= sigma_1 sqrt(beta_1), and never otherwise.
+        The mean of unit i of z2 dies at
+        beta_2 = beta_1 / (c sigma_2)^2 max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1)).
+
+    KL1_i is the ELBO's term E[log q(z1|x) - log p(z1|z2)], which can be negative. A unit of z2
+    whose mean is dead (lambda_2i = 0) still has a KL, unless sigma_2 = eta_enc.
+
+    The theorem has d_1 = d_2. Beyond it, d_1 and d_2 may differ: z2 then describes the largest
+    modes of z1, and the second case holds for the others, with omega_2i = 0.
+
+    theta:   (D,), all modes of x as stds, the largest first, in units of x
+    d_1:     the number of units of z1
+    d_2:     the number of units of z2
+    sigma_1: the std of q(z1|x), in units of z1, a number or (...,)
+    sigma_2: the std of q(z2|z1), in units of z2, a number or (...,)
+    beta_1:  the weight of the KL term of z1, a number or (...,)
+    beta_2:  the weight of KL(q(z2|z1) || p(z2)), a number or (...,)
+    eta_enc: the std of p(z2), in units of z2, a number or (...,)
+    eta_dec: the std of p(x|z1) and of p(z1|z2), in units of x, a number or (...,)
+
+    Returns theta, lambda_1, kl_1, information_1 and collapse_1, each (..., d_1); lambda_2,
+    omega_2, kl_2, information_2 and collapse_2, each (..., d_2); and loss, (...,). See the top of
+    this file.
+    """
+    sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec = _per_unit(
+        sigma_1, sigma_2, beta_1, beta_2, eta_enc, eta_dec
+    )
+    theta_i = _leading(theta, d_1)
+    # Whether z2 has a unit for mode i of z1.
+    has_z2 = torch.arange(d_1) < d_2
+    c = eta_dec / eta_enc
+    K = (beta_1 * beta_2).sqrt()
+
+    # Level 1: m_i, the variance of mode i of z1, where z2 describes it and where it does not.
+    m_0 = beta_2 * (c * sigma_2)**2 / beta_1
+    m_without_z2 = sigma_1 * theta_i / beta_1.sqrt()
+    m_with_z2 = (sigma_1**2 * theta_i**2 / (K * c * sigma_2))**(2 / 3)
+    described = has_z2 & ((sigma_1**2 >= m_0) | (m_without_z2 >= m_0))
+    m = torch.maximum(torch.where(described, m_with_z2, m_without_z2), sigma_1**2)
+    lambda_1 = (m - sigma_1**2).sqrt()
+
+    # Level 2: the decoder U2, the encoder W2, and the KL terms of both levels.
+    omega_2 = ((K * c * m.sqrt() / sigma_2 - beta_2 * c**2).clamp(min=0) / beta_1).sqrt() * has_z2
+    w_2 = beta_1 * omega_2 / (beta_1 * omega_2**2 + beta_2 * c**2)
+    squared_error_1 = (1 - omega_2 * w_2)**2 * m + (omega_2 * sigma_2)**2
+    kl_1 = (squared_error_1 / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
+    lambda_2 = _leading(w_2 * m.sqrt(), d_2)
+    kl_2 = expected_kl(lambda_2, sigma_2, eta_enc)
+
+    collapse_1 = theta_i**4 / (beta_1 * (c * sigma_1 * sigma_2)**2) * has_z2
+    collapse_1 = torch.where(theta_i > sigma_1 * beta_1.sqrt(), math.inf, collapse_1)
+    collapse_2 = beta_1 / (c * sigma_2)**2 * torch.maximum(sigma_1**2, m_without_z2) * has_z2
+
+    squared_error = (theta**2).sum(-1) - (theta_i**2 * (1 - sigma_1**2 / m)).sum(-1)
+    reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
+    return {
+        "theta": theta_i,
+        "lambda_1": lambda_1,
+        "kl_1": kl_1,
+        "information_1": information(lambda_1, sigma_1),
+        "lambda_2": lambda_2,
+        "omega_2": _leading(omega_2, d_2),
+        "kl_2": kl_2,
+        "information_2": information(lambda_2, sigma_2),
+        "collapse_1": collapse_1,
+        "collapse_2": _leading(collapse_2, d_2),
+        "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
+    }

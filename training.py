@@ -1,9 +1,17 @@
-"""The training of all models: one loop, `Training`, with two users. `fit` trains a small script's settings with Adam, those that
-differ only in scalars of the objective side by side as one batched model; a deep model's script writes the body of its loop itself,
-and all processes train it together.
+"""The training of all models.
 
-In this order: `fit`, what it leaves and finds finished; the loop; the small scripts' step; checkpoints and signals. What a model
-is to offer stands in report.py; nothing here knows an objective but through its `loss`.
+The file reads from the inside out:
+
+1. The training step for one model, as one writes it in PyTorch.
+2. What makes it a grid: the models of several settings, stacked and trained as one batched model.
+3. What makes it a CUDA graph: a step that is captured once and then replayed.
+4. The loop, `Training`: batches, their means, curves, divergence. The small scripts train with
+   Adam by `train_with_adam`. A deep model's script writes the body of the loop itself.
+5. `fit`, which trains what is not finished yet, and the files of a run.
+6. Checkpoints and signals.
+
+The docstring of report.py lists what a model has to offer. Nothing in this file knows an objective,
+except through a model's `loss`.
 """
 import contextlib
 import copy
@@ -12,487 +20,1179 @@ import hashlib
 import inspect
 import json
 import math
-import pickle
 import signal
 import sys
+import textwrap
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import common
 import files
+import processes
 
 
-def fit(Model, settings, data, side_by_side=True, train=None):
-    """Train one `Model` per setting on its data; models in the order of the settings, None where training diverged.
+# --- 1. The training step for one model ---
 
-    Settings that differ only in scalars of the objective train side by side as one batched model, each from the same
-    initial weights, on the same batches and with the same noise as if it were alone; of several processes each trains its
-    share, and None stands for the others' models. With a script's own loop, train(model, f, data, loop), which takes the
-    batches of a `Training` and returns the model to evaluate, settings are trained one after another, each by all processes.
 
-    What is finished is read from its run's folder instead, unless --overwrite; each run's model.pt and training.json are
-    written when its group ends, and until then a checkpoint.
+def training_step(model, optimizer, batch, f, share=None):
+    """One step of the optimiser on the mean loss of a batch.
+
+    batch holds the tensors that the model's forward takes, one row per example. f is the setting,
+    with its scalars on the device (see `common.on_device`). share is the share of every beta that
+    counts, a 0-d tensor, or None for all of it. Returns the means over the batch in nats per
+    example, {name: 0-d tensor}: the loss first, then the reconstruction and the KL of each level.
     """
-    for f in settings:
-        if getattr(f, "beta_warmup", 0) > f.num_epochs / getattr(f, "beta_cycles", 1):
-            common.stop(f, f"--beta_warmup: got {f.beta_warmup:g}, wants at most --num_epochs / --beta_cycles = "
-                           f"{f.num_epochs / f.beta_cycles:g}")
-    print(f"device: {common.device_name(common.device_of(settings[0]))}", file=sys.stderr)
-    rank, world = common.processes() if train else (0, 1)
-    meet = common.meet if train else lambda: None
-    models, groups = [None] * len(settings), {}
-    for i in range(len(settings)) if train else common.share(settings):
-        f, d = settings[i], data[i]
-        fixed = [getattr(f, field.name) for field in dataclasses.fields(f) if not field.metadata["scalar"]]
-        groups.setdefault((*fixed, id(d)) if side_by_side and not train else i, []).append(i)
-    if rank == 0:
-        files.lock([files.run_dir(settings[i], data[i]) for group in groups.values() for i in group])
-    meet()
-    for group in groups.values():
-        finished = {i: read_trained(Model, settings[i], data[i]) for i in group if not settings[i].overwrite}
-        unfinished = [i for i in group if not finished.get(i)]
-        # A process that died while it wrote its results left the checkpoint of the whole group, perhaps with nothing to do.
-        for members in dict.fromkeys((tuple(group), tuple(unfinished or group))):
-            checkpoint = Checkpoint([settings[i] for i in members], data[members[0]], world)
-            if checkpoint.state:
-                break
-        meet()                                            # all have looked before the first process changes anything
-        for i in [i for i in group if i not in unfinished]:
-            models[i], training, folder = finished[i]
-            if rank == 0:
-                print(f"already trained: {folder} (--overwrite trains it again)", file=sys.stderr)
-                if folder != files.run_dir(settings[i], data[i]):
-                    leave(models[i], training | {"settings": files.what(settings[i], data[i])}, settings[i], data[i])
-        if unfinished:
-            trained = train_group(Model, [settings[i] for i in members], data[members[0]], checkpoint, train)
-            for i, (model, training) in zip(members, trained):
-                if i in unfinished:
-                    models[i] = model
-                    if rank == 0:
-                        leave(model, training, settings[i], data[i])
-        if rank == 0:
-            checkpoint.remove()
-        meet()
-    return models
+    optimizer.zero_grad()
 
+    terms = model(*batch, f)
+    loss = model.loss(terms, with_beta_share(f, share))
+    means = common.batch_means(loss, terms)
 
-def leave(model, training, f, data):
-    """Write a trained model (None for one that diverged) and what its training was. The files of a run that this one takes
-    the place of go first, those that vouch for the others before all."""
-    folder = files.run_dir(f, data)
-    for stale in sorted(folder.glob("*"), key=lambda path: path.suffix != ".json"):
-        stale.unlink()
-    if model is not None:
-        files.write(folder / "model.pt", lambda file: torch.save(model.state_dict(), file))
-    files.write_json(folder / "training.json", files.describe(f, data) | training)
-
-
-def read_trained(Model, f, data):
-    """(model, training, folder) of a setting that was trained before, the first two as `train_group` gives them: by its run, whose
-    files are in the folder, or by one that differs from it only in its evaluation. None if there is none, whole."""
-    own = files.run_dir(f, data)
-    for folder in (None, *sorted(other for other in own.parent.glob("*/") if other != own)):
-        training, path = files.read_result(f, data, "training.json", folder), (folder or own) / "model.pt"
-        if training is None:
-            continue
-        if training["diverged"]:
-            return None, training, path.parent
-        model = build(Model, f, data).eval()
-        try:
-            model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            return model, training, path.parent
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as wrong:
-            print(f"cannot read {path}, training again: {wrong}", file=sys.stderr)
-
-
-def build(Model, f, data):
-    """A model on the data's device, with the initial weights that its seed gives, the same on every device."""
-    with common.seeded(f.seed, "init", torch.device("cpu")):
-        # channels_last lets convolutions run faster on a CPU; other weights it leaves as they are.
-        return Model(f).to(data.train[0].device, data.train[0].dtype, memory_format=torch.channels_last)
-
-
-def train_group(Model, group, data, checkpoint=None, train=None):
-    """Train a group of G settings that differ only in scalars of the objective, side by side, with Adam; or one, by a
-    script's own loop.
-
-    Returns one (model, training) per setting. training holds the curves (means over each epoch, in nats per example),
-    the seconds of the whole group, and under "diverged" None or, where a batch's loss was not finite or EXPLODED, the
-    epoch and the last loss before it, with None for the model. With a `Checkpoint` it goes on from where that stands, and
-    ends with the very numbers of an undisturbed run. Raises Interrupted, the checkpoint written, on SIGINT and SIGTERM.
-    """
-    common.use_precision(group[0])
-    loop, models = Training(group, data, checkpoint, together=bool(train)), [build(Model, f, data) for f in group]
-    with loop.undisturbed():
-        if train:
-            models = [train(models[0], common.on_device(group[0], data.train[0]), data, loop)]
-        else:
-            train_with_adam(models, group, data, loop)
-    return [(None if training["diverged"] else model.eval(), training) for model, training in zip(models, loop.results())]
-
-
-EXPLODED = 1e3                                            # times the first batch's loss
-AGREE = 8                                                 # steps after which many processes tell each other of signals
-
-
-class Training:
-    """The training of a group of G settings, or of one setting by all processes together: its batches, their tally, its
-    curves, and going on from where a killed run stood.
-
-        for rows in loop.batches(model=model, optimizer=optimizer):
-            ... a step on the examples data.train[...][rows], whose means loop.record(means) notes ...
-    """
-
-    def __init__(self, group, data, checkpoint=None, together=False):
-        self.f, self.G, self.n, self.device = group[0], len(group), len(data.train[0]), data.train[0].device
-        self.rank, self.world = common.processes() if together else (0, 1)
-        self.rows = self.world * self.f.batch_size        # of all processes, a step
-        if together:                                      # an incomplete last batch is left out: all steps are of one size
-            if self.rows > self.n:
-                common.stop(self.f, f"--batch_size: got {self.f.batch_size} for {self.world} process(es), wants at most the "
-                                    f"{self.n:,} training examples in all")
-            self.n = self.n // self.rows * self.rows
-        self.steps = math.ceil(self.n / self.rows) * self.f.num_epochs
-        self.examples, self.order = len(data.train[0]), common.generator(self.f.seed, "batches", self.device)
-        self.checkpoint, self.came = checkpoint, []
-        self.phases = checkpoint and checkpoint.state or {}
-
-    @contextlib.contextmanager
-    def undisturbed(self):
-        """Within, the default generators are the noise's, of which this process draws its rows, and SIGINT and SIGTERM wait."""
-        with common.seeded(self.f.seed, "noise", self.device), common.noise_of(self.rank, self.world), \
-                held_signals() as self.came:
-            yield
-
-    def batches(self, phase="", epochs=None, **parts):
-        """The numbers of the rows of each batch, (batch size,), over all epochs (--num_epochs if not told otherwise); of
-        several processes this one's. parts, whatever has a state_dict, go on from the checkpoint, and so do the random
-        numbers. A further phase of the training has a name. Raises Interrupted, the checkpoint written, on SIGINT and SIGTERM."""
-        f, n, epochs = self.f, self.n, epochs or self.f.num_epochs
-        self.now = now = self.phases.setdefault(
-            phase, {"epoch": 1, "done": 0, "names": [], "curves": [], "diverged": [None] * self.G, "tally": {}, "seconds": 0.0})
-        if "parts" in now:
-            for name, part in parts.items():
-                part.load_state_dict(now["parts"][name])
-            self.order.set_state(now["order"].cpu())
-            random_states(self.device, now["noise"])
-            if phase == list(self.phases)[-1]:
-                if self.world > 1:                        # of each process its own
-                    now["tally"] = {name: value[self.rank].to(self.device) for name, value in now["tally"].items()}
-                print(f"going on after {now['epoch'] - 1} of {epochs} epochs, from {self.checkpoint.path}", file=sys.stderr)
-        start = time.monotonic() - now["seconds"]
-
-        def keep(order):
-            now.update(parts={name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}, order=order,
-                       noise=random_states(self.device), seconds=time.monotonic() - start)
-
-        def note(epoch):
-            """Which epoch it is, and the losses of the one before: "epoch 12/100, loss 235.32 to 250.01, "."""
-            losses = [f"{loss:.2f}" for of in now["curves"][-1:] for loss in (min(of[0]), max(of[0]))]
-            return f"epoch {epoch}/{epochs}, " + (f"loss {' to '.join(dict.fromkeys(losses))}, " if losses else "")
-
-        what = " ".join(["training", *[phase] * bool(phase), *[f"{self.G} settings"] * (self.G > 1)])
-        progress = common.Progress(what, n * epochs, "examples", (now["epoch"] - 1) * n + min(n, now["done"] * self.rows))
-        while now["epoch"] <= epochs and not all(self.diverged):
-            order, line = self.order.get_state(), note(now["epoch"])
-            shuffled = torch.randperm(self.examples, generator=self.order, device=self.device)[:n].split(self.rows)
-            while now["done"] < len(shuffled):
-                rows = shuffled[now["done"]][self.rank * f.batch_size:][:f.batch_size]
-                self.weight = len(rows) / f.batch_size
-                yield rows
-                now["done"] += 1
-                progress.update((now["epoch"] - 1) * n + min(n, now["done"] * self.rows), line)
-                due = self.checkpoint and self.rank == 0 and self.checkpoint.due(f.checkpoint_seconds)
-                came, due = self._agreed(self.came[0] if self.came else 0, int(bool(due)))
-                if self.checkpoint and (came or due):
-                    own, now["tally"] = now["tally"], self._of_all(now["tally"])
-                    if self.rank == 0:
-                        keep(order)
-                        self.checkpoint.write(self.phases)
-                    now["tally"] = own
-                if came:
-                    raise common.Interrupted(came)
-            self._end_epoch()
-        keep(self.order.get_state())
-        if self.checkpoint and self.G > 1:                # stands until the last of the group is written
-            self.checkpoint.write(self.phases)
-        progress.update(len(now["curves"]) * n, note(len(now["curves"])), end=True)
-
-    def _agreed(self, *numbers):
-        """Whole numbers as all processes know them, the largest of each. Of many processes all hear of it in the same step, one of
-        every AGREE and the last of an epoch, and of zeros until then: none may stop alone while others wait for it."""
-        if self.world == 1:
-            return numbers
-        heard = torch.tensor(numbers)
-        if self.now["done"] % AGREE and self.now["done"] < self.n // self.rows:
-            return heard.zero_().tolist()
-        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-        return heard.tolist()
-
-    def _of_all(self, tally):
-        """The tallies of all processes, {name: (processes, ...)}; of one process its own."""
-        if self.world == 1:
-            return tally
-        gathered = {}
-        for name, value in tally.items():
-            of_each = [torch.empty_like(value, device="cpu") for _ in range(self.world)]
-            torch.distributed.all_gather(of_each, value.cpu())
-            gathered[name] = torch.stack(of_each)
-        return gathered
-
-    def replayed(self, step):
-        """step(rows) as a `Replayed` one."""
-        return Replayed(step, self.f.batch_size, self.device, self.world > 1)
-
-    def record(self, means):
-        """Note the means of a batch, {name: 0-d, or (G,) of G settings}, the loss first. They stay on the device, in the same
-        memory; the host reads them once an epoch."""
-        values, tally = torch.stack(list(means.values())).detach().view(-1, self.G), self.now["tally"]
-        if not tally:                                     # sums over the epoch; each setting's last loss that was in order,
-            self.now["names"] = list(means)               # whether all were, and the loss from which on it is not
-            tally.update(sums=torch.zeros_like(values), last=torch.full_like(values[0], math.nan),
-                         alive=torch.ones_like(values[0], dtype=torch.bool), limit=EXPLODED * (1 + values[0].abs()))
-        tally["sums"].add_(values, alpha=self.weight)
-        tally["alive"].logical_and_(values[0] < tally["limit"])              # false for nan, too
-        tally["last"].copy_(torch.where(tally["alive"], values[0], tally["last"]))
-
-    def _end_epoch(self):
-        """Read the tally: means over the epoch and over all processes, and which settings have diverged."""
-        now, tally = self.now, self.now["tally"]
-        whole = torch.cat([tally["sums"] / (self.n / self.rows), tally["alive"][None], tally["last"][None]])
-        if self.world > 1:
-            torch.distributed.all_reduce(whole)
-            whole /= self.world
-        *means, alive, last = whole.tolist()
-        now["curves"].append(means)
-        now["diverged"] = [of or (None if alive[g] == 1 else {"epoch": now["epoch"], "last_finite_loss": last[g]})
-                           for g, of in enumerate(now["diverged"])]
-        tally["sums"].zero_()
-        now.update(epoch=now["epoch"] + 1, done=0)
-
-    @property
-    def epochs_done(self):
-        """How many epochs are behind the batch that is now trained on, and which part of this one."""
-        return self.now["epoch"] - 1 + self.now["done"] * self.rows / self.n
-
-    @property
-    def diverged(self):
-        """Of each setting None, or where it diverged: {"epoch", "last_finite_loss"}."""
-        return [next(filter(None, of), None) for of in zip(*(now["diverged"] for now in self.phases.values()))]
-
-    def results(self):
-        """What training.json says of each setting: curves by name, None or where it diverged, seconds."""
-        def curves(g):
-            for phase, now in self.phases.items():
-                until = now["diverged"][g]["epoch"] - 1 if now["diverged"][g] else None
-                for k, name in enumerate(now["names"]):
-                    yield f"{phase} {name}".strip(), [means[k][g] for means in now["curves"][:until]]
-        return [{"curves": dict(curves(g)), "diverged": diverged, "seconds": sum(now["seconds"] for now in self.phases.values()),
-                 "side_by_side": self.G, "processes": self.world} for g, diverged in enumerate(self.diverged)]
-
-
-def random_states(device, restored=None):
-    """The states of the default generators, the CPU's and CUDA's; restored puts earlier ones back."""
-    if restored:
-        torch.set_rng_state(restored[0].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(restored[1].cpu(), device)
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def train_with_adam(models, group, data, loop):
-    """Minimise each setting's own loss with Adam, at --lr and within --grad_clip, those of a group as one batched model."""
-    first, G, device = group[0], len(group), data.train[0].device
-    share = torch.zeros_like(data.train[0][0, 0]) if beta_share(first, 0) < 1 else None
-    stacked = Stacked(models, group, data.train, share) if G > 1 else None
-    parameters, f = list((stacked or models[0]).parameters()), common.on_device(first, data.train[0])
-    # Where a step is to be captured, the learning rate is to lie on the device.
-    lr = torch.tensor(first.lr, device=device) if device.type == "cuda" else first.lr
-    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
-    parts = {"model": stacked or models[0], "optimizer": optimizer}
-    if first.lr_schedule == "cosine":
-        parts["schedule"] = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * step / loop.steps)) / 2)
-
-    def step(rows):
-        batch = [t.index_select(0, rows) for t in data.train]
-        if stacked:
-            means = stacked(*batch)
-        else:
-            terms = models[0](*batch, f)
-            means = common.means(models[0].loss(terms, weighted(f, share)), terms)
-        optimizer.zero_grad()
-        means["loss"].sum().backward()
-        clip(parameters, first.grad_clip, G)
-        optimizer.step()
-        loop.record(means)
-
-    replayed = loop.replayed(step)
-    for rows in loop.batches(**parts):
-        if share is not None:
-            share.fill_(beta_share(first, loop.epochs_done))
-        replayed(rows)
-        if "schedule" in parts:
-            parts["schedule"].step()
-    if stacked:
-        for g, model in enumerate(models):
-            model.load_state_dict({name: value[g] for name, value in stacked.state_dict().items()})
+    means["loss"].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
+    optimizer.step()
+    return means
 
 
 def beta_share(f, epochs):
-    """The share of beta that counts so many epochs after the start: 1, or what --beta_warmup and --beta_cycles let rise from 0."""
-    length = f.num_epochs / getattr(f, "beta_cycles", 1)
-    rise = getattr(f, "beta_warmup", 0) or (length / 2 if length < f.num_epochs else 0)
-    return min(1.0, epochs % length / rise) if rise else 1.0
+    """The share of every beta that counts when `epochs` epochs are done, a number from 0 to 1.
+
+    It rises linearly from 0 over --beta_warmup epochs (Bowman et al. 2016, arXiv 1511.06349). With
+    --beta_cycles it does so anew in each cycle, for half of the cycle if --beta_warmup is 0 (Fu et
+    al. 2019, arXiv 1903.10145). Without these flags it is always 1.
+    """
+    warmup = getattr(f, "beta_warmup", 0)
+    cycles = getattr(f, "beta_cycles", 1)
+    cycle_length = f.num_epochs / cycles
+    if warmup == 0 and cycles > 1:
+        warmup = cycle_length / 2
+    if warmup == 0:
+        return 1.0
+    return min(1.0, epochs % cycle_length / warmup)
 
 
-def weighted(f, share):
-    """The setting with all its betas times share, a 0-d tensor (None for 1)."""
-    betas = [field.name for field in dataclasses.fields(f) if field.metadata["scalar"] and field.name.startswith("beta")]
-    return f if share is None else dataclasses.replace(f, **{name: getattr(f, name) * share for name in betas})
+def with_beta_share(f, share):
+    """The setting with every beta multiplied by share, a 0-d tensor. None leaves it as it is."""
+    if share is None:
+        return f
+    scaled = {}
+    for field in dataclasses.fields(f):
+        if field.metadata["scalar"] and field.name.startswith("beta"):
+            scaled[field.name] = getattr(f, field.name) * share
+    return dataclasses.replace(f, **scaled)
 
 
-class Stacked:
-    """G models of one class as one, their parameters stacked to (G, ...). Called on a batch it gives the means of each setting's
-    loss and terms, {name: (G,)}. share (0-d) of every beta counts."""
+# --- 2. What makes it a grid ---
+
+
+class StackedModels:
+    """G models of one class as one batched model, each with the scalars of its own setting.
+
+    models are the G modules and group their settings, which differ only in scalars of the
+    objective. train is the tuple of training tensors. share is as in `training_step`. Parameters
+    and buffers are stacked to (G, ...). All models see the same batch and the same noise.
+    """
 
     def __init__(self, models, group, train, share=None):
-        self.scalars = common.scalars_of(group, train[0])
+        self.scalars = common.objective_scalars(group, train[0])
         self.weights, self.buffers = torch.func.stack_module_state(models)
 
-        def of_one(weights, buffers, scalars, *batch):
+        def means_of_one(weights, buffers, scalars, *batch):
             f = dataclasses.replace(group[0], **scalars)
             terms = torch.func.functional_call(models[0], (weights, buffers), (*batch, f))
-            return common.means(models[0].loss(terms, weighted(f, share)), terms)
+            loss = models[0].loss(terms, with_beta_share(f, share))
+            return common.batch_means(loss, terms)
 
-        self.of_each = torch.vmap(of_one, in_dims=(0, 0, 0) + (None,) * len(train), randomness="same")
+        batch_dims = (None,) * len(train)
+        self.means_of_each = torch.vmap(
+            means_of_one, in_dims=(0, 0, 0, *batch_dims), randomness="same"
+        )
 
     def __call__(self, *batch):
-        return self.of_each(self.weights, self.buffers, self.scalars, *batch)
+        """The means over a batch of each setting's loss and terms, {name: (G,)}, in nats."""
+        return self.means_of_each(self.weights, self.buffers, self.scalars, *batch)
 
     def parameters(self):
         return self.weights.values()
 
     def state_dict(self):
-        return {name: value.detach() for name, value in (self.weights | self.buffers).items()}
+        state = {}
+        for name, value in (self.weights | self.buffers).items():
+            state[name] = value.detach()
+        return state
 
     def load_state_dict(self, state):
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
+    def copy_to(self, models):
+        """Give each of the G models its own weights and buffers."""
+        state = self.state_dict()
+        for g, model in enumerate(models):
+            model.load_state_dict({name: value[g] for name, value in state.items()})
 
-def clip(parameters, max_norm, G):
-    """Scale each setting's gradient to a norm of at most max_norm; those of G > 1 settings are stacked, (G, ...)."""
-    if G == 1:
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        return
-    gradients = [p.grad for p in parameters]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    scale = (max_norm / (norms + 1e-6)).clamp(max=1)      # the rule of clip_grad_norm_
-    for g in gradients:
-        g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
+
+def grid_step(stacked, optimizer, batch, max_norm):
+    """`training_step` for G models at once, by a `StackedModels`: means {name: (G,)}.
+
+    The G losses share no weight, so the gradient of their sum holds the gradient of each.
+    """
+    optimizer.zero_grad()
+    means = stacked(*batch)
+    means["loss"].sum().backward()
+    clip_each(stacked.parameters(), max_norm)
+    optimizer.step()
+    return means
+
+
+def clip_each(parameters, max_norm):
+    """Scale the gradient of each setting to a norm of at most max_norm.
+
+    parameters are stacked, each of shape (G, ...). The rule is that of
+    torch.nn.utils.clip_grad_norm_, applied to each setting by itself.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    norms_by_tensor = [gradient.flatten(1).norm(dim=1) for gradient in gradients]
+    norms = torch.stack(norms_by_tensor).norm(dim=0)
+    scale = (max_norm / (norms + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        ones = [1] * (gradient.ndim - 1)
+        gradient.mul_(scale.view(-1, *ones))
+
+
+# --- 3. What makes it a CUDA graph ---
 
 
 class Replayed:
-    """step(rows), on CUDA captured once as a graph for batches of `size` row numbers, and replayed: the host then launches
-    one thing a batch instead of hundreds. Other batches, many processes' steps, which wait for each other, and devices without
-    graphs take the step as it is."""
-    EAGER = 3                                             # steps before the capture, so that all memory is there
+    """A training step that is captured as a CUDA graph and then replayed.
+
+    The host launches one graph a batch instead of hundreds of kernels. step is a function of the
+    row numbers of a batch, (size,), and must do all its work on the device. It is called directly,
+    as if there were no graph, in three cases: for batches of another size, on devices other than
+    CUDA, and where several processes take the step together, since they wait for each other in it.
+    """
+
+    # Steps before the capture. They allocate the gradients and the optimiser's state.
+    EAGER = 3
 
     def __init__(self, step, size, device, together=False):
-        self.step, self.graph, self.taken = step, None, 0
+        self.step = step
+        self.graph = None
+        self.eager_steps = 0
+        # The graph always reads the row numbers from this memory.
         self.rows = torch.empty(size, dtype=torch.long, device=device)
         self.capturable = device.type == "cuda"
         if self.capturable:
-            self.beside = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream()
         if self.capturable and together:
-            self._launch_always("many processes take it together")
-
-    def _launch_always(self, why):
-        self.capturable = False
-        print(f"the training step cannot be captured as a CUDA graph, it is launched anew each time: {why}", file=sys.stderr)
+            self._give_up("many processes take it together")
 
     def __call__(self, rows):
         if not self.capturable or len(rows) != len(self.rows):
-            return self.step(rows)
-        self.rows.copy_(rows)
-        if self.taken < self.EAGER:
-            self.taken += 1
-            self.beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.beside):
-                self.step(self.rows)
-            torch.cuda.current_stream().wait_stream(self.beside)
+            self.step(rows)
             return
-        if not self.graph:
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self.beside):
-                    self.step(self.rows)
-                self.graph = graph
-            except RuntimeError as wrong:
-                self._launch_always(wrong)
-                return self.step(rows)
-        self.graph.replay()
+        self.rows.copy_(rows)
+        if self.eager_steps < self.EAGER:
+            self._step_eagerly()
+            return
+        if self.graph is None:
+            self._capture()
+        if self.graph is None:
+            self.step(rows)
+        else:
+            self.graph.replay()
+
+    def _step_eagerly(self):
+        """Take the step on the stream that will be captured, as CUDA graphs require."""
+        self.eager_steps += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step(self.rows)
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _capture(self):
+        """Capture the step, which does not run it. Leaves graph at None where that fails."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.step(self.rows)
+            self.graph = graph
+        except RuntimeError as error:
+            self._give_up(error)
+
+    def _give_up(self, reason):
+        self.capturable = False
+        print(
+            "the training step cannot be captured as a CUDA graph, it is launched anew each time: "
+            f"{reason}",
+            file=sys.stderr,
+        )
 
 
-CHECKPOINT_FORMAT = 3
+# --- 4. The loop ---
+
+
+# A setting has diverged when its loss is not finite, or when it reaches this number times
+# 1 + |the loss of the first batch|.
+EXPLODED = 1e3
+
+# Several processes agree on signals and checkpoints once in this number of steps.
+AGREE = 8
+
+
+@dataclass
+class Divergence:
+    """Where the training of a setting diverged."""
+
+    # The epoch in which it diverged, counted from 1.
+    epoch: int
+    # The last loss before that, in nats per example. None if no loss was finite.
+    last_finite_loss: float
+
+
+@dataclass
+class TrainingRecord:
+    """How the training of a setting went. training.json holds these fields, too."""
+
+    # {name: [mean over each epoch]} in nats per example. They end before a divergence.
+    curves: dict
+    # A Divergence, or None.
+    diverged: Divergence
+    # The seconds that the training of the whole group took.
+    seconds: float
+    # The number of settings in that group.
+    side_by_side: int
+    # The number of processes that trained it together.
+    processes: int
+
+    @classmethod
+    def from_json(cls, saved):
+        """The record in the dict of a training.json. Raises ValueError if it is not a whole one."""
+        number = (int, float)
+
+        curves = _checked(saved, "curves", dict)
+        _checked(curves, "loss", list)
+        for name in curves:
+            for mean in _checked(curves, name, list):
+                if not isinstance(mean, number):
+                    raise ValueError(f"the curve {name!r} does not consist of numbers")
+
+        diverged = _checked(saved, "diverged", (dict, type(None)))
+        if diverged is not None:
+            diverged = Divergence(
+                epoch=_checked(diverged, "epoch", int),
+                last_finite_loss=_checked(diverged, "last_finite_loss", (*number, type(None))),
+            )
+        return cls(
+            curves=curves,
+            diverged=diverged,
+            seconds=_checked(saved, "seconds", number),
+            side_by_side=_checked(saved, "side_by_side", int),
+            processes=_checked(saved, "processes", int),
+        )
+
+
+def _checked(values, name, kinds):
+    """values[name]. Raises ValueError if there is none, or if it is of another type."""
+    if name not in values:
+        raise ValueError(f"{name!r} is missing")
+    if not isinstance(values[name], kinds):
+        raise ValueError(f"{name!r} is of a wrong type, {type(values[name]).__name__}")
+    return values[name]
+
+
+@dataclass
+class Tally:
+    """The means of an epoch's batches, added up on the device: the host reads them once an epoch.
+
+    The tensors keep their memory throughout a phase, because a captured step adds to them.
+    """
+
+    # Sums over the batches of this epoch, each weighted by its size: (means, G).
+    sums: torch.Tensor
+    # Whether no loss has reached the limit so far: (G,), bool.
+    alive: torch.Tensor
+    # The last loss below the limit, nan if there was none: (G,).
+    last: torch.Tensor
+    # The loss from which on training has diverged: (G,).
+    limit: torch.Tensor
+
+    @classmethod
+    def like(cls, values):
+        """An empty tally for the means of the first batch, (means, G), the loss first."""
+        first_loss = values[0]
+        return cls(
+            sums=torch.zeros_like(values),
+            alive=torch.ones_like(first_loss, dtype=torch.bool),
+            last=torch.full_like(first_loss, math.nan),
+            limit=EXPLODED * (1 + first_loss.abs()),
+        )
+
+    def add(self, values, weight):
+        """Add the means of a batch, (means, G), the loss first."""
+        loss = values[0]
+        self.sums.add_(values, alpha=weight)
+        # The comparison is false for nan, too.
+        self.alive.logical_and_(loss < self.limit)
+        self.last.copy_(torch.where(self.alive, loss, self.last))
+
+
+@dataclass
+class Phase:
+    """Where one phase of a training is. Most trainings have a single phase, named ""."""
+
+    name: str
+    # For each setting None, or its Divergence in this phase.
+    divergences: list
+    # The epoch that is being trained, counted from 1.
+    epoch: int = 1
+    # The number of this epoch's batches that are done.
+    batches_done: int = 0
+    # Names of the recorded means, the loss first.
+    names: list = dataclasses.field(default_factory=list)
+    # For each finished epoch the means, a list over names of lists over settings.
+    curves: list = dataclasses.field(default_factory=list)
+    # For each setting its last finite loss when the last finished epoch ended, or None.
+    last_losses: list = dataclasses.field(default_factory=list)
+    # The Tally. None before the first batch and after the last epoch.
+    tally: Tally = None
+    # The seconds of training so far.
+    seconds: float = 0.0
+    # What a later command needs to go on from here, None before the first checkpoint:
+    # "parts": {name: state_dict}, "order": the state of the generator of the batches when the epoch
+    # began, "noise": the `random_states`.
+    restart: dict = None
+
+    def state_dict(self):
+        """The phase as a checkpoint holds it: dicts, lists, tensors, text and numbers."""
+        state = dict(vars(self))
+        state["divergences"] = [
+            None if divergence is None else dataclasses.asdict(divergence)
+            for divergence in self.divergences
+        ]
+        state["tally"] = None if self.tally is None else dict(vars(self.tally))
+        return state
+
+    @classmethod
+    def from_state(cls, state):
+        """The phase that a `state_dict` describes."""
+        phase = cls(**state)
+        phase.divergences = [
+            None if divergence is None else Divergence(**divergence)
+            for divergence in state["divergences"]
+        ]
+        phase.tally = None if state["tally"] is None else Tally(**state["tally"])
+        return phase
+
+
+class Training:
+    """The loop around a training step: batches, their means, curves, checkpoints.
+
+        for rows in loop.batches(model=model, optimizer=optimizer):
+            batch = [tensor[rows] for tensor in data.train]
+            means = training_step(model, optimizer, batch, f)
+            loop.record(means)
+
+    It trains a group of G settings side by side in this process. With together=True it trains one
+    setting by all processes, each of which takes --batch_size rows of every step. With a Checkpoint
+    it goes on from there. signals is the list that `deferred_signals` yields.
+    """
+
+    def __init__(self, group, data, checkpoint=None, together=False, signals=()):
+        self.f = group[0]
+        self.group_size = len(group)
+        self.device = data.train[0].device
+        self.rank, self.process_count = processes.rank_and_count() if together else (0, 1)
+
+        self.num_examples = len(data.train[0])
+        self.examples_per_step = self.process_count * self.f.batch_size
+        self.examples_per_epoch = self.num_examples
+        if together:
+            self._leave_out_incomplete_batch()
+        self.steps_per_epoch = math.ceil(self.examples_per_epoch / self.examples_per_step)
+        # All steps of the training.
+        self.steps = self.steps_per_epoch * self.f.num_epochs
+
+        # The generator that shuffles the examples.
+        self.order = common.generator(self.f.seed, "batches", self.device)
+        self.signals = signals
+
+        # The Phase that is being trained, the time at which it would have begun without a pause,
+        # and the weight of the current batch in the means over the epoch.
+        self.phase = None
+        self.start = None
+        self.weight = 1.0
+
+        self.checkpoint = checkpoint
+        self.phases = {}
+        if checkpoint is not None and checkpoint.state is not None:
+            for name, state in checkpoint.state.items():
+                self.phases[name] = Phase.from_state(state)
+
+    def _leave_out_incomplete_batch(self):
+        """Let all steps be of one size, for all processes."""
+        if self.examples_per_step > self.num_examples:
+            common.stop(
+                self.f,
+                f"--batch_size: got {self.f.batch_size} for {self.process_count} process(es), "
+                f"wants at most the {self.num_examples:,} training examples in all",
+            )
+        steps = self.num_examples // self.examples_per_step
+        self.examples_per_epoch = steps * self.examples_per_step
+
+    # What a training step uses.
+
+    def batches(self, phase="", epochs=None, **parts):
+        """Yield the row numbers of each batch of this process, (batch size,), over all epochs.
+
+        phase names a further phase of the training, and epochs is its length (default:
+        --num_epochs). parts are the objects that change in training and have a state_dict: models,
+        optimisers, schedules. They go on from the checkpoint if there is one, and so do the random
+        numbers. If a signal waits, it writes a checkpoint and raises Interrupted.
+        """
+        epochs = epochs or self.f.num_epochs
+        state = self._begin_phase(phase, epochs, parts)
+        progress = self._progress(epochs)
+
+        while state.epoch <= epochs and not self._all_diverged():
+            order_state = self.order.get_state()
+            shuffled = self._shuffled_batches()
+            note = self._note(state.epoch, epochs)
+            while state.batches_done < len(shuffled):
+                rows = self._own_rows(shuffled[state.batches_done])
+                # A batch that is not full counts less.
+                self.weight = len(rows) / self.f.batch_size
+                yield rows
+                state.batches_done += 1
+                progress.update(self._examples_done(), note)
+                self._save_or_stop(order_state, parts)
+            self._end_epoch()
+
+        self._end_phase(parts)
+        epochs_done = len(state.curves)
+        note = self._note(epochs_done, epochs)
+        progress.update(epochs_done * self.examples_per_epoch, note, end=True)
+
+    def replayed(self, step):
+        """The function step(rows), as a `Replayed` step for batches of full size."""
+        return Replayed(step, self.f.batch_size, self.device, together=self.process_count > 1)
+
+    def record(self, means):
+        """Note the means of a batch, {name: 0-d tensor, or (G,) for a grid}, the loss first."""
+        values = torch.stack(list(means.values())).detach().view(-1, self.group_size)
+        if self.phase.tally is None:
+            self.phase.names = list(means)
+            self.phase.tally = Tally.like(values)
+        self.phase.tally.add(values, self.weight)
+
+    @property
+    def epochs_done(self):
+        """The number of epochs before the current batch, with the done part of this epoch."""
+        examples = self.phase.batches_done * self.examples_per_step
+        return self.phase.epoch - 1 + examples / self.examples_per_epoch
+
+    # The steps of `batches`.
+
+    def _begin_phase(self, name, epochs, parts):
+        """Start a phase, or go on from the checkpoint. Returns the Phase."""
+        if name not in self.phases:
+            self.phases[name] = Phase(name, divergences=[None] * self.group_size)
+        phase = self.phases[name]
+        self.phase = phase
+
+        if phase.restart is not None:
+            for part_name, part in parts.items():
+                part.load_state_dict(phase.restart["parts"][part_name])
+            self.order.set_state(phase.restart["order"].cpu())
+            set_random_states(self.device, phase.restart["noise"])
+            if phase.tally is not None and self.process_count > 1:
+                self._keep_own_tally(phase.tally)
+            # Training goes on in the last phase. It has finished those before it.
+            if phase is list(self.phases.values())[-1]:
+                print(
+                    f"going on after {phase.epoch - 1} of {epochs} epochs, "
+                    f"from {self.checkpoint.path}",
+                    file=sys.stderr,
+                )
+        self.start = time.monotonic() - phase.seconds
+        return phase
+
+    def _keep_own_tally(self, tally):
+        """From the tallies of all processes, stacked, keep that of this process."""
+        for name, value in vars(tally).items():
+            setattr(tally, name, value[self.rank].to(self.device))
+
+    def _progress(self, epochs):
+        words = ["training"]
+        if self.phase.name:
+            words.append(self.phase.name)
+        if self.group_size > 1:
+            words.append(f"{self.group_size} settings")
+        return common.Progress(
+            " ".join(words),
+            total=self.examples_per_epoch * epochs,
+            unit="examples",
+            already_done=self._examples_done(),
+        )
+
+    def _examples_done(self):
+        """The number of examples that this phase has seen, each counted once an epoch."""
+        in_epoch = self.phase.batches_done * self.examples_per_step
+        in_epoch = min(self.examples_per_epoch, in_epoch)
+        return (self.phase.epoch - 1) * self.examples_per_epoch + in_epoch
+
+    def _note(self, epoch, epochs):
+        """The note in the progress line: "epoch 12/100, loss 235.32 to 250.01, ".
+
+        The losses are those of the last finished epoch, from the smallest to the largest of the
+        settings.
+        """
+        note = f"epoch {epoch}/{epochs}, "
+        if not self.phase.curves:
+            return note
+        losses = self.phase.curves[-1][0]
+        smallest = f"{min(losses):.2f}"
+        largest = f"{max(losses):.2f}"
+        if smallest == largest:
+            return f"{note}loss {smallest}, "
+        return f"{note}loss {smallest} to {largest}, "
+
+    def _shuffled_batches(self):
+        """The row numbers of each step of an epoch, for all processes."""
+        rows = torch.randperm(self.num_examples, generator=self.order, device=self.device)
+        return rows[:self.examples_per_epoch].split(self.examples_per_step)
+
+    def _own_rows(self, rows):
+        """The part of a step's row numbers that this process takes."""
+        first = self.rank * self.f.batch_size
+        return rows[first:first + self.f.batch_size]
+
+    def _save_or_stop(self, order_state, parts):
+        """Write a checkpoint if one is due, or if a signal waits. Then raise Interrupted for it.
+
+        order_state is the state of the batches' generator when this epoch began.
+        """
+        signal_number = self.signals[0] if self.signals else 0
+        due = False
+        if self.checkpoint is not None and self.rank == 0:
+            due = self.checkpoint.due(self.f.checkpoint_seconds)
+        if self.process_count > 1:
+            signal_number, due = self._agree(signal_number, due)
+
+        if self.checkpoint is not None and (signal_number or due):
+            self._save(order_state, parts)
+        if signal_number:
+            raise common.Interrupted(signal_number)
+
+    def _agree(self, signal_number, due):
+        """The signal that any process has received, and whether a checkpoint is due for any.
+
+        All processes learn this in the same step: no process may stop while others wait for it.
+        They ask each other in one of AGREE steps and in the last step of an epoch. In the other
+        steps the answer is that there is nothing to do.
+        """
+        step = self.phase.batches_done
+        if step % AGREE != 0 and step < self.steps_per_epoch:
+            return 0, 0
+        return processes.largest([signal_number, int(due)])
+
+    def _save(self, order_state, parts):
+        """Write a checkpoint within an epoch. Several processes do so together."""
+        tally = dict(vars(self.phase.tally))
+        if self.process_count > 1:
+            for name, value in tally.items():
+                tally[name] = processes.gather(value)
+        if self.rank > 0:
+            return
+        self.phase.seconds = time.monotonic() - self.start
+        self.phase.restart = self._restart_point(order_state, parts)
+        state = self._state_dict()
+        state[self.phase.name]["tally"] = tally
+        self.checkpoint.write(state)
+
+    def _restart_point(self, order_state, parts):
+        """What `Phase.restart` describes."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {"parts": states, "order": order_state, "noise": random_states(self.device)}
+
+    def _state_dict(self):
+        return {name: phase.state_dict() for name, phase in self.phases.items()}
+
+    def _end_epoch(self):
+        """Read the tally: means over the epoch and all processes, and which settings diverged."""
+        phase = self.phase
+        tally = phase.tally
+
+        # 1. The host waits here, once an epoch.
+        batches = self.examples_per_epoch / self.examples_per_step
+        summary = torch.cat([tally.sums / batches, tally.alive[None], tally.last[None]])
+        if self.process_count > 1:
+            processes.mean_(summary)
+        *means, alive, last = summary.tolist()
+
+        # 2. Divergence: alive is 1 only where no process met a loss beyond the limit.
+        phase.curves.append(means)
+        phase.last_losses = [loss if math.isfinite(loss) else None for loss in last]
+        for g in range(self.group_size):
+            if alive[g] != 1 and phase.divergences[g] is None:
+                phase.divergences[g] = Divergence(phase.epoch, phase.last_losses[g])
+
+        # 3. The next epoch.
+        tally.sums.zero_()
+        phase.epoch += 1
+        phase.batches_done = 0
+
+    def _end_phase(self, parts):
+        self.phase.seconds = time.monotonic() - self.start
+        # A copy, because further phases may change the parts.
+        self.phase.restart = copy.deepcopy(self._restart_point(self.order.get_state(), parts))
+        self.phase.tally = None
+        # A grid writes its results one after another. The checkpoint lasts until all are written.
+        if self.checkpoint is not None and self.group_size > 1:
+            self.checkpoint.write(self._state_dict())
+
+    # What has become of the settings.
+
+    @property
+    def diverged(self):
+        """For each setting None, or its first Divergence."""
+        first = [None] * self.group_size
+        for phase in self.phases.values():
+            for g, divergence in enumerate(phase.divergences):
+                if first[g] is None:
+                    first[g] = divergence
+        return first
+
+    def _all_diverged(self):
+        return None not in self.diverged
+
+    def check_weights(self, models):
+        """Count a model with a weight that is not finite as diverged in the last epoch.
+
+        The last step of the training can do that: no loss follows it.
+        """
+        finite = []
+        for model in models:
+            finite_tensors = [parameter.isfinite().all() for parameter in model.parameters()]
+            finite.append(torch.stack(finite_tensors).all())
+        last_phase = list(self.phases.values())[-1]
+        diverged = self.diverged
+        for g, is_finite in enumerate(torch.stack(finite).tolist()):
+            if not is_finite and diverged[g] is None:
+                last_phase.divergences[g] = Divergence(
+                    epoch=len(last_phase.curves), last_finite_loss=last_phase.last_losses[g]
+                )
+
+    def records(self):
+        """One TrainingRecord per setting."""
+        seconds = sum(phase.seconds for phase in self.phases.values())
+        records = []
+        for g, divergence in enumerate(self.diverged):
+            record = TrainingRecord(
+                curves=self._curves(g),
+                diverged=divergence,
+                seconds=seconds,
+                side_by_side=self.group_size,
+                processes=self.process_count,
+            )
+            records.append(record)
+        return records
+
+    def _curves(self, g):
+        """The curves of setting g by name. In a phase where it diverged they end before that."""
+        curves = {}
+        for phase in self.phases.values():
+            epochs = len(phase.curves)
+            if phase.divergences[g] is not None:
+                epochs = phase.divergences[g].epoch - 1
+            for k, name in enumerate(phase.names):
+                curve = [means[k][g] for means in phase.curves[:epochs]]
+                curves[f"{phase.name} {name}".strip()] = curve
+        return curves
+
+
+def train_with_adam(models, group, data, loop):
+    """Minimise each setting's own loss with Adam, at --lr and within --grad_clip.
+
+    The models of more than one setting train as one batched model. All are changed in place.
+    """
+    first = group[0]
+    like = data.train[0]
+    f = common.on_device(first, like)
+
+    # 1. The share of beta lies on the device, where a captured step reads it.
+    share = None
+    if beta_share(first, 0) < 1:
+        share = torch.zeros_like(like[0, 0])
+
+    # 2. What is trained, its optimiser and its schedule.
+    is_grid = len(group) > 1
+    trained = StackedModels(models, group, data.train, share) if is_grid else models[0]
+    optimizer = make_adam(trained.parameters(), first, like.device)
+    parts = {"model": trained, "optimizer": optimizer}
+    schedule = None
+    if first.lr_schedule == "cosine":
+        schedule = cosine_schedule(optimizer, loop.steps)
+        parts["schedule"] = schedule
+
+    # 3. The step, which CUDA captures.
+    def step(rows):
+        batch = [tensor.index_select(0, rows) for tensor in data.train]
+        if is_grid:
+            means = grid_step(trained, optimizer, batch, first.grad_clip)
+        else:
+            means = training_step(trained, optimizer, batch, f, share)
+        loop.record(means)
+
+    step = loop.replayed(step)
+
+    # 4. The loop.
+    for rows in loop.batches(**parts):
+        if share is not None:
+            share.fill_(beta_share(first, loop.epochs_done))
+        step(rows)
+        if schedule is not None:
+            schedule.step()
+
+    if is_grid:
+        trained.copy_to(models)
+
+
+def make_adam(parameters, f, device):
+    """Adam at --lr. On CUDA the learning rate lies on the device: a captured step reads it."""
+    on_cuda = device.type == "cuda"
+    lr = torch.tensor(f.lr, device=device) if on_cuda else f.lr
+    return torch.optim.Adam(list(parameters), lr=lr, fused=True, capturable=on_cuda)
+
+
+def cosine_schedule(optimizer, steps):
+    """Let the learning rate fall from its start to 0 as a cosine, over this number of steps."""
+    def factor(step):
+        return (1 + math.cos(math.pi * step / steps)) / 2
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# --- 5. fit, and the files of a run ---
+
+
+# The files of a run that --overwrite removes, besides its pictures. result.json and training.json
+# say that the others belong together, so they go first.
+OVERWRITTEN_FILES = (
+    "result.json",
+    "training.json",
+    "model.pt",
+    "units.npz",
+    "compression.json",
+    "attack.json",
+)
+
+
+@dataclass
+class TrainedRun:
+    """A setting and what its training has come to."""
+
+    # The setting: an instance of the script's flags.
+    f: object
+    # Its data, a datasets.Data.
+    data: object
+    # The trained model, in evaluation mode. None if it diverged or if another process has it.
+    model: torch.nn.Module = None
+    # The TrainingRecord. None if another process has it.
+    record: TrainingRecord = None
+
+
+@dataclass
+class FinishedRun:
+    """A run that an earlier command has trained."""
+
+    # The TrainedRun of the setting in question.
+    run: TrainedRun
+    # The folder that it was read from: the setting's own or a neighbour's.
+    folder: Path
+    # The contents of the training.json in that folder.
+    saved: dict
+
+
+def fit(Model, settings, data, side_by_side=True, train=None):
+    """Train one `Model` per setting on its data. Returns a list of TrainedRun, one per setting.
+
+    Settings that differ only in scalars of the objective train side by side as one batched model,
+    unless side_by_side is False. Each starts from the same weights, and sees the same batches and
+    the same noise, as if it were alone. Several processes share the settings: each trains its own,
+    and the runs of the others have neither model nor record.
+
+    A script with its own loop hands over train(model, f, data, loop). It takes the batches of a
+    `Training`, the loop, and returns the model to evaluate. Settings are then trained one after
+    another, each by all processes together.
+
+    A finished run is read from its folder and not trained again, unless --overwrite is given.
+    model.pt and training.json of a run are written when its group ends. Until then there is a
+    checkpoint. Raises Interrupted on SIGINT and SIGTERM.
+    """
+    for f in settings:
+        check_beta_warmup(f)
+    device = common.select_device(settings[0])
+    print(f"device: {common.device_name(device)}", file=sys.stderr)
+    # Before any training: a folder that cannot be made ends the program.
+    for f, d in zip(settings, data):
+        files.make_run_dir(f, d)
+
+    runs = [TrainedRun(f, d) for f, d in zip(settings, data)]
+    if train is not None:
+        groups = [[i] for i in range(len(settings))]
+    else:
+        groups = groups_of_settings(settings, data, side_by_side)
+    for indices in groups:
+        group = [settings[i] for i in indices]
+        for i, run in zip(indices, fit_group(Model, group, data[indices[0]], train)):
+            runs[i] = run
+    return runs
+
+
+def check_beta_warmup(f):
+    """End the program if beta's warm-up takes longer than the cycle that it belongs to."""
+    warmup = getattr(f, "beta_warmup", 0)
+    longest = f.num_epochs / getattr(f, "beta_cycles", 1)
+    if warmup > longest:
+        common.stop(
+            f,
+            f"--beta_warmup: got {warmup:g}, wants at most --num_epochs / --beta_cycles = "
+            f"{longest:g}",
+        )
+
+
+def groups_of_settings(settings, data, side_by_side):
+    """The indices of this process's settings, in lists of those that train side by side."""
+    groups = {}
+    for i in processes.own_indices(len(settings)):
+        key = i
+        if side_by_side:
+            fixed = [
+                getattr(settings[i], field.name)
+                for field in dataclasses.fields(settings[i])
+                if not field.metadata["scalar"]
+            ]
+            key = (*fixed, id(data[i]))
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def fit_group(Model, group, data, train):
+    """Read the finished runs of a group and train the others: one TrainedRun per setting."""
+    together = train is not None
+    rank, process_count = processes.rank_and_count() if together else (0, 1)
+
+    # 1. What exists already. All processes look before the first one changes anything.
+    folders = trained_folders(group[0], data)
+    finished = []
+    for f in group:
+        finished.append(None if f.overwrite else read_trained(Model, f, data, folders))
+    missing = [g for g in range(len(group)) if finished[g] is None]
+    members, checkpoint = find_checkpoint(group, missing, data, process_count)
+    if together:
+        processes.barrier()
+
+    # 2. Files. The first process writes them.
+    runs = [None] * len(group)
+    for g, f in enumerate(group):
+        if finished[g] is not None:
+            runs[g] = finished[g].run
+            if rank == 0:
+                take_over(finished[g])
+        elif f.overwrite and rank == 0:
+            remove_run_files(f, data)
+
+    # 3. Training. A signal that arrives after the last step waits until the results are written.
+    with deferred_signals() as signals:
+        if missing:
+            trained = train_group(
+                Model,
+                [group[g] for g in members],
+                data,
+                checkpoint=checkpoint,
+                train=train,
+                signals=signals,
+            )
+            for g, run in zip(members, trained):
+                if g in missing:
+                    runs[g] = run
+                    if rank == 0:
+                        leave(run, files.description(run.f, data))
+        if rank == 0:
+            checkpoint.remove()
+
+    if together:
+        processes.barrier()
+    return runs
+
+
+def find_checkpoint(group, missing, data, process_count):
+    """The members of a group to train, as indices, and their Checkpoint.
+
+    missing are the indices of the settings that are not finished. They are the members, with one
+    exception: a process that died while it wrote the results of a group has left a checkpoint of
+    the whole group, and all settings go on from there.
+    """
+    everyone = list(range(len(group)))
+    checkpoint = Checkpoint(group, data, process_count)
+    if checkpoint.state is not None or not missing or missing == everyone:
+        return everyone, checkpoint
+    return missing, Checkpoint([group[g] for g in missing], data, process_count)
+
+
+def train_group(Model, group, data, checkpoint=None, train=None, signals=()):
+    """Train a group of settings side by side with Adam, or one setting by a script's own loop.
+
+    Returns one TrainedRun per setting. checkpoint and signals are as for `Training`, train as for
+    `fit`. Raises Interrupted, after it has written a checkpoint, if a signal arrives.
+    """
+    common.set_precision(group[0])
+    together = train is not None
+    loop = Training(group, data, checkpoint=checkpoint, together=together, signals=signals)
+
+    # Models are built before the noise begins, because building reseeds the default generators.
+    models = [build(Model, f, data) for f in group]
+    with common.seeded(loop.f.seed, "noise", loop.device):
+        with processes.noise_rows(loop.rank, loop.process_count):
+            if train is not None:
+                f = common.on_device(group[0], data.train[0])
+                models = [train(models[0], f, data, loop)]
+            else:
+                train_with_adam(models, group, data, loop)
+
+    loop.check_weights(models)
+    runs = []
+    for f, model, record in zip(group, models, loop.records()):
+        trained_model = model.eval() if record.diverged is None else None
+        runs.append(TrainedRun(f, data, trained_model, record))
+    return runs
+
+
+def build(Model, f, data):
+    """A model on the device of its data, with initial weights that depend only on --seed."""
+    like = data.train[0]
+    with common.seeded(f.seed, "init", torch.device("cpu")):
+        # channels_last makes convolutions faster on a CPU. It changes no other weights.
+        return Model(f).to(like.device, like.dtype, memory_format=torch.channels_last)
+
+
+def trained_folders(f, data):
+    """The folders of all runs of this setting's script that hold a training.json."""
+    script_folder = files.run_dir(f, data).parent
+    return sorted(path.parent for path in script_folder.glob("*/training.json"))
+
+
+def read_trained(Model, f, data, folders):
+    """The FinishedRun of a setting that an earlier command has trained, None if there is none.
+
+    The run is the setting's own or, among those in folders, a neighbour's that differs only in
+    flags of the evaluation. A file that cannot be used is named on stderr.
+    """
+    own_folder = files.run_dir(f, data)
+    neighbours = [folder for folder in folders if folder != own_folder]
+    for folder in [own_folder, *neighbours]:
+        neighbour = None if folder == own_folder else folder
+        saved = files.read_matching(f, data, "training.json", folder=neighbour)
+        if saved is None:
+            continue
+        path = folder / "training.json"
+        try:
+            record = TrainingRecord.from_json(saved)
+            model = None
+            if record.diverged is None:
+                path = folder / "model.pt"
+                model = read_model(Model, f, data, path)
+        except ValueError as error:
+            print(f"cannot read {path}, training again: {error}", file=sys.stderr)
+            continue
+        return FinishedRun(TrainedRun(f, data, model, record), folder, saved)
+    return None
+
+
+def read_model(Model, f, data, path):
+    """The model of a setting with the weights in a file. Raises ValueError, in one line."""
+    model = build(Model, f, data).eval()
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+    except RuntimeError as error:
+        # The file is not whole, or its weights are of other shapes.
+        raise ValueError(textwrap.shorten(str(error), 150)) from None
+    except Exception as error:
+        # There are many other kinds of broken files, and each raises an error of its own.
+        raise ValueError(f"it holds no model's weights ({type(error).__name__})") from None
+    return model
+
+
+def take_over(finished):
+    """Say that a run is finished. Write its files into its own folder if they were elsewhere."""
+    print(f"already trained: {finished.folder} (--overwrite trains it again)", file=sys.stderr)
+    run = finished.run
+    if finished.folder != files.run_dir(run.f, run.data):
+        settings = files.run_settings(run.f, run.data)
+        leave(run, finished.saved | {"settings": settings})
+
+
+def leave(run, description):
+    """Write model.pt and training.json of a run.
+
+    description is what training.json says besides the record (see `files.description`).
+    """
+    folder = files.run_dir(run.f, run.data)
+    # An earlier evaluation does not belong to this model. Neither does an earlier model.
+    remove_file(folder / "result.json")
+    if run.model is None:
+        remove_file(folder / "model.pt")
+    else:
+        files.write(folder / "model.pt", lambda file: torch.save(run.model.state_dict(), file))
+    files.write_json(folder / "training.json", description | dataclasses.asdict(run.record))
+
+
+def remove_run_files(f, data):
+    """Remove the files and pictures that an earlier run of this setting left, and nothing else."""
+    folder = files.run_dir(f, data)
+    for name in OVERWRITTEN_FILES:
+        remove_file(folder / name)
+    for path in folder.glob("*.png"):
+        remove_file(path)
+
+
+def remove_file(path):
+    """Remove a file. There may be none, and a folder of this name stays."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+
+
+# --- 6. Checkpoints and signals ---
 
 
 class Checkpoint:
-    """Where the training of a group of settings stands, in a file that is whole or absent. `state` is what was written, None
-    if there is no file, or one that is not whole, not of these settings, or not of this format, torch, device or script: the
-    file is then refused by name."""
+    """Where the training of a group of settings is, in a file that is whole or absent.
 
-    def __init__(self, group, data, processes=1):
+    `state` is what was written, or None. A file that is not whole is refused, with one line on
+    stderr. So is one that was written for other settings or by another version of the script, by
+    another version of torch, on another kind of device or by another number of processes.
+
+    A training that goes on from a checkpoint ends with the very numbers of an undisturbed run.
+    This is promised on the CPU, and on CUDA where the backward pass is deterministic. The deep
+    models' bilinear interpolation is an operation whose backward pass on CUDA is not.
+    """
+
+    def __init__(self, group, data, process_count=1):
         device = data.train[0].device
+        # The name of the device without its number: "cuda (NVIDIA H200)".
+        device_name = common.device_name(device).replace(str(device), device.type)
         script = Path(inspect.getfile(type(group[0]))).read_bytes()
-        self.of = {"format": CHECKPOINT_FORMAT, "processes": processes, "torch": str(torch.__version__),
-                   "device": common.device_name(device).replace(str(device), device.type),
-                   "script": hashlib.sha256(script).hexdigest(), "settings": [files.what(f, data) for f in group]}
-        digest = hashlib.sha256(json.dumps(self.of["settings"]).encode()).hexdigest()[:16]
-        self.path = files.run_dir(group[0], data).parent / "checkpoints" / f"{digest}.pt"
-        self.state, self.written = self._read(device), time.monotonic()
+        # A checkpoint counts only if it was written under this very identity.
+        self.identity = {
+            "processes": process_count,
+            "torch": str(torch.__version__),
+            "device": device_name,
+            "script": hashlib.sha256(script).hexdigest(),
+            "settings": [files.run_settings(f, data) for f in group],
+        }
+        settings = json.dumps(self.identity["settings"]).encode()
+        name = hashlib.sha256(settings).hexdigest()[:16]
+        folder = files.run_dir(group[0], data).parent / "checkpoints"
+        self.path = folder / f"{name}.pt"
+        self.state = self._read(device)
+        self.written = time.monotonic()
 
     def _read(self, device):
         try:
             saved = torch.load(self.path, weights_only=True, map_location=device)
-            differ = [name for name in self.of if saved["of"].get(name) != self.of[name]]
-            if not differ:
+            differing = []
+            for name, value in self.identity.items():
+                if saved["identity"].get(name) != value:
+                    differing.append(name)
+            if not differing:
                 return saved["state"]
-            wrong = "it is of another " + " and ".join(differ)
+            reason = "it is of another " + " and ".join(differing)
         except FileNotFoundError:
             return None
-        except Exception as error:                        # a broken file has many names
-            wrong = f"it is not whole ({type(error).__name__})"
-        print(f"checkpoint {self.path} is refused, training starts over: {wrong}", file=sys.stderr)
+        except Exception as error:
+            # There are many kinds of broken files, and each raises an error of its own.
+            reason = f"it is not whole ({type(error).__name__})"
+        print(
+            f"checkpoint {self.path} is refused, training starts over: {reason}", file=sys.stderr
+        )
+        return None
 
     def due(self, seconds):
+        """Whether the last checkpoint is at least this number of seconds old."""
         return time.monotonic() - self.written >= seconds
 
     def write(self, state):
-        files.write(self.path, lambda file: torch.save({"of": self.of, "state": state}, file))
+        """Write a state made of dicts, lists, tensors, text and numbers."""
+        content = {"identity": self.identity, "state": state}
+
+        def save(file):
+            torch.save(content, file)
+
+        try:
+            files.write(self.path, save)
+        except FileNotFoundError:
+            # Another process has just removed the empty folder.
+            files.write(self.path, save)
         self.written = time.monotonic()
 
     def remove(self):
-        self.path.unlink(missing_ok=True)
+        """Remove the file, and its folder where no other group has a checkpoint in it."""
+        # On Windows, a file that another process is reading cannot be removed.
+        with contextlib.suppress(PermissionError):
+            self.path.unlink(missing_ok=True)
         files.remove_unfinished(self.path)
-        with contextlib.suppress(OSError):                # others may have theirs there
+        with contextlib.suppress(OSError):
             self.path.parent.rmdir()
 
 
+def random_states(device):
+    """The states of the default generators: the CPU's and, on CUDA, the device's."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_states(device, states):
+    """Put earlier `random_states` back."""
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1].cpu(), device)
+
+
 @contextlib.contextmanager
-def held_signals():
-    """Let SIGINT and SIGTERM wait: yields the list of those that came, which the body is to look at between steps."""
-    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+def deferred_signals():
+    """A context in which SIGINT and SIGTERM wait. Yields the list of those that arrived.
+
+    The body looks at the list and raises an exception when it can stop. If it ends without one,
+    the first signal that arrived takes effect after the context. Only the main thread can receive
+    signals, so in other threads the list stays empty.
+    """
+    received = []
     if threading.current_thread() is not threading.main_thread():
-        yield came
+        yield received
         return
-    handlers = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+
+    def note(number, frame):
+        received.append(number)
+
+    handlers = {}
     try:
-        yield came
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            # A handler that is not Python's could not be put back, so it stays in charge.
+            if handler is not None:
+                handlers[number] = handler
+                signal.signal(number, note)
+        yield received
     finally:
-        for number, handler in zip(numbers, handlers):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])

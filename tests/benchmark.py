@@ -1,19 +1,40 @@
-"""How fast it is, measured on this machine. `python -m tests.benchmark` prints ratios, each of works timed in turn in one
-process, so that a slow moment of the machine falls on both sides, medians of several turns; for every training script the
-milliseconds of an epoch of training, "fit", and
+"""Measure on this machine how fast the project is.
 
-    plain    fit / an epoch of the shortest plain PyTorch loop over the same model, data on the device
-    usual    an epoch the usual way, a DataLoader over torchvision's data set and loss.item() each batch / fit
-    grid     an epoch of a grid of 4 / of its settings one by one, as the script itself would train them
-    eval     evaluation's matrix products and convolutions alone / evaluation
+    python -m tests.benchmark
+        compares training and evaluation with other ways to do the same work
 
-A deep script, one with a loop of its own, is small here (DEEP), sees an eighth of the examples, and has no usual way; of
-MNIST_VAE_Delta.py both loops take an epoch of each of its two phases. Nor is there a grid where the script trains its settings
-one by one: the deep ones do, and on a CPU those with convolutions.
+    python -m tests.benchmark scripts [flags]
+        each script's seconds per epoch and peak memory
 
-`python -m tests.benchmark scripts` prints each script's time per epoch and peak memory, with the flags that it was given, `...
-whole` what the main job takes from start to table beside plain scripts, with any flags added (--num_epochs 20; `... plain` is one
-of those), `... growth` how the main job's time and memory grow, with a picture, and `... cuda` what only a GPU can show.
+    python -m tests.benchmark whole [flags]
+        the main job, MNIST_HVAE_Relu.py, from start to table, beside plain scripts
+
+    python -m tests.benchmark growth
+        how time and memory of the main job grow, with a picture
+
+    python -m tests.benchmark cuda
+        what only a GPU can show
+
+The flags are those of the scripts, such as --data_dir and --num_epochs. `whole` also starts
+`python -m tests.benchmark plain [flags]`, which is the main job in plain loops.
+
+The first command prints a row for each training script. The column "fit ms" is the time of one
+epoch of training in milliseconds. The other columns are ratios of two times:
+
+    plain   fit / an epoch of the shortest plain PyTorch loop over the same model, with the data on
+            the device
+    usual   an epoch the usual way / fit. The usual way is a DataLoader over torchvision's data set,
+            with loss.item() for each batch.
+    grid    an epoch of a grid of four settings / the same settings one by one
+    eval    the matrix products and convolutions of the evaluation alone / the evaluation
+
+The two works of a ratio take turns in one process, so that a slow moment of the machine affects
+both. The ratios are medians over several turns.
+
+A deep script has its own training loop. Its model is made small here (see DEEP), it sees an eighth
+of the examples, and it has no column "usual". Both loops of MNIST_VAE_Delta.py take one epoch of
+each of its two phases. There is no column "grid" where a script trains its settings one by one: the
+deep scripts do so, and on a CPU those with convolutions.
 """
 import collections
 import contextlib
@@ -22,20 +43,20 @@ import importlib
 import io
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import common
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import common
 import datasets
 import deep
 import pictures
@@ -44,128 +65,257 @@ import training
 import MNIST_HVAE_Relu
 from tests import small
 
+# The number of turns that the medians are taken over.
 TURNS = 5
-EXAMPLES = 6_400                                          # fifty batches: an "epoch" here
-IMAGES = {"cpu": 20, "cuda": 1000}                        # that are evaluated
-EPOCHS = 3                                                # of a script, and of the grid on a GPU
-MNIST = 60_000, 10_000                                    # images to train on, and to test
+
+# The number of examples in one epoch: fifty batches.
+EXAMPLES = 6_400
+
+# The number of images that are evaluated, by device type.
+IMAGES = {"cpu": 20, "cuda": 1000}
+
+# Epochs of each script in `scripts`, and repetitions of a measurement in `growth` and `cuda`.
+EPOCHS = 3
+
+# The numbers of MNIST's training and test images.
+MNIST = (60_000, 10_000)
+
+# All scripts that train.
 SCRIPTS = sorted([*small.ROOT.glob("MNIST_*.py"), *small.ROOT.glob("Synthetic_*.py")])
-# What makes a deep script one for a small machine, where at its defaults it would take hours; each takes the flags it has.
-DEEP = {"latents": "2,2", "num_ch": 8, "diffusion_ch": 8, "batch_size": 100, "num_epochs": 1, "auxiliary_epochs": 1, "num_samples": 100}
 
-ON_CUDA = {"auxiliary_epochs": 1}                         # the same on a GPU, where the defaults do
-STEPS = 20, 60                                            # of a deep model there: what the difference takes is a step's time
+# Flags that make a deep script small. At its defaults it would take hours on a CPU. Each script
+# takes those flags that it has.
+DEEP = {
+    "latents": "2,2",
+    "num_ch": 8,
+    "diffusion_ch": 8,
+    "batch_size": 100,
+    "num_epochs": 1,
+    "auxiliary_epochs": 1,
+    "num_samples": 100,
+}
 
-# Of the main job, each alone: training rows, settings side by side, hidden units, and draws of the log-likelihood of IMAGES images.
-GROWTH = {"rows": (1_000, 3_000, 10_000, 30_000, 60_000), "settings": (1, 3, 10, 25, 50), "d_hidden": (64, 128, 256, 512, 1_024),
-          "draws": (10, 100, 1_000, 10_000)}
+# The same on a GPU, where the defaults are fast enough.
+ON_CUDA = {"auxiliary_epochs": 1}
+
+# A deep model takes these two numbers of steps on a GPU. The difference of the two times is the
+# time of the further steps, without what comes before the first step.
+STEPS = (20, 60)
+
+# The sizes in `growth`, where one thing grows at a time: the number of training images, of settings
+# side by side, of hidden units, and of draws for the log-likelihood of IMAGES images.
+GROWTH = {
+    "rows": (1_000, 3_000, 10_000, 30_000, 60_000),
+    "settings": (1, 3, 10, 25, 50),
+    "d_hidden": (64, 128, 256, 512, 1_024),
+    "draws": (10, 100, 1_000, 10_000),
+}
 GROWTH_PNG = small.ROOT / "results" / "growth.png"
 
 
+# ------------------------------------------------------------------------------------------ timing
+
 def quietly():
+    """A context manager within which nothing is printed on stderr."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
-def seconds(work, device):
-    """How long work takes, the device's queue included."""
+def timed(work, device):
+    """Call work(). Returns (its result, its seconds). The seconds include the device's queue."""
     with quietly():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        result = work()
+        wait_for(device)
+        return result, time.perf_counter() - start
 
 
-def in_turn(works, device):
-    """The seconds of each of {name: work} in TURNS turns, after one to warm up: {name: list}."""
+def seconds(work, device):
+    """The seconds that work() takes, as in `timed`."""
+    _, duration = timed(work, device)
+    return duration
+
+
+def wait_for(device):
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_in_turns(works, device):
+    """Let each of {name: work} take TURNS turns, after one turn to warm up.
+
+    Returns {name: list of seconds}.
+    """
     times = {name: [] for name in works}
     for _ in range(TURNS + 1):
         for name, work in works.items():
             times[name].append(seconds(work, device))
-    return {name: of[1:] for name, of in times.items()}
+    return {name: durations[1:] for name, durations in times.items()}
 
 
-def deep_flags(module, flags):
-    """{flag: value} of these that a deep script's module has, {} of another's."""
-    return {name: value for name, value in flags.items() if hasattr(module, "train") and hasattr(module.Flags, name)}
+def peak_memory():
+    """The peak memory of this process so far, in GiB."""
+    # Windows lacks this module.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def model_of(script, deep=None):
-    """(module, model class, flags for one epoch, else at their defaults, or, if deep, at those of `deep`, DEEP if not told otherwise;
-    data) of a script."""
+# ------------------------------------------------------------------------------------ what is timed
+
+@dataclass
+class Case:
+    """A script at the size at which it is measured.
+
+    module  the imported script
+    Model   the class of its model
+    f       one setting for one epoch
+    data    its data on the device
+    """
+
+    module: object
+    Model: type
+    f: object
+    data: datasets.Data
+
+    @property
+    def train(self):
+        """The training loop of a deep script, None for other scripts."""
+        return getattr(self.module, "train", None)
+
+    @property
+    def draws_own_data(self):
+        """Whether the script draws its data itself instead of reading images."""
+        return hasattr(self.module, "correlated")
+
+    def fit(self):
+        """Train the setting as the script does. Returns the training.TrainedRun."""
+        [run] = training.train_group(self.Model, [self.f], self.data, train=self.train)
+        return run
+
+
+def make_case(script, deep_flags=None):
+    """The `Case` of a script, given its path.
+
+    The flags are at their defaults. A deep script takes deep_flags, or DEEP if there are none.
+    """
     module = importlib.import_module(script.stem)
-    [Model] = [of for name, of in vars(module).items() if name.endswith("VAE")]
-    f = module.Flags(**{"num_epochs": 1} | deep_flags(module, DEEP if deep is None else deep))
-    device = common.device_of(f)
-    n_test = IMAGES[device.type]
+    [Model] = [value for name, value in vars(module).items() if name.endswith("VAE")]
+    flags = known_deep_flags(module, DEEP if deep_flags is None else deep_flags)
+    f = module.Flags(**{"num_epochs": 1, **flags})
+
+    device = common.select_device(f)
+    data = make_data(module, Model, f, test_images=IMAGES[device.type])
+    train = tuple(tensor.to(device) for tensor in data.train)
+    test = tuple(tensor[:IMAGES[device.type]].to(device) for tensor in data.test)
+    return Case(module, Model, f, dataclasses.replace(data, train=train, test=test))
+
+
+def known_deep_flags(module, flags):
+    """Those of {flag: value} that a deep script has. Another script takes none of them."""
+    if not hasattr(module, "train"):
+        return {}
+    return {name: value for name, value in flags.items() if hasattr(module.Flags, name)}
+
+
+def make_data(module, Model, f, test_images):
+    """The data of one script: drawn digits in the form that its model reads, or its own data."""
     if hasattr(module, "correlated"):
         [data] = module.correlated([dataclasses.replace(f, num_samples=EXAMPLES)])
-    elif hasattr(module, "train"):
-        data = small.digit_data(EXAMPLES // 8, n_test, torch.float32)
-        train, test = (t[0].view(-1, *datasets.image_shape(f.dataset)) for t in (data.train, data.test))
-        data = dataclasses.replace(data, train=(train,), test=(test.round(),))
-    else:
-        data = small.digit_data(EXAMPLES, n_test, torch.float32)
-        data = small.as_quarters(data) if Model.__name__ == "CVAE" else data
-    return module, Model, f, dataclasses.replace(data, train=tuple(t.to(device) for t in data.train),
-                                                 test=tuple(t[:n_test].to(device) for t in data.test))
+        return data
+
+    if hasattr(module, "train"):
+        data = small.digit_data(EXAMPLES // 8, test_images, torch.float32)
+        shape = (-1, *datasets.image_shape(f.dataset))
+        train = data.train[0].view(shape)
+        # The pixels of the test images are binary.
+        test = data.test[0].view(shape).round()
+        return dataclasses.replace(data, train=(train,), test=(test,))
+
+    data = small.digit_data(EXAMPLES, test_images, torch.float32)
+    return small.as_quarters(data) if Model.__name__ == "CVAE" else data
 
 
-def plain_deep(Model, f, data):
-    """The shortest plain PyTorch loop that trains what a deep script's own loop trains, over one epoch: data on the device."""
-    x = data.train[0]
+# ---------------------------------------------------------------------------- loops to compare with
+
+def plain_deep_train(Model, f, data):
+    """The shortest plain PyTorch loop that trains what a deep script trains in one epoch.
+
+    The data lies on the device. Returns the model with the average of the weights.
+    """
+    images = data.train[0]
     with common.seeded(f.seed, "init", torch.device("cpu")):
-        model = Model(f).to(x.device, x.dtype)
+        model = Model(f).to(images.device, images.dtype)
     for part in model.children():
-        if hasattr(part, "fit"):                          # a context
-            part.fit(x)
-    g, average, order = common.on_device(f, x), deep.WeightAverage(model, f), common.generator(f.seed, "batches", x.device)
+        # The context of a DCT-VAE or a DVP-VAE measures the images.
+        if hasattr(part, "fit"):
+            part.fit(images)
 
-    def steps(trained, weight_decay, loss_of):
-        kind = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[f.optimizer]
-        optimizer = kind(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
-        schedule = deep.warmup_cosine(optimizer, f, len(x) // f.batch_size)
-        for rows in torch.randperm(len(x), generator=order, device=x.device).split(f.batch_size):
-            loss = loss_of(common.binarise(x[rows]))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.parameters(), f.grad_clip)
-            optimizer.step()
-            schedule.step()
-            yield
+    scalars = common.on_device(f, images)
+    average = deep.WeightAverage(model, f)
+    order = common.generator(f.seed, "batches", images.device)
 
-    def rate(x):
-        """What the auxiliary prior of a DeltaVAE minimises."""
+    def negative_elbo(x):
+        return model.loss(model(x, scalars), scalars).mean()
+
+    def auxiliary_rate(x):
+        """The loss of the auxiliary prior of a delta-VAE."""
         with torch.no_grad():
             q_z = average.module.q_z(x)
             z = q_z.sample()
         return (q_z.log_prob(z).sum((-2, -1)) - average.module.auxiliary(z)).mean()
 
-    with common.seeded(f.seed, "noise", x.device):
-        for _ in steps(model, f.weight_decay, lambda x: model.loss(model(x, g), g).mean()):
+    with common.seeded(f.seed, "noise", images.device):
+        for _ in plain_deep_steps(model, f, images, order, negative_elbo, f.weight_decay):
             average.update(model)
         if hasattr(model, "auxiliary"):
-            for _ in steps(average.module.auxiliary.requires_grad_(), 0, rate):
+            auxiliary = average.module.auxiliary.requires_grad_()
+            for _ in plain_deep_steps(auxiliary, f, images, order, auxiliary_rate):
                 pass
     return average.module
 
 
-def usual_way(Model, f, images):
-    """An epoch as most scripts have it: a DataLoader over single examples, and a loss that is read each batch."""
-    loader = torch.utils.data.DataLoader(images, batch_size=f.batch_size, shuffle=True)
-    device = common.device_of(f)
+def plain_deep_steps(trained, f, images, order, loss_of, weight_decay=0.0):
+    """Train the module `trained` for one epoch on binary draws of the images.
+
+    order is the generator that shuffles the images, and loss_of(x) the loss of a batch. Yields
+    after each step.
+    """
+    Optimizer = {"adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}[f.optimizer]
+    optimizer = Optimizer(trained.parameters(), lr=f.lr, weight_decay=weight_decay)
+    schedule = deep.warmup_cosine(optimizer, f, len(images) // f.batch_size)
+    shuffled = torch.randperm(len(images), generator=order, device=images.device)
+    for rows in shuffled.split(f.batch_size):
+        loss = loss_of(common.binarise(images[rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), f.grad_clip)
+        optimizer.step()
+        schedule.step()
+        yield
+
+
+def usual_train(Model, f, examples):
+    """Train for one epoch as most scripts do. Returns the model.
+
+    A DataLoader collects single examples, and the loss is read after each batch. examples is a
+    TensorDataset of what the model reads, or torchvision's MNIST.
+    """
+    loader = torch.utils.data.DataLoader(examples, batch_size=f.batch_size, shuffle=True)
+    device = common.select_device(f)
     model = Model(f).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=f.lr)
-    g, total = common.on_device(f, torch.zeros(0, device=device)), 0.0
+    scalars = common.on_device(f, torch.zeros(0, device=device))
+
+    total = 0.0
     for batch in loader:
-        x = batch[0].to(device)
-        if isinstance(images, torch.utils.data.TensorDataset):
-            inputs = [t.to(device) for t in batch]
+        if isinstance(examples, torch.utils.data.TensorDataset):
+            inputs = [tensor.to(device) for tensor in batch]
         else:
-            inputs = datasets.quarters(x.view(-1, 784)) if Model.__name__ == "CVAE" else [x.view(-1, 784)]
-        loss = model.loss(model(*inputs, g), g).mean()
+            images = batch[0].to(device).view(-1, 784)
+            inputs = datasets.quarters(images) if Model.__name__ == "CVAE" else [images]
+        loss = model.loss(model(*inputs, scalars), scalars).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), f.grad_clip)
@@ -175,275 +325,629 @@ def usual_way(Model, f, images):
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products and convolutions that run, by their shapes; `again` runs as many of the same."""
+    """Counts the matrix products and convolutions that run within this context, by their shapes.
+
+    `repeat` then runs the same number of each again.
+    """
+
     KINDS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 
     def __init__(self):
         super().__init__()
-        self.counts, self.calls = collections.Counter(), {}
+        self.counts = collections.Counter()
+        # For each key in counts the function and its arguments.
+        self.calls = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in self.KINDS:
-            key = function, *((a.shape, a.stride()) if torch.is_tensor(a) else str(a) for a in args)
+            shapes = []
+            for value in args:
+                is_tensor = torch.is_tensor(value)
+                shapes.append((value.shape, value.stride()) if is_tensor else str(value))
+            key = (function, *shapes)
             self.counts[key] += 1
             self.calls.setdefault(key, (function, args))
         return function(*args, **(kwargs or {}))
 
     @torch.no_grad()
-    def again(self):
+    def repeat(self):
         for key, count in self.counts.items():
             function, args = self.calls[key]
             for _ in range(count):
                 function(*args)
 
 
+# ------------------------------------------------------------------------------------------- ratios
+
+# The ratio in each column: the names of two works.
+RATIOS = (
+    ("fit", "plain"),
+    ("usual", "fit"),
+    ("grid", "one by one"),
+    ("products", "evaluation"),
+)
+
+
 def ratios():
-    device = common.device_of(MNIST_HVAE_Relu.Flags())
-    print(f"{common.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; an epoch of "
-          f"{EXAMPLES:,} examples, of a deep script {EXAMPLES // 8:,}; medians of {TURNS} turns; what is what says tests/benchmark.py")
+    """Print a row of ratios for each script, then what each run costs once."""
+    device = common.select_device(MNIST_HVAE_Relu.Flags())
+    print(
+        f"{common.device_name(device)}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}; an epoch of {EXAMPLES:,} examples, of a deep script "
+        f"{EXAMPLES // 8:,}; medians of {TURNS} turns; tests/benchmark.py explains the columns"
+    )
     print(f"{'':42} {'fit ms':>7} {'plain':>6} {'usual':>6} {'grid':>6} {'eval':>6}")
+
     with tempfile.TemporaryDirectory() as folder:
         small.write_mnist(folder, EXAMPLES, 1)
-        import torchvision
-        mnist = torchvision.datasets.MNIST(folder, transform=torchvision.transforms.ToTensor())
+        mnist = torchvision_mnist(folder)
         for script in SCRIPTS:
-            module, Model, f, data = model_of(script)
-            model = training.build(Model, f, data).eval()
-            with Products() as products, quietly():
-                report.evaluate(model, f, data)
-            works = {"products": products.again, "evaluation": lambda: report.evaluate(model, f, data)}
-            if hasattr(module, "train"):
-                works |= {"plain": lambda: plain_deep(Model, f, data),
-                          "fit": lambda: training.train_group(Model, [f], data, train=module.train)}
-            else:
-                images = torch.utils.data.TensorDataset(*data.train) if hasattr(module, "correlated") else mnist
-                works |= {"plain": lambda: small.plain_train(Model, f, data),
-                          "fit": lambda: training.train_group(Model, [f], data), "usual": lambda: usual_way(Model, f, images)}
-                if device.type == "cuda" or "CNN" not in script.stem:
-                    flag = "beta_1" if hasattr(f, "beta_1") else "beta"
-                    grid = [dataclasses.replace(f, **{flag: 0.5 * (k + 1)}) for k in range(4)]
-                    works |= {"grid": lambda: training.train_group(Model, grid, data),
-                              "one by one": lambda: [training.train_group(Model, [g], data) for g in grid]}
-            times = in_turn(works, device)
+            works = works_to_compare(make_case(script), mnist, device)
+            times = seconds_in_turns(works, device)
             row = f"{script.name:42} {1e3 * statistics.median(times['fit']):7.0f}"
-            for one, other in (("fit", "plain"), ("usual", "fit"), ("grid", "one by one"), ("products", "evaluation")):
-                of_turns = [a / b for a, b in zip(times.get(one, []), times.get(other, []))]
-                row += f" {statistics.median(of_turns):6.2f}" if of_turns else f" {'-':>6}"
+            for numerator, denominator in RATIOS:
+                row += f" {median_ratio(times, numerator, denominator):>6}"
             print(row, flush=True)
-    fixed_costs(device)
+    print_fixed_costs(device)
 
 
-def fixed_costs(device):
-    """What a run pays once."""
+def torchvision_mnist(folder):
+    """The MNIST in this folder as torchvision's data set of single training images."""
+    import torchvision
+
+    to_tensor = torchvision.transforms.ToTensor()
+    return torchvision.datasets.MNIST(folder, transform=to_tensor)
+
+
+def works_to_compare(case, mnist, device):
+    """The works that the ratios of one script are made of: {name: function without arguments}."""
+    model = training.build(case.Model, case.f, case.data).eval()
+
+    def evaluation():
+        report.evaluate(model, case.f, case.data)
+
+    with Products() as products, quietly():
+        evaluation()
+    works = {"products": products.repeat, "evaluation": evaluation}
+
+    if case.train is not None:
+        works["plain"] = lambda: plain_deep_train(case.Model, case.f, case.data)
+        works["fit"] = case.fit
+        return works
+
+    examples = mnist
+    if case.draws_own_data:
+        examples = torch.utils.data.TensorDataset(*case.data.train)
+    works["plain"] = lambda: small.plain_train(case.Model, case.f, case.data)
+    works["fit"] = case.fit
+    works["usual"] = lambda: usual_train(case.Model, case.f, examples)
+
+    # On a CPU, models with convolutions are not trained side by side.
+    if device.type == "cuda" or "CNN" not in case.module.__name__:
+        works.update(grid_works(case))
+    return works
+
+
+def grid_works(case):
+    """Train four settings with different betas side by side, and one by one."""
+    beta = "beta_1" if hasattr(case.f, "beta_1") else "beta"
+    grid = [dataclasses.replace(case.f, **{beta: value}) for value in (0.5, 1.0, 1.5, 2.0)]
+
+    def one_by_one():
+        for f in grid:
+            training.train_group(case.Model, [f], case.data)
+
+    return {
+        "grid": lambda: training.train_group(case.Model, grid, case.data),
+        "one by one": one_by_one,
+    }
+
+
+def median_ratio(times, numerator, denominator):
+    """The median over the turns of the ratio of two works' times, as text.
+
+    times is {name: list of seconds}. The text is "-" if one of the works is not among them.
+    """
+    if numerator not in times or denominator not in times:
+        return "-"
+    ratio_by_turn = [a / b for a, b in zip(times[numerator], times[denominator])]
+    return f"{statistics.median(ratio_by_turn):.2f}"
+
+
+def print_fixed_costs(device):
+    """Print what each run costs once, no matter how many epochs it has."""
+    # 1. Imports.
+    command = [sys.executable, str(small.ROOT / "MNIST_HVAE_Relu.py"), "--help"]
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(small.ROOT / "MNIST_HVAE_Relu.py"), "--help"], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     print(f"start to --help (imports): {time.perf_counter() - start:.1f} s")
+
+    # 2. The data.
     with tempfile.TemporaryDirectory() as folder:
         small.write_mnist(folder, *MNIST)
         f = MNIST_HVAE_Relu.Flags(data_dir=folder, num_epochs=1, dataset="mnist")
-        print(f"MNIST from disk to the device: {seconds(lambda: datasets.load_mnist([f]), device):.1f} s")
-    _, Model, f, data = model_of(small.ROOT / "MNIST_HVAE_Relu.py")
-    one_batch = dataclasses.replace(data, train=tuple(t[:f.batch_size] for t in data.train))
-    steps = [seconds(lambda: training.train_group(Model, [f], one_batch), device) for _ in range(3)]
-    print(f"building a model, and its first step: {1e3 * steps[0]:.0f} ms, again {1e3 * steps[-1]:.0f} ms")
+        loading = seconds(lambda: datasets.load_mnist([f]), device)
+    print(f"MNIST from disk to the device: {loading:.1f} s")
+
+    # 3. The first step.
+    case = make_case(small.ROOT / "MNIST_HVAE_Relu.py")
+    first_rows = tuple(tensor[:case.f.batch_size] for tensor in case.data.train)
+    case.data = dataclasses.replace(case.data, train=first_rows)
+    steps = [seconds(case.fit, device) for _ in range(3)]
+    print(
+        f"building a model, and its first step: {1e3 * steps[0]:.0f} ms, "
+        f"again {1e3 * steps[-1]:.0f} ms"
+    )
 
 
-def of_scripts(argv):
-    """Each training script from its command line, at its defaults or DEEP: seconds per epoch, and peak memory of the process, its
-    evaluation without a log-likelihood included."""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of all epochs, the first included")
+# ------------------------------------------------------------------------------------------ scripts
+
+def time_scripts(argv):
+    """Start each script from its command line, and print its seconds per epoch and peak memory.
+
+    The flags are at their defaults, or those of DEEP. argv has further flags for the scripts that
+    read data. There is no log-likelihood, but the peak memory includes the rest of the evaluation.
+    """
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of all epochs, the "
+        "first included"
+    )
     for path in SCRIPTS:
-        with tempfile.TemporaryDirectory() as folder:
-            module = importlib.import_module(path.stem)
-            no_draws, data = ("num_draws", []) if hasattr(module, "correlated") else ("num_samples", argv)
-            flags = {"num_epochs": EPOCHS} | deep_flags(module, DEEP) | {no_draws: 0}
-            words = [f"--{name}={value}" for name, value in flags.items()] + data
-            with subprocess.Popen([sys.executable, str(path), "--out_dir", folder, *words], stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE, text=True) as process:
-                error = process.stderr.read()
-                _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(error)
-            [training] = Path(folder).rglob("training.json")
-            per_epoch = json.loads(training.read_text())["seconds"] / flags["num_epochs"]
-            print(f"{path.name:42} {per_epoch:8.2f} s per epoch, {usage.ru_maxrss / 2**20:5.2f} GiB, {' '.join(words)}", flush=True)
+        module = importlib.import_module(path.stem)
+        flags = {"num_epochs": EPOCHS, **known_deep_flags(module, DEEP)}
+        draws_own_data = hasattr(module, "correlated")
+        flags["num_draws" if draws_own_data else "num_samples"] = 0
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        if not draws_own_data:
+            words += argv
 
+        with tempfile.TemporaryDirectory() as folder:
+            memory = run_script(path, ["--out_dir", folder, *words])
+            [record] = Path(folder).rglob("training.json")
+            total = json.loads(record.read_text(encoding="utf-8"))["seconds"]
+        print(
+            f"{path.name:42} {total / flags['num_epochs']:8.2f} s per epoch, "
+            f"{memory:5.2f} GiB, {' '.join(words)}",
+            flush=True,
+        )
+
+
+def run_script(path, argv):
+    """Run a script in a process of its own. Returns the peak memory of the process in GiB.
+
+    Ends this program with what the script wrote on stderr if it fails.
+    """
+    command = [sys.executable, str(path), *argv]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        messages = process.stderr.read()
+        # This is the one way to learn the memory of a single child. Windows lacks it.
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(messages)
+    return usage.ru_maxrss / 2**20
+
+
+# -------------------------------------------------------------------------------------------- whole
 
 @torch.no_grad()
-def plain_evaluation(model, g, images, draws):
-    """(log p(x), KLs, AU, AU_kl) of images, as a short script computes them: so many draws of ten images at a time."""
-    log_px, kls, means = [], [], []
+def plain_evaluation(model, scalars, images, draws):
+    """Evaluate a two-level model as a short script does, with ten images at a time.
+
+    Returns (log p(x), KL of each level, AU of each level, AU_kl of each level). draws is the number
+    of draws of the latents per image.
+    """
+    log_px = []
+    kls = []
+    means = []
     for x in images.split(10):
-        terms = model(x, g, sample_shape=(draws,))
+        terms = model(x, scalars, sample_shape=(draws,))
         log_px.append(terms["log_w"].logsumexp(0) - torch.tensor(float(draws)).log())
         kls.append(torch.stack([terms["unit_kl_1"].mean(0), terms["kl_2"].mean(0)]))
-        means.append(torch.stack([terms["mean_1"].expand(len(x), -1), terms["mean_2"].mean(0)]))
+        mean_1 = terms["mean_1"].expand(len(x), -1)
+        means.append(torch.stack([mean_1, terms["mean_2"].mean(0)]))
+
     kl = torch.cat(kls, 1).mean(1)
-    return (torch.cat(log_px).mean().item(), kl.sum(-1).tolist(), (torch.cat(means, 1).var(1) > 0.01).sum(-1).tolist(),
-            (kl > 0.01).sum(-1).tolist())
+    active_by_variance = (torch.cat(means, 1).var(1) > 0.01).sum(-1)
+    active_by_kl = (kl > 0.01).sum(-1)
+    return (
+        torch.cat(log_px).mean().item(),
+        kl.sum(-1).tolist(),
+        active_by_variance.tolist(),
+        active_by_kl.tolist(),
+    )
 
 
-def plain(argv):
-    """What MNIST_HVAE_Relu.py trains and measures, in the shortest plain loops; prints the seconds of both, and log p(x)."""
+def run_plain(argv):
+    """Train and evaluate what MNIST_HVAE_Relu.py does, in the shortest plain loops.
+
+    Prints the seconds of the training, those of the evaluation, and log p(x).
+    """
     [f] = common.parse_flags(MNIST_HVAE_Relu.Flags, argv)
-    [data], models, found = datasets.load_mnist([f]), [], []
+    [data] = datasets.load_mnist([f])
     x = data.test[0]
-    training = seconds(lambda: models.append(small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).eval()), x.device)
-    evaluation = seconds(lambda: found.extend(plain_evaluation(models[0], common.on_device(f, x), x, f.num_samples)), x.device)
-    print(training, evaluation, found[0])
+    scalars = common.on_device(f, x)
+
+    def train():
+        return small.plain_train(MNIST_HVAE_Relu.HVAE, f, data).eval()
+
+    model, training_seconds = timed(train, x.device)
+    (log_px, *_), evaluation_seconds = timed(
+        lambda: plain_evaluation(model, scalars, x, f.num_samples), x.device
+    )
+    print(training_seconds, evaluation_seconds, log_px)
 
 
-def whole(argv):
-    """The main job from start to table; the same in plain loops, in a process of its own; and a straightforward script, of which an
-    epoch over a sixth of the images and the log-likelihood of 50 images, one by one, are measured and scaled up."""
+@dataclass
+class JobTimes:
+    """The seconds of the main job, done in one way.
+
+    name        the way
+    total       the seconds from start to table, None if the job was not done as a whole
+    training    the seconds of the training
+    evaluation  the seconds of the evaluation
+    log_px      the mean log p(x) of the test images in nats, None as for total
+    """
+
+    name: str
+    total: object
+    training: float
+    evaluation: float
+    log_px: object
+
+    def cells(self):
+        """The row of the table."""
+        parts = [f"{self.training:.2f}", f"{self.evaluation:.2f}"]
+        if self.total is None:
+            return [self.name, "-", *parts, "-", "-"]
+        rest = self.total - (self.training + self.evaluation)
+        return [self.name, f"{self.total:.2f}", *parts, f"{rest:.2f}", f"{self.log_px:.2f}"]
+
+
+def time_whole_job(argv):
+    """Print the times of the main job in three ways.
+
+    1. MNIST_HVAE_Relu.py.
+    2. The same in plain loops, in a process of its own.
+    3. A straightforward script, of which a part is measured and scaled up.
+    """
     with tempfile.TemporaryDirectory() as folder:
         words = ["--out_dir", folder, *argv]
-        [f], models = common.parse_flags(MNIST_HVAE_Relu.Flags, words), []
-        device = common.device_of(f)
 
-        def timed(*command):
-            start = time.perf_counter()
-            out = subprocess.run([sys.executable, *command, *words], cwd=small.ROOT, check=True, stdout=subprocess.PIPE,
-                                 stderr=subprocess.DEVNULL, text=True).stdout
-            return out, time.perf_counter() - start
+        _, total = timed_program(["MNIST_HVAE_Relu.py", *words])
+        [result_path] = Path(folder).rglob("result.json")
+        result = json.loads(result_path.read_text(encoding="utf-8"))
+        script = JobTimes(
+            name="MNIST_HVAE_Relu.py",
+            total=total,
+            training=result["seconds"]["train"],
+            evaluation=result["seconds"]["evaluate"],
+            log_px=result["metrics"]["log_px"],
+        )
 
-        _, ours = timed("MNIST_HVAE_Relu.py")
-        [result] = [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
-        out, plainly = timed("-m", "tests.benchmark", "plain")
-        small.write_mnist(folder, MNIST[0] // 6, 1)
-        import torchvision
-        images = torchvision.datasets.MNIST(folder, transform=torchvision.transforms.ToTensor())
-        training = seconds(lambda: models.append(usual_way(MNIST_HVAE_Relu.HVAE, f, images).eval()), device) * 6 * f.num_epochs
-        one_by_one, g = torch.stack([images[k][0].view(784) for k in range(50)]).to(device), common.on_device(f, torch.zeros(0, device=device))
-        evaluation = MNIST[1] / 50 * seconds(
-            lambda: [plain_evaluation(models[0], g, x, f.num_samples) for x in one_by_one.split(1)], device)
-    rows = [["seconds", "start to table", "training", "evaluation", "the rest", "log p(x)"]]
-    for name, took, *of, log_px in (
-            ("MNIST_HVAE_Relu.py", ours, result["seconds"]["train"], result["seconds"]["evaluate"], result["metrics"]["log_px"]),
-            ("in plain loops", plainly, *map(float, out.split())),
-            ("a DataLoader's, image by image", None, training, evaluation, None)):
-        rest = [f"{took:.2f}", *(f"{part:.2f}" for part in of), f"{took - sum(of):.2f}", f"{log_px:.2f}"] if took else [
-            "-", *(f"{part:.2f}" for part in of), "-", "-"]
-        rows.append([name, *rest])
-    common.print_rows(rows)
+        printed, total = timed_program(["-m", "tests.benchmark", "plain", *words])
+        plain_training, plain_evaluating, log_px = [float(word) for word in printed.split()]
+        plain = JobTimes("in plain loops", total, plain_training, plain_evaluating, log_px)
+
+        [f] = common.parse_flags(MNIST_HVAE_Relu.Flags, words)
+        straightforward = time_straightforward_script(f, folder)
+
+    header = ["seconds", "start to table", "training", "evaluation", "the rest", "log p(x)"]
+    rows = [times.cells() for times in (script, plain, straightforward)]
+    common.print_table([header, *rows])
 
 
-def grown(what, value, rows, times):
-    """In a process of its own: the seconds of an epoch of MNIST_HVAE_Relu.py, or of evaluating its draws, where one thing is of this
-    size, the least of so many times; and the process's peak memory above what it began with, in GiB, on a GPU the GPU's."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    flags = {"d_hidden": {"d_hidden": value}, "draws": {"num_samples": value}}.get(what, {})
+def timed_program(argv):
+    """Run Python with these arguments. Returns (what it printed, its seconds)."""
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, *argv],
+        cwd=small.ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return process.stdout, time.perf_counter() - start
+
+
+def time_straightforward_script(f, folder):
+    """The `JobTimes` of a DataLoader's loop, and of an evaluation image by image.
+
+    An epoch over a sixth of the images and the log-likelihood of 50 images are measured and scaled
+    up. The images are written into a folder.
+    """
+    device = common.select_device(f)
+    small.write_mnist(folder, MNIST[0] // 6, 1)
+    examples = torchvision_mnist(folder)
+
+    def train():
+        return usual_train(MNIST_HVAE_Relu.HVAE, f, examples).eval()
+
+    model, epoch_seconds = timed(train, device)
+    images = torch.stack([examples[k][0].view(784) for k in range(50)]).to(device)
+    scalars = common.on_device(f, images)
+
+    def evaluate():
+        for x in images.split(1):
+            plain_evaluation(model, scalars, x, f.num_samples)
+
+    return JobTimes(
+        name="a DataLoader's, image by image",
+        total=None,
+        training=epoch_seconds * 6 * f.num_epochs,
+        evaluation=MNIST[1] / 50 * seconds(evaluate, device),
+        log_px=None,
+    )
+
+
+# ------------------------------------------------------------------------------------------- growth
+
+@dataclass
+class GrowthCurve:
+    """How one measure of the main job grows with one quantity.
+
+    quantity  what grows, one of GROWTH
+    measure   "seconds" or "GiB"
+    sizes     the sizes of the quantity
+    values    the measure at each size
+    """
+
+    quantity: str
+    measure: str
+    sizes: tuple
+    values: list
+
+    @property
+    def exponent(self):
+        """The slope on logarithmic axes over the largest three sizes.
+
+        There the fixed costs no longer hide it.
+        """
+        return np.polyfit(np.log(self.sizes[-3:]), np.log(self.values[-3:]), 1)[0]
+
+
+def measure_growth(quantity, size, rows, repetitions):
+    """Measure the main job with one quantity of this size. Call it in a process of its own.
+
+    The work is an epoch of training on `rows` images, or for "draws" an evaluation. Returns (the
+    least seconds of all repetitions, the peak memory above that at the start in GiB). On a GPU the
+    memory is the GPU's.
+    """
+    memory_before = peak_memory()
+    flags = {}
+    if quantity == "d_hidden":
+        flags = {"d_hidden": size}
+    elif quantity == "draws":
+        flags = {"num_samples": size}
     f = MNIST_HVAE_Relu.Flags(num_epochs=1, **flags)
-    device = common.device_of(f)
-    x = torch.rand(value if what == "rows" else rows, 784, device=device)
+
+    device = common.select_device(f)
+    x = torch.rand(size if quantity == "rows" else rows, 784, device=device)
     data = datasets.Data("random", (x,), (x[:IMAGES[device.type]],))
-    if what == "draws":
+
+    if quantity == "draws":
         model = training.build(MNIST_HVAE_Relu.HVAE, f, data).eval()
-        work = lambda: report.evaluate(model, f, data)
+
+        def work():
+            report.evaluate(model, f, data)
     else:
-        settings = [dataclasses.replace(f, beta_1=0.1 * (k + 1)) for k in range(value if what == "settings" else 1)]
-        work = lambda: training.train_group(MNIST_HVAE_Relu.HVAE, settings, data)
-    took = min(seconds(work, device) for _ in range(times))
+        count = size if quantity == "settings" else 1
+        settings = [dataclasses.replace(f, beta_1=0.1 * (k + 1)) for k in range(count)]
+
+        def work():
+            training.train_group(MNIST_HVAE_Relu.HVAE, settings, data)
+
+    least = min(seconds(work, device) for _ in range(repetitions))
     if device.type == "cuda":
-        return took, torch.cuda.max_memory_allocated() / 2**30
-    return took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+        return least, torch.cuda.max_memory_allocated() / 2**30
+    return least, peak_memory() - memory_before
 
 
 def growth():
-    """A table and a picture, on logarithmic axes, of time and memory over what grows; the exponents are of the largest three sizes,
-    where fixed costs no longer hide it."""
-    print(f"{common.device_name(common.device_of(MNIST_HVAE_Relu.Flags()))}, torch {torch.__version__}; {EXAMPLES:,} rows but where they "
-          f"grow; the least of {EPOCHS} times; a process each")
-    rows, panels = [["what", "size", "seconds", "GiB"]], []
-    for what, sizes in GROWTH.items():
-        with small.FORKS.Pool(1, maxtasksperchild=1) as pool:
-            found = pool.starmap(grown, [(what, size, EXAMPLES, EPOCHS) for size in sizes], chunksize=1)
-        rows += [[what, f"{size:,}", f"{took:.4f}", f"{peak:.3f}"] for size, (took, peak) in zip(sizes, found)]
-        for name, of in zip(("seconds", "GiB"), zip(*found)):
-            exponent = np.polyfit(np.log(sizes[-3:]), np.log(of[-3:]), 1)[0]
-            panels.append((what, name, sizes, of, exponent))
-    common.print_rows(rows)
-    for what, name, _, _, exponent in panels:
-        print(f"{name} over {what}: exponent {exponent:.2f}")
+    """Print a table of time and memory over each quantity, and draw it on logarithmic axes."""
+    device = common.select_device(MNIST_HVAE_Relu.Flags())
+    print(
+        f"{common.device_name(device)}, torch {torch.__version__}; {EXAMPLES:,} rows but where "
+        f"they grow; the least of {EPOCHS} times; a process each"
+    )
+    rows = [["what", "size", "seconds", "GiB"]]
+    curves = []
+    for quantity, sizes in GROWTH.items():
+        arguments = [(quantity, size, EXAMPLES, EPOCHS) for size in sizes]
+        with small.CHILDREN.Pool(1, maxtasksperchild=1) as pool:
+            measurements = pool.starmap(measure_growth, arguments, chunksize=1)
+        for size, (duration, memory) in zip(sizes, measurements):
+            rows.append([quantity, f"{size:,}", f"{duration:.4f}", f"{memory:.3f}"])
+        durations = [duration for duration, _ in measurements]
+        memories = [memory for _, memory in measurements]
+        curves.append(GrowthCurve(quantity, "seconds", sizes, durations))
+        curves.append(GrowthCurve(quantity, "GiB", sizes, memories))
+
+    common.print_table(rows)
+    for curve in curves:
+        print(f"{curve.measure} over {curve.quantity}: exponent {curve.exponent:.2f}")
+    draw_growth(curves)
+
+
+def draw_growth(curves):
+    """Draw the picture of `growth`: a column for each quantity, a row for each measure."""
 
     def draw(axes):
-        for ax, (what, name, sizes, of, exponent) in zip(axes.T.flat, panels):
-            ax.loglog(sizes, of, "o-", label=f"exponent {exponent:.2f}")
-            ax.set_yticks(of, [f"{value:.2g}" for value in of])
+        for ax, curve in zip(axes.T.flat, curves):
+            ax.loglog(curve.sizes, curve.values, "o-", label=f"exponent {curve.exponent:.2f}")
+            ax.set_yticks(curve.values, [f"{value:.2g}" for value in curve.values])
             ax.set_yticks([], minor=True)
-            ax.set(xlabel=what, ylabel=f"{name} of an evaluation" if what == "draws" else f"{name} of an epoch")
+            work = "an evaluation" if curve.quantity == "draws" else "an epoch"
+            ax.set(xlabel=curve.quantity, ylabel=f"{curve.measure} of {work}")
             ax.legend(fontsize=7)
-    pictures.save_figure(GROWTH_PNG, len(GROWTH), 2, 3.2, 2.6, "", draw)
+
+    pictures.save_figure(
+        GROWTH_PNG,
+        columns=len(GROWTH),
+        rows=2,
+        width=3.2,
+        height=2.6,
+        caption="",
+        draw=draw,
+    )
 
 
-def of_steps(Model, f, data, module, count):
-    """The seconds of so many training steps of one setting, and of what comes before the first."""
-    rows = slice(count * f.batch_size)
-    few = dataclasses.replace(data, train=tuple(t[rows] for t in data.train))
-    return seconds(lambda: training.train_group(Model, [f], few, train=getattr(module, "train", None)), data.train[0].device)
-
+# --------------------------------------------------------------------------------------------- cuda
 
 def on_cuda(device="cuda"):
-    """What only a GPU can show, as one table: an epoch of MNIST's size of the main job, alone, as a 5x5 grid and the usual way, and of
-    each deep model at its defaults, from STEPS; captured as a graph and launched step by step; in three precisions. Then the
-    evaluation of the main job: its speed, and the log p(x) of one model in the three precisions."""
+    """Print what only a GPU can show.
+
+    One table has the seconds of an epoch of MNIST's size: of the main job alone, as a 5x5 grid and
+    the usual way, and of each deep model at its defaults. The step is captured as a graph or
+    launched each time, in several precisions. Then follows the evaluation of the main job: its
+    speed, and the log p(x) of one model in three precisions.
+    """
     f = MNIST_HVAE_Relu.Flags(num_epochs=1, device=device)
-    device = common.device_of(f)
-    print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads; an epoch of {MNIST[0]:,} images", flush=True)
-    images = small.digit_data(max(MNIST[0], STEPS[1] * 300), MNIST[1], torch.float32)
-    data = dataclasses.replace(images, train=(images.train[0][:MNIST[0]].to(device),), test=(images.test[0].to(device),))
-    values, rows = (0.1, 1.0, 2.0, 4.0, 6.0), [["", "precision", "captured, s", "launched, s", "launching"]]
-    sheet = [dataclasses.replace(f, beta_1=a, beta_2=b) for a in values for b in values]
+    device = common.select_device(f)
+    print(
+        f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads; an epoch of {MNIST[0]:,} images",
+        flush=True,
+    )
 
-    def add(name, precision, work):
-        """A row: the seconds that work() says, with captured steps and without."""
-        found = []
-        for eager in (training.Replayed.EAGER, sys.maxsize):
-            with mock.patch.object(training.Replayed, "EAGER", eager):
-                found.append(work())
-        rows.append([name, precision, f"{found[0]:.3f}", f"{found[1]:.3f}", f"{1 - found[0] / found[1]:.0%}"])
-        print(f"{name}, {precision}: done", file=sys.stderr, flush=True)
+    # A deep model takes STEPS[1] batches of at most 300 images.
+    num_train = max(MNIST[0], STEPS[1] * 300)
+    images = small.digit_data(num_train, MNIST[1], torch.float32)
+    train_images = images.train[0][:MNIST[0]]
+    data = dataclasses.replace(
+        images, train=(train_images.to(device),), test=(images.test[0].to(device),)
+    )
 
+    rows = [["", "precision", "captured, s", "launched, s", "launching"]]
+    rows += rows_of_main_job(f, data, device)
+    rows.append(row_of_usual_way(f, train_images, device))
+    for script in SCRIPTS:
+        if hasattr(importlib.import_module(script.stem), "train"):
+            rows += rows_of_deep_script(script, f, images.train[0], device)
+    common.print_table(rows)
+
+    compare_precisions(f, data, device)
+
+
+def captured_and_launched(name, precision, measure):
+    """A row of the table: the seconds by measure(), with captured steps and without."""
+    captured = measure()
+    # The step is captured after this number of steps, which training does not reach.
+    with mock.patch.object(training.Replayed, "EAGER", sys.maxsize):
+        launched = measure()
+    print(f"{name}, {precision}: done", file=sys.stderr, flush=True)
+    return [
+        name, precision, f"{captured:.3f}", f"{launched:.3f}", f"{1 - captured / launched:.0%}"
+    ]
+
+
+def rows_of_main_job(f, data, device):
+    """The main job alone and as a 5x5 grid."""
+    values = (0.1, 1.0, 2.0, 4.0, 6.0)
+    grid = []
+    for beta_1 in values:
+        for beta_2 in values:
+            grid.append(dataclasses.replace(f, beta_1=beta_1, beta_2=beta_2))
+
+    rows = []
     for precision in ("float32", "tf32"):
-        for name, group in (("MNIST_HVAE_Relu", [f]), ("MNIST_HVAE_Relu, 5x5 grid", sheet)):
-            group = [dataclasses.replace(g, matmul=precision) for g in group]
-            add(name, precision, lambda: statistics.median(
-                seconds(lambda: training.train_group(MNIST_HVAE_Relu.HVAE, group, data), device) for _ in range(EPOCHS)))
-    usual = seconds(lambda: usual_way(MNIST_HVAE_Relu.HVAE, f, torch.utils.data.TensorDataset(images.train[0][:MNIST[0]])), device)
-    rows.append(["MNIST_HVAE_Relu, a DataLoader's loop", "float32", "-", f"{usual:.3f}", "-"])
-    for script in (path for path in SCRIPTS if "\ndef train(" in path.read_text()):
-        module, Model, g, few = model_of(script, ON_CUDA)
-        x = images.train[0][:STEPS[1] * g.batch_size].view(-1, *datasets.image_shape(g.dataset)).to(device)
-        few, epoch = dataclasses.replace(few, train=(x,)), MNIST[0] // g.batch_size
-        for precision, flags in (("float32", {}), ("tf32", {"matmul": "tf32"}), ("bf16", {"autocast": "bf16"})):
-            g = dataclasses.replace(g, device=f.device, num_epochs=1, **{"matmul": "float32", "autocast": "none"} | flags)
-            add(script.stem, precision, lambda: epoch / (STEPS[1] - STEPS[0]) * (
-                of_steps(Model, g, few, module, STEPS[1]) - of_steps(Model, g, few, module, STEPS[0])))
-    common.print_rows(rows)
+        for name, settings in (("MNIST_HVAE_Relu", [f]), ("MNIST_HVAE_Relu, 5x5 grid", grid)):
+            group = [dataclasses.replace(setting, matmul=precision) for setting in settings]
 
+            def train():
+                training.train_group(MNIST_HVAE_Relu.HVAE, group, data)
+
+            def median_epoch():
+                return statistics.median(seconds(train, device) for _ in range(EPOCHS))
+
+            rows.append(captured_and_launched(name, precision, median_epoch))
+    return rows
+
+
+def row_of_usual_way(f, train_images, device):
+    """The main job the usual way."""
+    examples = torch.utils.data.TensorDataset(train_images)
+    epoch = seconds(lambda: usual_train(MNIST_HVAE_Relu.HVAE, f, examples), device)
+    return ["MNIST_HVAE_Relu, a DataLoader's loop", "float32", "-", f"{epoch:.3f}", "-"]
+
+
+def rows_of_deep_script(script, main_f, train_images, device):
+    """A deep model in three precisions, on the device of the setting main_f of the main job."""
+    case = make_case(script, ON_CUDA)
+    defaults = case.f
+    shape = (-1, *datasets.image_shape(defaults.dataset))
+    images = train_images[:STEPS[1] * defaults.batch_size].view(shape).to(device)
+    steps_per_epoch = MNIST[0] // defaults.batch_size
+
+    def epoch():
+        further_seconds = seconds_of_steps(case, images, STEPS[1], device)
+        further_seconds -= seconds_of_steps(case, images, STEPS[0], device)
+        return steps_per_epoch / (STEPS[1] - STEPS[0]) * further_seconds
+
+    precisions = {
+        "float32": {"matmul": "float32", "autocast": "none"},
+        "tf32": {"matmul": "tf32", "autocast": "none"},
+        "bf16": {"matmul": "float32", "autocast": "bf16"},
+    }
+    rows = []
+    for precision, flags in precisions.items():
+        case.f = dataclasses.replace(defaults, device=main_f.device, num_epochs=1, **flags)
+        rows.append(captured_and_launched(script.stem, precision, epoch))
+    return rows
+
+
+def seconds_of_steps(case, images, count, device):
+    """The seconds of this number of training steps, and of what comes before the first one."""
+    rows = images[:count * case.f.batch_size]
+    case.data = dataclasses.replace(case.data, train=(rows,))
+    return seconds(case.fit, device)
+
+
+def compare_precisions(f, data, device):
+    """Train the main job, and print the log p(x) of the model and its speed in three precisions."""
     with quietly():
-        [(model, _)] = training.train_group(MNIST_HVAE_Relu.HVAE, [f], data)
+        [run] = training.train_group(MNIST_HVAE_Relu.HVAE, [f], data)
+
     log_px = {}
     for precision in ("float32", "tf32", "bf16"):
-        g, cast = dataclasses.replace(f, matmul="tf32" if precision == "tf32" else "float32"), torch.autocast(
-            device.type, torch.bfloat16, enabled=precision == "bf16")
-        with cast, quietly():
-            start = time.perf_counter()
-            log_px[precision] = report.evaluate(model, g, data)[0]["log_px"]
-            took = time.perf_counter() - start
-        print(f"log p(x) of {MNIST[1]:,} images at {g.num_samples:,} draws, {precision}: {log_px[precision]:.4f} nats, "
-              f"{MNIST[1] * g.num_samples / took:,.0f} draws/s")
-    apart = max(log_px.values()) - min(log_px.values())
-    print(f"apart {apart:.4f} nats, {'as' if apart < 0.05 else 'NOT as'} they should: within 0.05")
+        matmul = "tf32" if precision == "tf32" else "float32"
+        setting = dataclasses.replace(f, matmul=matmul)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            (metrics, _), duration = timed(
+                lambda: report.evaluate(run.model, setting, data), device
+            )
+        log_px[precision] = metrics["log_px"]
+        print(
+            f"log p(x) of {MNIST[1]:,} images at {f.num_samples:,} draws, {precision}: "
+            f"{log_px[precision]:.4f} nats, {MNIST[1] * f.num_samples / duration:,.0f} draws/s"
+        )
+
+    difference = max(log_px.values()) - min(log_px.values())
+    verdict = "as" if difference < 0.05 else "NOT as"
+    print(f"apart {difference:.4f} nats, {verdict} they should: within 0.05")
+
+
+# --------------------------------------------------------------------------------------------- main
+
+COMMANDS = {
+    "ratios": lambda argv: ratios(),
+    "scripts": lambda argv: time_scripts(argv),
+    "whole": lambda argv: time_whole_job(argv),
+    "plain": lambda argv: run_plain(argv),
+    "growth": lambda argv: growth(),
+    "cuda": lambda argv: on_cuda(),
+}
 
 
 def main(argv=None):
-    what, *argv = (sys.argv[1:] if argv is None else argv) or ["ratios"]
-    works = {"ratios": ratios, "scripts": lambda: of_scripts(argv), "whole": lambda: whole(argv), "plain": lambda: plain(argv),
-             "growth": growth, "cuda": on_cuda}
-    if what not in works:
-        sys.exit(f"python -m tests.benchmark {what}: wants one of {', '.join(works)}")
-    works[what]()
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words else "ratios"
+    if command not in COMMANDS:
+        wanted = ", ".join(COMMANDS)
+        sys.exit(f"python -m tests.benchmark {command}: wants one of {wanted}")
+    COMMANDS[command](words)
 
 
 if __name__ == "__main__":

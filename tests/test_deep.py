@@ -1,4 +1,8 @@
-"""The deep models: going on after a kill, many processes, and what deep.py holds: schedule, average, measurements."""
+"""The scripts of the deep models, and `deep`.
+
+The scripts leave complete results, go on after a kill, and train by many processes. `deep` has the
+schedule, the average of the weights, and the measurements of --evaluate.
+"""
 import contextlib
 import dataclasses
 import io
@@ -9,255 +13,470 @@ import time
 import unittest
 from unittest import mock
 
+import common
 import numpy as np
 import torch
 from torch.distributions import Normal
 
-import common
 import datasets
 import deep
 import files
-import pictures
-import training
 import MNIST_HVAE_DCT
 import MNIST_HVAE_DVP
 import MNIST_HVAE_Ladder
 import MNIST_VAE_Delta
+import pictures
+import processes
+import training
 from tests import small
 
-SMALL = {MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4", MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
-         MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
-         MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2"}
-PHASES = {MNIST_VAE_Delta: ["", "auxiliary"]}
+# The flags with which each script trains in no time.
+SMALL = {
+    MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4",
+    MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
+    MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
+    MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2",
+}
 
 
-class OfScripts(small.InFolder):
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class WithScripts(small.InFolder):
+    """Tests that run scripts on a few drawn digits, and look at the files that they leave."""
+
     def argv(self, script, out_dir, **flags):
-        flags = {"data_dir": self.folder / "data", "out_dir": self.folder / out_dir, "device": "cpu", "num_samples": 0,
-                 "num_test": 20, "lr": 0.01} | flags
-        return [*SMALL[script].split(), *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+        """A command line of a script. `flags` overrule the ones below."""
+        defaults = {
+            "data_dir": self.folder / "data",
+            "out_dir": self.folder / out_dir,
+            "device": "cpu",
+            "num_samples": 0,
+            "num_test": 20,
+            "lr": 0.01,
+        }
+        words = SMALL[script].split()
+        for name, value in (defaults | flags).items():
+            words += [f"--{name}", str(value)]
+        return words
 
-    def left(self, script, out_dir):
-        """(training.json but for seconds, weights) of the one run that is there."""
+    def run_folder(self, script, out_dir):
+        """The folder of the only run of a script."""
         [folder] = (self.folder / out_dir / script.__name__).glob("*/")
-        trained = json.loads((folder / "training.json").read_text())
-        return {name: of for name, of in trained.items() if name != "seconds"}, torch.load(folder / "model.pt", weights_only=True)
+        return folder
+
+    def trained(self, script, out_dir):
+        """The contents of the only run's training.json, except seconds, and its weights."""
+        folder = self.run_folder(script, out_dir)
+        record = read_json(folder / "training.json")
+        del record["seconds"]
+        return record, torch.load(folder / "model.pt", weights_only=True)
+
+    def assert_equal_weights(self, weights, expected):
+        self.assertEqual(weights.keys(), expected.keys())
+        for name, value in expected.items():
+            self.assertTrue(torch.equal(weights[name], value), name)
 
 
-class CommandLine(OfScripts):
+class Tables(WithScripts):
     def test_settings_that_measure_different_things(self):
-        """A prior with a context on top and one without, with a log-likelihood and without: "-" for what a setting does not have."""
+        """Where a setting does not have a number, its table has "-".
+
+        One prior has a context on top and the other has none. Each comes with and without a
+        log-likelihood.
+        """
         small.write_mnist(self.folder / "data")
-        argv = self.argv(MNIST_HVAE_DVP, "runs", num_epochs=1, batch_size=128, latents="2,1", prior="vamp,diffusion", pseudoinputs=5)
-        with mock.patch.object(pictures, "draw_run"):     # those of grids are drawn
-            self.assertEqual(small.call(MNIST_HVAE_DVP.main, *argv)[0], 0)
+        argv = self.argv(
+            MNIST_HVAE_DVP,
+            "runs",
+            num_epochs=1,
+            batch_size=128,
+            latents="2,1",
+            prior="vamp,diffusion",
+            pseudoinputs=5,
+        )
+        with mock.patch.object(pictures, "draw_run"):
+            status, _, err = small.call(MNIST_HVAE_DVP.main, *argv)
+            self.assertEqual(status, 0, err)
             status, out, err = small.call(MNIST_HVAE_DVP.main, *argv, "--num_samples", "0,2")
         self.assertEqual(status, 0, err)
-        _, names, *rows = out.strip().split("\n")[:6]
-        self.assertEqual(names.split()[2:4], ["log_px", "elbo"])
-        rows = [dict(zip(names.split(), row.split())) for row in rows]
-        self.assertEqual([(row["prior"], row["num_samples"]) for row in rows], [
-            ("vamp", "0"), ("vamp", "2"), ("diffusion", "0"), ("diffusion", "2")])
-        self.assertEqual([row["log_px"] == "-" for row in rows], [True, False, True, False])
-        self.assertEqual([row["context_baseline"] == "-" for row in rows], [True, True, True, False])     # beside a log-likelihood
-        levels = [row.split()[:3] for row in out.strip().split("\n")[8:]]
-        self.assertEqual(levels, [[*row, str(level)] for row, top in (
-            (["vamp", "0"], 3), (["vamp", "2"], 3), (["diffusion", "0"], 4), (["diffusion", "2"], 4)) for level in range(top, 0, -1)])
-        [sheets] = [folder for folder in (self.folder / "runs").rglob("grids/*") if "num_samples=0+2" in folder.name]
-        self.assertEqual({path.name for path in sheets.glob("*.png")} - {"metrics.png"}, {f"reconstructions_{k}.png" for k in range(6)})
+        lines = out.strip().split("\n")
+
+        # 1. The table of totals.
+        names = lines[1].split()
+        self.assertEqual(names[2:4], ["log_px", "elbo"])
+        rows = [dict(zip(names, line.split())) for line in lines[2:6]]
+        settings = [("vamp", "0"), ("vamp", "2"), ("diffusion", "0"), ("diffusion", "2")]
+        self.assertEqual([(row["prior"], row["num_samples"]) for row in rows], settings)
+        has_no_log_px = [row["log_px"] == "-" for row in rows]
+        self.assertEqual(has_no_log_px, [True, False, True, False])
+        # The baseline appears beside a log-likelihood only.
+        has_no_baseline = [row["context_baseline"] == "-" for row in rows]
+        self.assertEqual(has_no_baseline, [True, True, True, False])
+
+        # 2. The table level by level.
+        expected = []
+        for prior, num_samples in settings:
+            top = 4 if prior == "diffusion" else 3
+            for level in range(top, 0, -1):
+                expected.append([prior, num_samples, str(level)])
+        self.assertEqual([line.split()[:3] for line in lines[8:]], expected)
+
+        # 3. The pictures of the grid.
+        folders = []
+        for folder in (self.folder / "runs").rglob("grids/*"):
+            if "num_samples=0+2" in folder.name:
+                folders.append(folder)
+        [grid] = folders
+        names = {path.name for path in grid.glob("*.png")} - {"metrics.png"}
+        self.assertEqual(names, {f"reconstructions_{k}.png" for k in range(6)})
 
     def test_each_script_leaves_complete_results(self):
-        """Files, the table of totals, the table level by level; the same command again shows them and trains nothing."""
+        """Each leaves files, a table of totals and a table level by level.
+
+        The same command again shows them and trains nothing. With fewer test images the same
+        weights are evaluated again.
+        """
         small.write_mnist(self.folder / "data")
         for script in SMALL:
-            with self.subTest(script=script.__name__), mock.patch.object(deep, "ATTACK_STEPS", 3):
-                further = ["--evaluate", "compression,attack"] if script is not MNIST_VAE_Delta else []
-                argv = [*self.argv(script, "runs", num_epochs=1, num_samples=3, batch_size=128), *further]
-                status, out, err = small.call(script.main, *argv)
-                self.assertEqual(status, 0, err)
-                [run] = (self.folder / "runs" / script.__name__).glob("*/")
-                result = json.loads((run / "result.json").read_text())
-                metrics = result["metrics"]
-                self.assertTrue(np.isfinite(list(metrics.values())).all())
-                levels = common.levels(metrics)
-                totals = ["log_px", "elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"]
-                self.assertLessEqual(set(totals), set(metrics))
-                drawn = {"collapse.png", "reconstructions.png", "samples.png", "training.png"}
-                drawn |= {"compression.png", "attack.png"} if further else set()
-                self.assertEqual({path.name for path in run.glob("*.png")}, drawn)
-                with np.load(run / "units.npz") as units:
-                    per_level = {name: units[name] for name in units if name.startswith("unit_kl")}
-                self.assertEqual({of.shape[0] for of in per_level.values()}, {20})
-                for name, of in per_level.items():            # the ELBO's terms are these, unit by unit
-                    self.assertAlmostEqual(of.sum(1).mean(), metrics[name.removeprefix("unit_")], places=3)
-                self.assertAlmostEqual(metrics["elbo"], -metrics["reconstruction"] - metrics["kl"], places=3)
-                table = out.strip().split("\n\n")
-                names, values = (line.split() for line in table[0].split("\n")[1:3])
-                self.assertEqual(len(names), len(values))
-                self.assertAlmostEqual(float(values[names.index("elbo")]), metrics["elbo"], delta=0.006)
-                self.assertIn("256 training and 20 test examples, cpu, nats per test example, seed 0", table[0])
-                if len(levels) > 1:
-                    rows = [line.split() for line in table[1].split("\n")]
-                    self.assertEqual(rows[0], ["level", "kl", "AU", "AU_kl", "active_share"])
-                    self.assertEqual([int(row[0]) for row in rows[1:]], list(range(len(levels) - 1, 0, -1)))
-                    for row in rows[1:]:
-                        self.assertAlmostEqual(float(row[1]), metrics[f"kl_{row[0]}"], delta=0.006)
-                    self.assertAlmostEqual(sum(metrics[f"kl{level}"] for level in levels if level), metrics["kl"], places=4)
-                    self.assertEqual(sum(metrics[f"AU_kl{level}"] for level in levels if level), metrics["AU_kl"])
-                if further:
-                    compression, attack = (json.loads((run / f"{name}.json").read_text()) for name in ("compression", "attack"))
-                    self.assertEqual(len(compression["bits"]), len(levels))           # with none of the levels, with all
-                    self.assertEqual([row["radius"] for row in attack["rows"]], list(deep.RADII))
-                status, again, err = small.call(script.main, *argv)
-                self.assertEqual((status, again), (0, out))
-                self.assertIn("already trained", err)
-                self.assertNotIn("training: epoch", err)
-                steps = ["--num_steps", 3] if script is MNIST_HVAE_DVP else []
-                with mock.patch("pictures.draw_run"):
-                    status, fewer, err = small.call(script.main, *argv[:-2 if further else None], "--num_test", 10, "--num_samples", 3, *steps)
-                self.assertEqual(status, 0, err)              # of the same weights, evaluated anew
-                self.assertIn("already trained", err)
-                self.assertIn("256 training and 10 test examples", fewer)
+            with self.subTest(script=script.__name__):
+                self.check_script(script)
+
+    def check_script(self, script):
+        measurements = () if script is MNIST_VAE_Delta else ("compression", "attack")
+        argv = self.argv(script, "runs", num_epochs=1, num_samples=3, batch_size=128)
+        measuring_argv = argv
+        if measurements:
+            measuring_argv = [*argv, "--evaluate", ",".join(measurements)]
+
+        # 1. The command.
+        with mock.patch.object(deep, "ATTACK_STEPS", 3):
+            status, out, err = small.call(script.main, *measuring_argv)
+        self.assertEqual(status, 0, err)
+        folder = self.run_folder(script, "runs")
+        metrics = read_json(folder / "result.json")["metrics"]
+        self.check_files(folder, metrics, measurements)
+        self.check_metrics(metrics)
+        tables = out.strip().split("\n\n")
+        self.check_totals(tables[0], metrics)
+        if len(common.levels(metrics)) > 1:
+            self.check_levels(tables[1], metrics)
+
+        # 2. The command again.
+        status, out_again, err = small.call(script.main, *measuring_argv)
+        self.assertEqual((status, out_again), (0, out))
+        self.assertIn("already trained", err)
+        self.assertNotIn("training: epoch", err)
+
+        # 3. The command with fewer test images, and fewer steps of sampling.
+        fewer = ["--num_test", 10, "--num_samples", 3]
+        if script is MNIST_HVAE_DVP:
+            fewer += ["--num_steps", 3]
+        with mock.patch.object(pictures, "draw_run"):
+            status, out, err = small.call(script.main, *argv, *fewer)
+        self.assertEqual(status, 0, err)
+        self.assertIn("already trained", err)
+        self.assertIn("256 training and 10 test examples", out)
+
+    def check_files(self, folder, metrics, measurements):
+        # 1. The pictures.
+        expected = {"collapse.png", "reconstructions.png", "samples.png", "training.png"}
+        expected |= {f"{name}.png" for name in measurements}
+        self.assertEqual({path.name for path in folder.glob("*.png")}, expected)
+
+        # 2. The KLs of the units, which are the ELBO's terms.
+        with np.load(folder / "units.npz") as arrays:
+            unit_kls = {name: arrays[name] for name in arrays if name.startswith("unit_kl")}
+        self.assertTrue(unit_kls)
+        for name, unit_kl in unit_kls.items():
+            self.assertEqual(unit_kl.shape[0], 20)
+            kl = metrics[name.removeprefix("unit_")]
+            self.assertAlmostEqual(unit_kl.sum(1).mean(), kl, places=3)
+
+        # 3. The measurements: with no level, with one more each time, and with all.
+        if measurements:
+            compression = read_json(folder / "compression.json")
+            self.assertEqual(len(compression["bits"]), len(common.levels(metrics)))
+            attack = read_json(folder / "attack.json")
+            self.assertEqual([row["radius"] for row in attack["rows"]], list(deep.RADII))
+
+    def check_metrics(self, metrics):
+        self.assertTrue(np.isfinite(list(metrics.values())).all())
+        totals = {"log_px", "elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"}
+        self.assertLessEqual(totals, set(metrics))
+        elbo = -metrics["reconstruction"] - metrics["kl"]
+        self.assertAlmostEqual(metrics["elbo"], elbo, places=3)
+
+        suffixes = [level for level in common.levels(metrics) if level]
+        if suffixes:
+            kl = sum(metrics[f"kl{level}"] for level in suffixes)
+            self.assertAlmostEqual(kl, metrics["kl"], places=4)
+            active_units = sum(metrics[f"AU_kl{level}"] for level in suffixes)
+            self.assertEqual(active_units, metrics["AU_kl"])
+
+    def check_totals(self, table, metrics):
+        lines = table.split("\n")
+        names = lines[1].split()
+        values = lines[2].split()
+        self.assertEqual(len(names), len(values))
+        elbo = float(values[names.index("elbo")])
+        self.assertAlmostEqual(elbo, metrics["elbo"], delta=0.006)
+        caption = "256 training and 20 test examples, cpu, nats per test example, seed 0"
+        self.assertIn(caption, table)
+
+    def check_levels(self, table, metrics):
+        names, *rows = [line.split() for line in table.split("\n")]
+        self.assertEqual(names, ["level", "kl", "AU", "AU_kl", "active_share"])
+        # The levels of the metrics include "kl", the total.
+        top = len(common.levels(metrics)) - 1
+        self.assertEqual([int(row[0]) for row in rows], list(range(top, 0, -1)))
+        for row in rows:
+            self.assertAlmostEqual(float(row[1]), metrics[f"kl_{row[0]}"], delta=0.006)
 
 
-class Killed(OfScripts):
+class Kills:
+    """In place of Checkpoint.write: now and then an InterruptedError follows the write.
+
+    The numbers of checkpoints until each kill are 1, 4, 2 and 3.
+    """
+
+    def __init__(self):
+        self.write = training.Checkpoint.write
+        self.intervals = [3, 2, 4, 1]
+        self.to_go = self.intervals.pop()
+        # The phases of training that have left a checkpoint.
+        self.phases = set()
+
+    def __call__(self, checkpoint, state):
+        self.write(checkpoint, state)
+        self.phases.add(list(state)[-1])
+        self.to_go -= 1
+        if self.to_go == 0:
+            if self.intervals:
+                self.to_go = self.intervals.pop()
+            raise InterruptedError
+
+
+class Killed(WithScripts):
     def test_goes_on_to_the_same_numbers(self):
-        """Each script, killed right after a checkpoint, at several steps and in every phase; curves and weights bit by bit."""
+        """Each script is killed right after a checkpoint, at several steps and in every phase.
+
+        Curves and weights are equal bit by bit.
+        """
         small.write_mnist(self.folder / "data")
         for script in SMALL:
-            with self.subTest(script=script.__name__), mock.patch("pictures.draw_run"):
-                flags = dict(num_epochs=2, batch_size=64, checkpoint_seconds=0, beta_warmup=1.5)
-                status, _, err = small.call(script.main, *self.argv(script, "undisturbed", **flags))
-                self.assertEqual(status, 0, err)
-                trained, weights = self.left(script, "undisturbed")
-                phases, kills, write = set(), [3, 2, 4, 1], training.Checkpoint.write     # steps until the next kill, last first
-                ends, to_go = 0, [kills.pop()]
+            with self.subTest(script=script.__name__), mock.patch.object(pictures, "draw_run"):
+                self.check_script(script)
 
-                def killed(checkpoint, state):
-                    write(checkpoint, state)
-                    phases.add(list(state)[-1])
-                    to_go[0] -= 1
-                    if to_go[0] == 0:
-                        to_go[0] = kills.pop() if kills else -1
-                        raise InterruptedError
+    def check_script(self, script):
+        flags = {"num_epochs": 2, "batch_size": 64, "checkpoint_seconds": 0, "beta_warmup": 1.5}
+        phases = {"", "auxiliary"} if script is MNIST_VAE_Delta else {""}
 
-                with mock.patch("training.Checkpoint.write", killed):
-                    while True:
-                        try:
-                            status, _, err = small.call(script.main, *self.argv(script, "killed", **flags))
-                            break
-                        except InterruptedError:
-                            ends += 1
-                            files.unlock()
-                self.assertEqual((status, ends), (0, 2 + len(phases)), err)
-                self.assertIn("going on after ", err)
-                self.assertEqual(phases, set(PHASES.get(script, [""])))
-                again, same = self.left(script, "killed")
-                self.assertEqual(again, trained)
-                self.assertEqual(same.keys(), weights.keys())
-                for name in weights:
-                    self.assertTrue(torch.equal(same[name], weights[name]), name)
-                self.assertFalse((self.folder / "killed" / script.__name__ / "checkpoints").exists())
+        # 1. An undisturbed run.
+        status, _, err = small.call(script.main, *self.argv(script, "undisturbed", **flags))
+        self.assertEqual(status, 0, err)
+        record, weights = self.trained(script, "undisturbed")
+
+        # 2. A run that is killed until it ends.
+        kills = Kills()
+        argv = self.argv(script, "killed", **flags)
+        count = 0
+        status = None
+
+        def write(checkpoint, state):
+            kills(checkpoint, state)
+
+        with mock.patch.object(training.Checkpoint, "write", write):
+            while status is None:
+                try:
+                    status, _, err = small.call(script.main, *argv)
+                except InterruptedError:
+                    count += 1
+        self.assertEqual((status, count), (0, 2 + len(phases)), err)
+        self.assertIn("going on after ", err)
+        self.assertEqual(kills.phases, phases)
+
+        # 3. Both are the same.
+        record_again, weights_again = self.trained(script, "killed")
+        self.assertEqual(record_again, record)
+        self.assert_equal_weights(weights_again, weights)
+        checkpoints = self.folder / "killed" / script.__name__ / "checkpoints"
+        self.assertFalse(checkpoints.exists())
 
     def test_more_rows_than_there_are(self):
         small.write_mnist(self.folder / "data")
-        status, _, err = small.call(MNIST_HVAE_Ladder.main, *self.argv(MNIST_HVAE_Ladder, "x", batch_size=257))
+        argv = self.argv(MNIST_HVAE_Ladder, "x", batch_size=257)
+        status, _, err = small.call(MNIST_HVAE_Ladder.main, *argv)
         self.assertEqual(status, 2)
-        self.assertIn("--batch_size: got 257 for 1 process(es), wants at most the 256 training examples", err)
+        message = (
+            "--batch_size: got 257 for 1 process(es), wants at most the 256 training examples")
+        self.assertIn(message, err)
 
 
-class ManyProcesses(OfScripts):
+class ManyProcesses(WithScripts):
     def test_two_are_one_with_the_doubled_batch(self):
-        """Five steps of each script: the curves of two processes, as by torchrun, and of one with batches twice as large."""
+        """Two processes have the curves of one process with batches twice as large.
+
+        Each script makes five steps. All run in one program, so that the processes start once.
+        """
         small.write_mnist(self.folder / "data")
-        commands = {script.__name__: self.argv(script, "two", num_epochs=5, batch_size=128) for script in SMALL}
-        (self.folder / "all.py").write_text(
-            "import importlib, common\n"
-            f"common.run(lambda: max(importlib.import_module(name).main(argv) for name, argv in {commands!r}.items()))\n")
-        both, _, errs = small.two_processes(self, self.folder / "all.py", [], self.folder, "two")
-        self.assertEqual(small.ended(both, 300), [0, 0], [err.read_text() for err in errs])
+
+        # 1. Two processes.
+        commands = {}
         for script in SMALL:
-            with mock.patch("pictures.draw_run"):
-                status, _, err = small.call(script.main, *self.argv(script, "one", num_epochs=5, batch_size=256))
+            commands[script.__name__] = self.argv(script, "two", num_epochs=5, batch_size=128)
+        program = self.folder / "all_scripts.py"
+        code = (
+            "import importlib\n"
+            "import common\n"
+            f"commands = {commands!r}\n"
+            "def main():\n"
+            "    statuses = []\n"
+            "    for name, argv in commands.items():\n"
+            "        statuses.append(importlib.import_module(name).main(argv))\n"
+            "    return max(statuses)\n"
+            "common.run(main)\n"
+        )
+        program.write_text(code, encoding="utf-8")
+        pair, _, errs = small.two_processes(self, program, [], self.folder, "two")
+        statuses = small.exit_statuses(pair, 300)
+        self.assertEqual(statuses, [0, 0], [err.read_text(encoding="utf-8") for err in errs])
+
+        # 2. One process.
+        for script in SMALL:
+            argv = self.argv(script, "one", num_epochs=5, batch_size=256)
+            with mock.patch.object(pictures, "draw_run"):
+                status, _, err = small.call(script.main, *argv)
             self.assertEqual(status, 0, err)
-            one, two = (self.left(script, out_dir)[0]["curves"] for out_dir in ("one", "two"))
+
+        # 3. Their curves.
+        for script in SMALL:
+            one = self.trained(script, "one")[0]["curves"]
+            two = self.trained(script, "two")[0]["curves"]
             self.assertEqual(one.keys(), two.keys())
             self.assertEqual(len(one["loss"]), 5)
-            for name in one:
-                np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4, err_msg=f"{script.__name__} {name}")
+            for name, curve in one.items():
+                np.testing.assert_allclose(
+                    two[name],
+                    curve,
+                    rtol=1e-4,
+                    atol=1e-4,
+                    err_msg=f"{script.__name__} {name}",
+                )
 
 
-class Stopped(OfScripts):
+@unittest.skipIf(os.name == "nt", "Windows has no SIGTERM that a process can handle")
+class Stopped(WithScripts):
     def test_processes_agree_to_stop(self):
-        """SIGTERM reaches two processes 20 ms or 2 s apart, in either order: both end with one line, a checkpoint is left, and from the
-        last of them both go on to the very numbers of an undisturbed run."""
+        """SIGTERM reaches two processes 20 ms or 2 s apart, in either order.
+
+        Both end with one line and leave a checkpoint. From the last checkpoint both go on to the
+        numbers of an undisturbed run.
+        """
         small.write_mnist(self.folder / "data")
 
-        def start(out_dir, number):
-            argv = self.argv(MNIST_HVAE_Ladder, out_dir, num_epochs=20, batch_size=24, checkpoint_seconds=1000)
-            both, _, logs = small.two_processes(self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
-            return both, logs
+        # 1. An undisturbed run.
+        pair, logs = self.start("undisturbed", 0)
+        self.check_statuses(pair, logs, [0, 0])
 
-        def end(both, logs):
-            return small.ended(both), [log.read_text() for log in logs]
-
-        status, log = end(*start("undisturbed", 0))
-        self.assertEqual(status, [0, 0], log)
-        going_on = 0
-        for number, (first, seconds) in enumerate([(0, 0.02), (1, 0.02), (0, 2.0), (1, 2.0)]):
-            both, logs = start("stopped", number)
-            deadline = time.monotonic() + 60
-            while not all(log.exists() and "training: epoch" in log.read_text() for log in logs) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.kill(both[first].pid, signal.SIGTERM)
+        # 2. Four runs that are stopped. All except the first go on from a checkpoint.
+        resumed = 0
+        cases = ((0, 0.02), (1, 0.02), (0, 2.0), (1, 2.0))
+        for number, (first, seconds) in enumerate(cases):
+            pair, logs = self.start("stopped", number)
+            self.wait_for_training(logs)
+            os.kill(pair[first].pid, signal.SIGTERM)
             time.sleep(seconds)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(both[1 - first].pid, signal.SIGTERM)
-            status, log = end(both, logs)
-            self.assertEqual(status, [128 + signal.SIGTERM] * 2, log)
-            for of in log:
-                self.assertEqual(of.count("interrupted; what was finished stays"), 1, of)
-                self.assertNotIn("Traceback", of)
-            self.assertEqual(len(list((self.folder / "stopped").rglob("checkpoints/*.pt"))), 1)
-            going_on += "going on after " in log[0]
-        self.assertEqual(going_on, 3)
-        status, log = end(*start("stopped", 4))
-        self.assertEqual(status, [0, 0], log)
-        (again, same), (trained, weights) = (self.left(MNIST_HVAE_Ladder, out_dir) for out_dir in ("stopped", "undisturbed"))
-        self.assertEqual(again, trained)
-        for name in weights:
-            self.assertTrue(torch.equal(same[name], weights[name]), name)
+                os.kill(pair[1 - first].pid, signal.SIGTERM)
+
+            texts = self.check_statuses(pair, logs, [128 + signal.SIGTERM] * 2)
+            for text in texts:
+                self.assertEqual(text.count("interrupted; what was finished stays"), 1, text)
+                self.assertNotIn("Traceback", text)
+            checkpoints = list((self.folder / "stopped").rglob("checkpoints/*.pt"))
+            self.assertEqual(len(checkpoints), 1)
+            resumed += "going on after " in texts[0]
+        self.assertEqual(resumed, 3)
+
+        # 3. The run that ends.
+        pair, logs = self.start("stopped", 4)
+        self.check_statuses(pair, logs, [0, 0])
+        record, weights = self.trained(MNIST_HVAE_Ladder, "undisturbed")
+        record_again, weights_again = self.trained(MNIST_HVAE_Ladder, "stopped")
+        self.assertEqual(record_again, record)
+        self.assert_equal_weights(weights_again, weights)
+
+    def start(self, out_dir, number):
+        """Start two processes. Returns them and their error files."""
+        argv = self.argv(
+            MNIST_HVAE_Ladder, out_dir, num_epochs=20, batch_size=24, checkpoint_seconds=1000)
+        pair, _, logs = small.two_processes(
+            self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
+        return pair, logs
+
+    def wait_for_training(self, logs):
+        """Wait, at most a minute, until both processes train."""
+        deadline = time.monotonic() + 60
+        for log in logs:
+            while time.monotonic() < deadline:
+                if log.exists() and "training: epoch" in log.read_text(encoding="utf-8"):
+                    break
+                time.sleep(0.01)
+
+    def check_statuses(self, pair, logs, expected):
+        """Wait until both processes end. Returns what they wrote to stderr."""
+        statuses = small.exit_statuses(pair)
+        texts = [log.read_text(encoding="utf-8") for log in logs]
+        self.assertEqual(statuses, expected, texts)
+        return texts
 
 
 class Steps(unittest.TestCase):
+    def setUp(self):
+        self.optimizer = torch.optim.Adamax([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+
     def test_schedule(self):
-        """A line up over the warm-up, then a cosine from lr down to lr_end."""
+        """The learning rate rises along a line over the warm-up, then falls as a cosine."""
         f = MNIST_HVAE_Ladder.Flags(num_epochs=10, warmup_epochs=2.0, lr=0.01, lr_end=1e-4)
-        optimizer = torch.optim.Adamax([torch.nn.Parameter(torch.zeros(1))], lr=f.lr)
-        schedule, rates = deep.warmup_cosine(optimizer, f, 1000), []
+        schedule = deep.warmup_cosine(self.optimizer, f, 1000)
+        rates = []
         for _ in range(1000):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.step()
             schedule.step()
         np.testing.assert_allclose(np.diff(rates[:200]), 0.01 / 201)
-        after = np.arange(800) / 800
-        np.testing.assert_allclose(rates[200:], 1e-4 + (0.01 - 1e-4) * (1 + np.cos(np.pi * after)) / 2)
-        constant = deep.warmup_cosine(optimizer, MNIST_HVAE_Ladder.Flags(lr_schedule="constant"), 1000).lr_lambdas[0]
-        self.assertEqual([constant(step) for step in (50, 999)], [1.0, 1.0])
+        progress = np.arange(800) / 800
+        expected = 1e-4 + (0.01 - 1e-4) * (1 + np.cos(np.pi * progress)) / 2
+        np.testing.assert_allclose(rates[200:], expected)
+
+    def test_constant_rate_after_the_warm_up(self):
+        f = MNIST_HVAE_Ladder.Flags(lr_schedule="constant")
+        [factor] = deep.warmup_cosine(self.optimizer, f, 1000).lr_lambdas
+        self.assertEqual([factor(50), factor(999)], [1.0, 1.0])
 
     def test_what_a_captured_step_changes_lies_on_the_device(self):
-        """The learning rate and the optimiser's count of steps: after a checkpoint, too, no step asks the host for them."""
+        """The learning rate and the optimiser's count of steps do, after a checkpoint, too.
+
+        So no step makes the host wait for the GPU.
+        """
         parameter = mock.Mock(is_cuda=True, device="cpu")
-        for name, kind in (("adamax", "Adamax"), ("adamw", "AdamW")):
-            asked = {}
-            with mock.patch(f"torch.optim.{kind}", lambda parameters, **of: asked.update(of)):
-                deep.optimizer(mock.Mock(parameters=lambda: iter([parameter])), MNIST_HVAE_Ladder.Flags(lr=0.01, optimizer=name), 0.5)
-            self.assertTrue(asked["capturable"] and torch.is_tensor(asked["lr"]))
-            self.assertEqual(asked["weight_decay"], 0.5)
+        model = mock.Mock(parameters=lambda: iter([parameter]))
+        for name, class_name in (("adamax", "Adamax"), ("adamw", "AdamW")):
+            f = MNIST_HVAE_Ladder.Flags(lr=0.01, optimizer=name)
+            with mock.patch.object(torch.optim, class_name) as Optimizer:
+                deep.make_optimizer(model, f, 0.5)
+            arguments = Optimizer.call_args.kwargs
+            self.assertTrue(arguments["capturable"])
+            self.assertTrue(torch.is_tensor(arguments["lr"]))
+            self.assertEqual(arguments["weight_decay"], 0.5)
 
     def test_weight_average(self):
-        f, model = MNIST_HVAE_Ladder.Flags(ema=0.9), torch.nn.Linear(1, 1, bias=False).double()
-        average, expected = deep.WeightAverage(model, f), None
+        f = MNIST_HVAE_Ladder.Flags(ema=0.9)
+        model = torch.nn.Linear(1, 1, bias=False).double()
+        average = deep.WeightAverage(model, f)
+        expected = None
         for value in (3.0, -1.0, 5.0, 2.0):
             with torch.no_grad():
                 model.weight.fill_(value)
@@ -266,94 +485,176 @@ class Steps(unittest.TestCase):
         self.assertAlmostEqual(average.module.weight.item(), expected, places=12)
         self.assertFalse(average.module.weight.requires_grad)
 
-
-class FlagsOfAll(unittest.TestCase):
-    def test_preset(self):
-        """It stands for the flags that --help says, which all others overrule, wherever they stand."""
-        for script in SMALL:
-            Flags = script.Flags
-            small_ones = dict(zip(*[iter(word.removeprefix("--") for word in Flags.small.split())] * 2))
-            for argv in (["--preset", "small", "--num_epochs", "3"], ["--num_epochs", "3", "--preset=small"]):
-                [f] = common.parse_flags(Flags, argv)
-                self.assertEqual((f.num_epochs, f.preset), (3, "published"))
-                for name, value in small_ones.items():
-                    self.assertEqual(str(getattr(f, name)), value if name != "num_epochs" else "3", name)
-            self.assertEqual(files.changed(f, None).keys(), set(small_ones) - {"preset"} | {"num_epochs"})
-            self.assertEqual(common.parse_flags(Flags, []), [Flags()])
-            for wrong in ("large", "small,published"):
-                status, out, err = small.call(script.main, "--preset", wrong)
-                self.assertEqual((status, out, err.count("\n")), (2, "", 1))
-                self.assertIn("--preset: got ", err)
-
-    def test_loss_with_beta_and_free_bits(self):
-        """-log p(x|z) + beta sum_l sum_i of a unit's KL, or of --free_bits where its mean over the batch is less; the context's KL,
-        which nothing is learned of, counts as it is."""
+    def test_random_flip(self):
+        """About half of the images are mirrored left to right. The others stay as they are."""
         torch.manual_seed(0)
-        for script, Model, units in ((MNIST_HVAE_Ladder, "LadderVAE", 2), (MNIST_HVAE_DCT, "DCTVAE", 3), (MNIST_HVAE_DVP, "DVPVAE", 3),
-                                     (MNIST_VAE_Delta, "DeltaVAE", 0)):
-            f = script.Flags(**dict(zip(("latents", "num_ch"), ("1,1", 2))) if units else {}, beta=0.7, free_bits=0.4, device="cpu")
-            model, g = getattr(script, Model)(f), common.on_device(f, torch.zeros(1))
-            names = [f"kl_{l}" for l in range(1, units + 1)] or ["kl"]
-            terms = {"log_px_z": torch.randn(5)} | {name: torch.rand(5, 4) for name in names}
+        x = torch.rand(400, 3, 4, 4)
+        flipped = deep.random_flip(x)
+        is_same = (flipped == x).flatten(1).all(1)
+        mirrored = x[~is_same][..., [3, 2, 1, 0]]
+        self.assertTrue(torch.equal(flipped[~is_same], mirrored))
+        count = is_same.sum().item()
+        self.assertGreater(min(count, 400 - count), 150)
+
+
+class Presets(unittest.TestCase):
+    def test_preset(self):
+        """It abbreviates the flags that --help shows. All others overrule them, anywhere."""
+        for script in SMALL:
+            with self.subTest(script=script.__name__):
+                self.check_preset(script)
+
+    def check_preset(self, script):
+        words = script.Flags.small.split()
+        names = [word.removeprefix("--") for word in words[::2]]
+        preset = dict(zip(names, words[1::2]))
+        expected = preset | {"num_epochs": "3"}
+        for argv in (
+            ["--preset", "small", "--num_epochs", "3"],
+            ["--num_epochs", "3", "--preset=small"],
+        ):
+            [f] = common.parse_flags(script.Flags, argv)
+            self.assertEqual((f.num_epochs, f.preset), (3, "published"))
+            for name, value in expected.items():
+                self.assertEqual(str(getattr(f, name)), value, name)
+            self.assertEqual(files.changed_settings(f, None).keys(), set(expected))
+        self.assertEqual(common.parse_flags(script.Flags, []), [script.Flags()])
+
+        for wrong in ("large", "small,published"):
+            status, out, err = small.call(script.main, "--preset", wrong)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn("--preset: got ", err)
+
+
+class Losses(unittest.TestCase):
+    def test_loss_with_beta_and_free_bits(self):
+        """The loss is -log p(x|z) + beta sum_l sum_i KL_li.
+
+        If the mean of KL_li over the batch is below --free_bits, these take its place. The KL of
+        a context counts as it is, since nothing is learned about it.
+        """
+        torch.manual_seed(0)
+        tiny = {"latents": "1,1", "num_ch": 2}
+        cases = (
+            (MNIST_HVAE_Ladder, "LadderVAE", tiny, ["kl_1", "kl_2"], None),
+            (MNIST_HVAE_DCT, "DCTVAE", tiny, ["kl_1", "kl_2", "kl_3"], "kl_3"),
+            (MNIST_HVAE_DVP, "DVPVAE", tiny, ["kl_1", "kl_2", "kl_3"], "kl_3"),
+            (MNIST_VAE_Delta, "DeltaVAE", {}, ["kl"], None),
+        )
+        for script, class_name, flags, names, context in cases:
+            f = script.Flags(beta=0.7, free_bits=0.4, device="cpu", **flags)
+            model = getattr(script, class_name)(f)
+            terms = {"log_px_z": torch.randn(5)}
+            for name in names:
+                terms[name] = torch.rand(5, 4)
+
             expected = -terms["log_px_z"].mean()
             for name in names:
-                means = terms[name].mean(0)
-                expected += 0.7 * (means if name == "kl_3" else means.clamp(min=0.4)).sum()
-            self.assertAlmostEqual(model.loss(terms, g).mean().item(), expected.item(), places=5)
+                unit_kls = terms[name].mean(0)
+                if name != context:
+                    unit_kls = unit_kls.clamp(min=0.4)
+                expected = expected + 0.7 * unit_kls.sum()
+            loss = model.loss(terms, common.on_device(f, torch.zeros(1))).mean()
+            self.assertAlmostEqual(loss.item(), expected.item(), places=5)
 
-    def test_temperature_is_the_samples_alone(self):
-        """Samples at temperature 0 are the priors' means; at 2, with half the noise, those at 1."""
-        for script, Model in ((MNIST_HVAE_Ladder, "LadderVAE"), (MNIST_HVAE_DCT, "DCTVAE"), (MNIST_HVAE_DVP, "DVPVAE")):
-            f = {t: script.Flags(latents="1,1", num_ch=2, device="cpu", temperature=t, **(
-                {} if script is MNIST_HVAE_Ladder else {"diffusion_ch": 2})) for t in (0.0, 1.0, 2.0)}
-            model = getattr(script, Model)(f[1.0]).eval()
-            context = {} if script is MNIST_HVAE_Ladder else {"p_c": "p_c", "r": "r"}
-            part = next((getattr(model, name) for name in context if hasattr(model, name)), None)
-            drawn = torch.zeros(2, 1, 7, 7)
-            with mock.patch.object(part, "sample", lambda *of: drawn) if part is not None else contextlib.nullcontext(), torch.no_grad():
-                def samples(t, times):
-                    noise = [times * torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(side)) for side in (7, 14)]
-                    with mock.patch.object(common, "normal_like", side_effect=noise):
-                        images = model.samples(2, f[t])
-                    return images["what comes of them"] if isinstance(images, dict) else images
-                torch.testing.assert_close(samples(2.0, 0.5), samples(1.0, 1.0))
-                torch.testing.assert_close(samples(0.0, 3.0), samples(1.0, 0.0))
-                self.assertGreater((samples(1.0, 1.0) - samples(0.0, 1.0)).abs().max().item(), 1e-4)
+
+class Temperature(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
 
     @torch.no_grad()
-    def test_temperature_of_the_delta_vaes_priors(self):
-        """At 0 the mean of the AR(1) prior, 0, and what the auxiliary prior's means lead to; at 2 draws of the former twice as far."""
-        model = MNIST_VAE_Delta.DeltaVAE(MNIST_VAE_Delta.Flags(d_hidden=4, num_ch=2, device="cpu")).float().eval()
-        model.auxiliary.of_step.normal_()
-        z, auxiliary = ({t: (torch.manual_seed(0), sample(3, t))[1] for t in (0.0, 1.0, 2.0)}
-                        for sample in (model.sample_z, model.auxiliary.sample))
-        self.assertFalse(z[0.0].any())
-        torch.testing.assert_close(z[2.0], 2 * z[1.0])
-        torch.testing.assert_close(auxiliary[0.0][1:], auxiliary[0.0][:2])        # all the same, and p(z_1)'s mean
-        torch.testing.assert_close(auxiliary[0.0][0, 0], model.auxiliary.of_step[0, :4])
-        torch.testing.assert_close(auxiliary[2.0][:, 0] - auxiliary[0.0][:, 0], 2 * (auxiliary[1.0][:, 0] - auxiliary[0.0][:, 0]))
-        drawn = []
-        with mock.patch.object(model.decoder, "sample", drawn.append):
-            for temperature in (0.0, 1.0):
-                model.samples(3, MNIST_VAE_Delta.Flags(temperature=temperature, device="cpu"))
-        self.assertEqual([bool((z - z[:1]).any()) for z in drawn], [False, False, True, True])
+    def test_temperature_scales_the_std_of_each_prior(self):
+        """Samples at temperature 0 are the priors' means.
 
-    def test_flips(self):
-        """About half of the images are mirrored, left to right, the others as they were."""
-        x = torch.rand(400, 3, 4, 4)
-        flipped = deep.flipped(x)
-        same = (flipped == x).flatten(1).all(1)
-        self.assertTrue(torch.equal(flipped[~same], x[~same][..., [3, 2, 1, 0]]))
-        self.assertGreater(min(same.sum().item(), 400 - same.sum().item()), 150)
+        At 2, with half the noise, they are as at 1.
+        """
+        # Each script with its model, and the part of it that draws the context.
+        cases = (
+            (MNIST_HVAE_Ladder, "LadderVAE", None),
+            (MNIST_HVAE_DCT, "DCTVAE", "p_c"),
+            (MNIST_HVAE_DVP, "DVPVAE", "r"),
+        )
+        for script, class_name, prior_of_context in cases:
+            flags = {"latents": "1,1", "num_ch": 2, "device": "cpu"}
+            if prior_of_context is not None:
+                flags["diffusion_ch"] = 2
+            f = script.Flags(**flags)
+            model = getattr(script, class_name)(f).eval()
+            if prior_of_context is not None:
+                getattr(model, prior_of_context).sample = lambda *args: torch.zeros(2, 1, 7, 7)
+
+            def samples(temperature, noise_scale):
+                noise = []
+                for side in (7, 14):
+                    random = torch.Generator().manual_seed(side)
+                    noise.append(noise_scale * torch.randn(2, 1, side, side, generator=random))
+                warm = dataclasses.replace(f, temperature=temperature)
+                with mock.patch.object(processes, "normal_like", side_effect=noise):
+                    images = model.samples(2, warm)
+                return images["what comes of them"] if isinstance(images, dict) else images
+
+            with self.subTest(script=script.__name__):
+                torch.testing.assert_close(samples(2.0, 0.5), samples(1.0, 1.0))
+                torch.testing.assert_close(samples(0.0, 3.0), samples(1.0, 0.0))
+                change = (samples(1.0, 1.0) - samples(0.0, 1.0)).abs().max().item()
+                self.assertGreater(change, 1e-4)
+
+    def delta_vae(self):
+        f = MNIST_VAE_Delta.Flags(d_hidden=4, num_ch=2, device="cpu")
+        model = MNIST_VAE_Delta.DeltaVAE(f).float().eval()
+        with torch.no_grad():
+            model.auxiliary.of_step.normal_()
+        return model
+
+    def seeded(self, sample, temperature):
+        """sample(3, temperature), always from the same seed."""
+        torch.manual_seed(0)
+        return sample(3, temperature)
+
+    @torch.no_grad()
+    def test_temperature_of_the_ar1_prior(self):
+        """At 0 it gives its mean, which is 0. At 2 its draws are twice as far as at 1."""
+        model = self.delta_vae()
+        cold = self.seeded(model.sample_z, 0.0)
+        self.assertFalse(cold.any())
+        hot = self.seeded(model.sample_z, 2.0)
+        torch.testing.assert_close(hot, 2 * self.seeded(model.sample_z, 1.0))
+
+    @torch.no_grad()
+    def test_temperature_of_the_auxiliary_prior(self):
+        """At 0 all draws are alike, and begin at the mean of p(z_1)."""
+        model = self.delta_vae()
+        cold = self.seeded(model.auxiliary.sample, 0.0)
+        warm = self.seeded(model.auxiliary.sample, 1.0)
+        hot = self.seeded(model.auxiliary.sample, 2.0)
+        torch.testing.assert_close(cold[1:], cold[:2])
+        torch.testing.assert_close(cold[0, 0], model.auxiliary.of_step[0, :4])
+        first_steps = warm[:, 0] - cold[:, 0]
+        torch.testing.assert_close(hot[:, 0] - cold[:, 0], 2 * first_steps)
+
+    @torch.no_grad()
+    def test_samples_of_the_delta_vae_use_the_temperature(self):
+        """Both priors, at temperature 0 and at 1: whether the latents of several draws differ."""
+        model = self.delta_vae()
+        latents = []
+        with mock.patch.object(model.decoder, "sample", latents.append):
+            for temperature in (0.0, 1.0):
+                f = MNIST_VAE_Delta.Flags(temperature=temperature, device="cpu")
+                model.samples(3, f)
+        differ = [bool((z - z[:1]).any()) for z in latents]
+        self.assertEqual(differ, [False, False, True, True])
 
 
 class LinearTop(torch.nn.Module):
-    """One latent, q(z|x) = N(w x, 1), p(z) = N(0, 1), that is decoded to the pixels' mean beside z."""
-    levels = learned_levels = 1
+    """One latent with q(z|x) = N(w x, 1) and p(z) = N(0, 1). Every pixel is decoded to w x."""
+
+    levels = 1
+    learned_levels = 1
 
     def __init__(self):
         super().__init__()
-        self.w = torch.nn.Parameter(torch.randn(784, generator=torch.Generator().manual_seed(4)) / 28)
+        random = torch.Generator().manual_seed(4)
+        self.w = torch.nn.Parameter(torch.randn(784, generator=random) / 28)
 
     def forward(self, x, f, sample_shape=()):
         mean = (x.flatten(1) @ self.w)[:, None].expand(*sample_shape, -1, -1)
@@ -363,50 +664,127 @@ class LinearTop(torch.nn.Module):
         return [Normal((x.flatten(1) @ self.w)[:, None], torch.ones(len(x), 1))]
 
     def reconstruct(self, x, f, keep):
-        return (x.flatten(1) @ self.w * (keep > 0)).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+        z = x.flatten(1) @ self.w * (keep > 0)
+        return z.view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
 
-class Further(OfScripts):
+class Measurements(small.InFolder):
+    """The measurements of --evaluate."""
+
     def setUp(self):
         super().setUp()
+        random = torch.Generator().manual_seed(1)
+        # No ball of the attack leaves [0, 1].
+        self.x = 0.3 + 0.4 * torch.rand(6, 1, 28, 28, generator=random)
+        self.data = datasets.Data("digits", (self.x,), (self.x,))
+        self.model = LinearTop()
         self.f = MNIST_HVAE_Ladder.Flags(out_dir=str(self.folder), device="cpu")
-        self.x = 0.3 + 0.4 * torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(1))     # no ball leaves [0, 1]
-        self.data, self.model = datasets.Data("digits", (self.x,), (self.x,)), LinearTop()
 
-    def measure(self, what):
-        """What a run leaves; again, what is there is shown without a model."""
-        f, printed = dataclasses.replace(self.f, evaluate=what), []
-        for model in (self.model, object()):
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                deep.evaluate_further([model], [f], [self.data])
-            printed.append(out.getvalue())
-        self.assertEqual(printed[0], printed[1])
-        self.assertIn("seed=0, 6 test images: ", printed[0])
-        folder = files.run_dir(self.f, self.data)
-        self.assertTrue((folder / f"{what}.png").read_bytes().startswith(b"\x89PNG"))
-        return json.loads((folder / f"{what}.json").read_text())
+    def evaluate(self, name, model):
+        """Make a measurement of this model, or show the one that is in the run's folder.
+
+        Returns what is printed to stdout and to stderr, and the path of the .json file.
+        """
+        f = dataclasses.replace(self.f, evaluate=name)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            deep.evaluate_further([training.TrainedRun(f, self.data, model, None)])
+        path = files.run_dir(f, self.data) / f"{name}.json"
+        return out.getvalue(), err.getvalue(), path
+
+    def measure(self, name):
+        """The .json file of a measurement. A second time it is shown and nothing is measured."""
+        out, err, path = self.evaluate(name, self.model)
+        # This object can do nothing that a model can.
+        out_again, err_again, _ = self.evaluate(name, object())
+        self.assertEqual(out_again, out)
+        self.assertEqual((err, err_again), ("", ""))
+        self.assertIn("seed=0, 6 test images: ", out)
+        picture = path.with_suffix(".png").read_bytes()
+        self.assertTrue(picture.startswith(b"\x89PNG"))
+        return read_json(path)
 
     def test_attack_finds_the_corner(self):
-        """The symmetric KL is (w (x' - x))^2, largest in the corner radius sign(w): (radius |w|_1)^2, and each of the 784
-        pixels of the reconstruction moves by its root."""
-        found = self.measure("attack")
+        """The symmetric KL is (w (x' - x))^2.
+
+        It is largest in the corner radius sign(w): (radius |w|_1)^2. Each of the 784 pixels of
+        the reconstruction moves by its root.
+        """
+        attack = self.measure("attack")
         norm = self.model.w.detach().abs().sum().item()
-        for row in found["rows"]:
-            self.assertAlmostEqual(row["symmetric_kl"], (row["radius"] * norm)**2, delta=1e-3 * (row["radius"] * norm)**2)
-            self.assertAlmostEqual(row["distance"], 28 * row["radius"] * norm, delta=1e-3 * 28 * norm)
-            if row["radius"]:
+        self.assertEqual(len(attack["rows"]), len(deep.RADII))
+        for row in attack["rows"]:
+            radius = row["radius"]
+            largest = (radius * norm) ** 2
+            self.assertAlmostEqual(row["symmetric_kl"], largest, delta=1e-3 * largest)
+            distance = 28 * radius * norm
+            self.assertAlmostEqual(row["distance"], distance, delta=1e-3 * 28 * norm)
+            if radius:
                 self.assertLess(row["symmetric_kl_random"], 0.1 * row["symmetric_kl"])
         self.assertTrue(self.model.w.requires_grad)
 
     def test_compression(self):
-        found = self.measure("compression")
+        compression = self.measure("compression")
         z = self.x.flatten(1) @ self.model.w.detach()
-        np.testing.assert_allclose(found["bits"], [0, (z**2 / 2).mean() / np.log(2)], rtol=1e-5)
-        np.testing.assert_allclose(found["squared_error"], [(self.x**2).mean(), (self.x - z.view(-1, 1, 1, 1)).square().mean()],
-                                   rtol=1e-5)
+        bits = [0, (z**2 / 2).mean() / np.log(2)]
+        np.testing.assert_allclose(compression["bits"], bits, rtol=1e-5)
+        reconstruction = z.view(-1, 1, 1, 1)
+        errors = [(self.x**2).mean(), (self.x - reconstruction).square().mean()]
+        np.testing.assert_allclose(compression["squared_error"], errors, rtol=1e-5)
 
-    def test_a_word_that_is_none(self):
-        status, _, err = small.call(MNIST_HVAE_Ladder.main, "--evaluate", "compression,attak", "--out_dir", self.folder)
+    def test_files_that_are_not_whole_are_measured_again(self):
+        """One line names the file. Then the file is as before."""
+        for name in ("compression", "attack"):
+            # The attack takes one step and no picture is drawn, to save time.
+            with mock.patch.object(deep, "ATTACK_STEPS", 1):
+                with mock.patch.object(pictures, "save_figure"):
+                    self.check_wrong_contents(name)
+
+    def check_wrong_contents(self, name):
+        out, _, path = self.evaluate(name, self.model)
+        whole = read_json(path)
+        for wrong in self.wrong_contents(whole):
+            with self.subTest(name=name, wrong=wrong):
+                path.write_text(wrong, encoding="utf-8")
+                out_again, err, _ = self.evaluate(name, self.model)
+                self.assertEqual(out_again, out)
+                self.assertEqual(err.count("\n"), 1, err)
+                self.assertIn(str(path), err)
+                self.assertEqual(read_json(path), whole)
+
+    def wrong_contents(self, whole):
+        """Contents of a .json file that are no whole measurement of this run."""
+        contents = ["", "null", "[]", "3", "{", "{}"]
+        # One key is missing, or has another value.
+        for field in ("images", "levels", "rows", "bits", "squared_error"):
+            if field not in whole:
+                continue
+            without = {key: value for key, value in whole.items() if key != field}
+            contents.append(json.dumps(without))
+            for value in (None, [], {}, [None], "x", float("nan"), [float("inf")]):
+                contents.append(json.dumps(whole | {field: value}))
+        if "rows" in whole:
+            # The first row of the attack is not whole.
+            first, *others = whole["rows"]
+            for row in (1.0, {"radius": 0.0}, first | {"distance": None}):
+                contents.append(json.dumps(whole | {"rows": [row, *others]}))
+        contents.append(json.dumps(whole | {"settings": []}))
+        contents.append(json.dumps(whole | {"settings": whole["settings"] | {"seed": 1}}))
+        return contents
+
+    def test_numbers_that_are_not_finite_leave_no_file(self):
+        with torch.no_grad():
+            self.model.w.fill_(float("nan"))
+        for name in ("compression", "attack"):
+            with mock.patch.object(deep, "ATTACK_STEPS", 2):
+                out, err, path = self.evaluate(name, self.model)
+            self.assertEqual((out, err.count("\n")), ("", 1))
+            self.assertIn(f"{name} is left out", err)
+            self.assertFalse(path.exists())
+
+    def test_wrong_name_ends_the_program(self):
+        status, _, err = small.call(
+            MNIST_HVAE_Ladder.main, "--evaluate", "compression,attak", "--out_dir", self.folder)
         self.assertEqual(status, 2)
         self.assertIn("--evaluate: got 'attak', wants some of compression, attack", err)
 

@@ -1,9 +1,13 @@
-"""Nothing is lost: killed, interrupted, beside another process, on a full disk or dealt over processes, the same numbers."""
+"""After any end of a run, the same command goes on and leaves the same numbers.
+
+The runs here are killed, interrupted, disturbed by the same command in another process, stopped by
+a full disk, or shared by several processes.
+"""
+import hashlib
 import itertools
 import json
 import os
 import random
-import resource
 import signal
 import socket
 import subprocess
@@ -13,32 +17,48 @@ import unittest
 from pathlib import Path
 
 import common
+import torch
+
+import files
 import pictures
 import training
 from tests import small
-from tests.small import ROOT
+
+WINDOWS = os.name == "nt"
+
+# The exit status that a shell gives to a program whose output nobody reads, 128 + SIGPIPE.
+CLOSED_OUTPUT = 141
 
 
-def child(argv, output, file_size=None, die_at=None, counted=None):
-    """Run MNIST_CVAE_Relu.py as from the command line, with its output in a file, in a child of small.FORKS.
+def child(argv, out, err, file_size=None, die_at=None, counted=None, unfinished_seconds=None):
+    """Run MNIST_CVAE_Relu.py as from the command line, in a child process of small.CHILDREN.
 
-    It draws no pictures, which take most of the time and are not compared, but where a file_size limits them. With die_at or
-    counted it counts moments: the training's steps, each tenth of which then leaves a checkpoint, and what it does to files. It
-    kills itself just before moment die_at; counted is a file to write the number of all moments to.
+    file_size is the limit for the size of files, in bytes. Only with it pictures are drawn. They
+    take most of the time, and they are not compared. With die_at or counted, the child counts
+    moments (see `count_moments`). unfinished_seconds is as files.UNFINISHED_SECONDS.
     """
     if file_size:
+        import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     else:
-        pictures.save_figure = lambda *args: None
+        pictures.save_figure = lambda *args, **kwargs: None
+    if unfinished_seconds is not None:
+        files.UNFINISHED_SECONDS = unfinished_seconds
     if die_at or counted:
-        at_moments(die_at, counted)
-    small.as_command("MNIST_CVAE_Relu.py", argv, ".", output, output)
+        count_moments(die_at, counted)
+    small.as_command("MNIST_CVAE_Relu.py", argv, ".", out, err)
 
 
-def at_moments(die_at, counted):
-    moments, steps = itertools.count(1), itertools.count(1)
+def count_moments(die_at, counted):
+    """Count the training's steps and operations on files, and leave a checkpoint each ten steps.
 
-    def before(function):
+    The process kills itself just before moment die_at. counted is a file, to which it writes the
+    number of moments so far.
+    """
+    moments = itertools.count(1)
+    steps = itertools.count(1)
+
+    def with_moment(function):
         def wrapped(*args, **kwargs):
             moment = next(moments)
             if moment == die_at:
@@ -48,34 +68,50 @@ def at_moments(die_at, counted):
             return function(*args, **kwargs)
         return wrapped
 
-    training.Training.record = before(training.Training.record)
-    for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "rmdir")):
-        setattr(module, name, before(getattr(module, name)))
+    training.Training.record = with_moment(training.Training.record)
+    for place, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "rmdir")):
+        setattr(place, name, with_moment(getattr(place, name)))
     training.Checkpoint.due = lambda checkpoint, seconds: next(steps) % 10 == 0
 
 
-def without_seconds(value):
-    """A result file's content but for what the clock says."""
-    return {name: of for name, of in value.items() if name != "seconds"}
+def digest_of_weights(path):
+    """A digest of the names, shapes and bits of the weights in a model.pt."""
+    digest = hashlib.sha256()
+    for name, value in torch.load(path, weights_only=True).items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Processes(small.WithMnist):
     def argv(self, out_dir, *more):
-        return ["--data_dir", self.folder / "data", "--out_dir", self.folder / out_dir, "--num_samples", 20, "--device", "cpu",
-                "--num_epochs", 100, "--beta", "0.2,1", "--checkpoint_seconds", 0.05, *more]
+        return [
+            *("--data_dir", self.folder / "data"),
+            *("--out_dir", self.folder / out_dir),
+            *("--num_samples", 20),
+            *("--device", "cpu"),
+            *("--num_epochs", 100),
+            *("--beta", "0.2,1"),
+            *("--checkpoint_seconds", 0.05),
+            *more,
+        ]
 
-    def start(self, out_dir, *more, **limits):
-        process = small.FORKS.Process(target=child, args=(self.argv(out_dir, *more), self.folder / f"{out_dir}.log"), kwargs=limits)
+    def start(self, out_dir, *more, stdout=None, **limits):
+        """Start a `child`. Its log is beside its folder. stdout goes there, or to another file."""
+        log = self.folder / f"{out_dir}.log"
+        process = small.CHILDREN.Process(
+            target=child, args=(self.argv(out_dir, *more), stdout or log, log), kwargs=limits
+        )
         process.start()
         self.addCleanup(process.kill)
         return process
 
     def log(self, out_dir):
         path = self.folder / f"{out_dir}.log"
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def until(self, out_dir, text, seconds=60):
-        """Wait until the process has said so."""
+    def wait_for(self, out_dir, text, seconds=60):
+        """Wait until the process has written this text to its log."""
         end = time.monotonic() + seconds
         while text not in self.log(out_dir):
             self.assertLess(time.monotonic(), end, self.log(out_dir))
@@ -87,52 +123,80 @@ class Processes(small.WithMnist):
         self.assertEqual(process.exitcode, status, self.log(out_dir))
 
     def left(self, out_dir):
-        """{path: content} of the results, but for seconds."""
+        """{path: content} of the results: JSON without the seconds, and a digest of weights.
+
+        Checks that no checkpoint and no unfinished file is left.
+        """
         folder = self.folder / out_dir / "MNIST_CVAE_Relu"
         self.assertFalse((folder / "checkpoints").exists())
-        self.assertEqual([path for path in folder.rglob(".*")], [])
-        return {str(path.relative_to(folder)): without_seconds(json.loads(path.read_text()))
-                for path in folder.rglob("*.json")}
+        self.assertEqual(list(folder.rglob(".*")), [])
+        contents = {}
+        for path in folder.rglob("*.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content.pop("seconds", None)
+            contents[str(path.relative_to(folder))] = content
+        for path in folder.rglob("model.pt"):
+            contents[str(path.relative_to(folder))] = digest_of_weights(path)
+        return contents
 
     @classmethod
     def undisturbed(cls, case):
-        """What a run that nobody disturbs leaves; made once."""
+        """What a run that nobody disturbs leaves. It is made once."""
         if not hasattr(cls, "_undisturbed"):
             case.run_to_its_end("undisturbed")
             cls._undisturbed = case.left("undisturbed")
-            assert len(cls._undisturbed) == 4, cls._undisturbed.keys()
+            # Two settings: training.json, result.json and model.pt of each.
+            case.assertEqual(len(cls._undisturbed), 6, cls._undisturbed.keys())
         return cls._undisturbed
 
 
 class Killed(Processes):
+    @unittest.skipIf(WINDOWS, "there is no SIGKILL")
     def test_at_twenty_random_moments(self):
-        """SIGKILL, and the same command again; as often as a run ends before its kill, its results are compared."""
-        expected, counted = self.undisturbed(self), self.folder / "moments"
+        """SIGKILL, and the same command again, until twenty kills are done.
+
+        Each time a run ends before its kill, its results are compared.
+        """
+        # 1. The number of moments: a hundred epochs of two steps, and the files.
+        expected = self.undisturbed(self)
+        counted = self.folder / "moments"
         self.run_to_its_end("counted", counted=counted)
         self.assertEqual(self.left("counted"), expected)
-        draw, kills, runs, went_on, moments = random.Random(1), 0, 0, 0, int(counted.read_text())
-        self.assertGreater(moments, 200)                      # a hundred epochs of two steps, and the files
+        moments = int(counted.read_text())
+        self.assertGreater(moments, 200)
+
+        # 2. Twenty kills. The last command is not killed. A file that a kill left unfinished would
+        # stay for an hour, but these commands remove it at once.
+        draw = random.Random(1)
+        kills = 0
+        runs = 0
+        runs_that_went_on = 0
         while True:
-            process = self.start(f"killed_{runs}", die_at=draw.randint(1, moments) if kills < 20 else moments + 1)
+            out_dir = f"killed_{runs}"
+            die_at = draw.randint(1, moments) if kills < 20 else moments + 1
+            process = self.start(out_dir, die_at=die_at, unfinished_seconds=0)
             process.join(120)
             if process.exitcode == -signal.SIGKILL:
                 kills += 1
                 continue
-            self.assertEqual(process.exitcode, 0, self.log(f"killed_{runs}"))
-            self.assertEqual(self.left(f"killed_{runs}"), expected)
-            went_on += self.log(f"killed_{runs}").count("going on after ")
+            self.assertEqual(process.exitcode, 0, self.log(out_dir))
+            self.assertEqual(self.left(out_dir), expected)
+            runs_that_went_on += self.log(out_dir).count("going on after ")
             runs += 1
             if kills == 20:
                 break
-        self.assertGreater(went_on, 10)                       # a kill before the first checkpoint leaves nothing to go on from
 
+        # A kill before the first checkpoint leaves nothing to go on from.
+        self.assertGreater(runs_that_went_on, 10)
+
+    @unittest.skipIf(WINDOWS, "signals to another process end it there")
     def test_by_sigint_and_sigterm(self):
         """A checkpoint first, one line, the signal's exit status; then on from there."""
         expected = self.undisturbed(self)
         for number in (signal.SIGINT, signal.SIGTERM):
             name = f"stopped_{number}"
             process = self.start(name, "--checkpoint_seconds", 1e6)
-            self.until(name, "training 2 settings: epoch")
+            self.wait_for(name, "training 2 settings: epoch")
             time.sleep(0.3)
             os.kill(process.pid, number)
             process.join(30)
@@ -144,24 +208,12 @@ class Killed(Processes):
             self.assertIn(f", from {checkpoint}", self.log(name))
             self.assertEqual(self.left(name), expected)
 
-    def test_beside_another_process(self):
-        """The second waits, says so, and shows what the first has made."""
-        expected = self.undisturbed(self)
-        first = self.start("beside")
-        self.until("beside", "training 2 settings: epoch")
-        second = self.start("beside")
-        for process in (first, second):
-            process.join(120)
-            self.assertEqual(process.exitcode, 0, self.log("beside"))
-        self.assertEqual(self.left("beside"), expected)
-        log = self.log("beside")
-        self.assertEqual((log.count("waiting for another process"), log.count("already trained")), (1, 2))
-        self.assertEqual(log.count("epoch 100/100"), 1)       # trained once
-
+    @unittest.skipIf(WINDOWS, "there is no limit for the size of files")
     def test_a_full_disk(self):
         """A file that cannot be written ends with one line; with room again it goes on."""
         expected = self.undisturbed(self)
-        for size in (20_000, 400_000):                        # neither checkpoint nor result; no picture
+        # Too small for the checkpoint and the results, and too small for a picture.
+        for size in (20_000, 400_000):
             name = f"full_{size}"
             self.run_to_its_end(name, status=1, file_size=size)
             log = self.log(name)
@@ -171,11 +223,39 @@ class Killed(Processes):
             self.assertEqual(self.left(name), expected)
 
 
-def prints_to_nobody(err):
-    nobody, stdout = os.pipe()
-    os.close(nobody)
+class Beside(Processes):
+    """The same command in several processes at once. Each may train, and all files are whole."""
+
+    def test_started_at_once(self):
+        expected = self.undisturbed(self)
+        outs = [self.folder / f"at_once.{k}.out" for k in range(2)]
+        pair = [self.start("at_once", stdout=out) for out in outs]
+        self.assertEqual(small.exit_statuses(pair), [0, 0], self.log("at_once"))
+        self.assertEqual(self.left("at_once"), expected)
+        self.assertNotIn("Traceback", self.log("at_once"))
+
+        # Both print the results.
+        first, second = [out.read_text(encoding="utf-8") for out in outs]
+        self.assertEqual(first, second)
+        self.assertIn("log_px", first)
+
+    def test_started_in_the_middle(self):
+        """The second one may go on from a checkpoint of the first, while the first goes on."""
+        expected = self.undisturbed(self)
+        first = self.start("beside")
+        self.wait_for("beside", "training 2 settings: epoch")
+        second = self.start("beside")
+        self.assertEqual(small.exit_statuses([first, second]), [0, 0], self.log("beside"))
+        self.assertEqual(self.left("beside"), expected)
+        self.assertNotIn("Traceback", self.log("beside"))
+
+
+def print_to_nobody(err):
+    """Print much to a pipe that nobody reads. stderr goes to a file."""
+    reading_end, stdout = os.pipe()
+    os.close(reading_end)
     os.dup2(stdout, 1)
-    with open(err, "w") as file:
+    with open(err, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)
     common.run(lambda: print("x" * 10**6))
@@ -183,79 +263,136 @@ def prints_to_nobody(err):
 
 class Unread(small.InFolder):
     def test_a_closed_stdout(self):
-        """As of `| head -1`: no traceback, and the status that a shell gives to what a signal ended."""
-        process = small.FORKS.Process(target=prints_to_nobody, args=(self.folder / "err",))
+        """As in `| head -1`: no traceback, and the status of a shell for a closed output."""
+        err = self.folder / "err"
+        process = small.CHILDREN.Process(target=print_to_nobody, args=(err,))
         process.start()
-        self.assertEqual(small.ended([process]), [128 + signal.SIGPIPE])
-        self.assertEqual((self.folder / "err").read_text(), "")
+        self.assertEqual(small.exit_statuses([process]), [CLOSED_OUTPUT])
+        self.assertEqual(err.read_text(encoding="utf-8"), "")
 
 
-class Dealt(small.InFolder):
-    """Over processes, by torchrun."""
+class Shared(small.InFolder):
+    """Settings that several processes share, as torchrun starts them."""
 
     def setUp(self):
         super().setUp()
         small.write_mnist(self.folder / "data")
 
     def argv(self, out_dir, more):
-        return ["--data_dir", "data", "--out_dir", out_dir, "--d_hidden", "32", "--num_samples", "20", "--device", "cpu",
-                "--beta_1", "0.1,1,3", "--beta_2", "0.5,2", *map(str, more)]
+        argv = [
+            *("--data_dir", "data"),
+            *("--out_dir", out_dir),
+            *("--d_hidden", "32"),
+            *("--num_samples", "20"),
+            *("--device", "cpu"),
+            *("--beta_1", "0.1,1,3"),
+            *("--beta_2", "0.5,2"),
+        ]
+        return argv + [str(word) for word in more]
 
-    def start(self, out_dir, *more):
-        """Two processes."""
+    def start_by_torchrun(self, out_dir, *more):
+        """Two processes, started by torchrun itself."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        command += ["--standalone", str(small.ROOT / "MNIST_HVAE_Relu.py")]
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "MNIST_HVAE_Relu.py"),
-             *self.argv(out_dir, more)], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+            command + self.argv(out_dir, more),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
 
     def alone(self, out_dir, *more):
-        """One process, to its end; what it printed."""
-        out, err = self.folder / f"{out_dir}.out", self.folder / f"{out_dir}.err"
-        process = small.FORKS.Process(target=small.as_command, args=("MNIST_HVAE_Relu.py", self.argv(out_dir, more), self.folder, out, err))
-        process.start()
-        process.join(120)
-        self.assertEqual(process.exitcode, 0, err.read_text())
-        return out.read_text()
+        """One process, to its end. Returns what it printed."""
+        out = self.folder / f"{out_dir}.out"
+        err = self.folder / f"{out_dir}.err"
+        process = small.start_command(
+            "MNIST_HVAE_Relu.py", self.argv(out_dir, more), self.folder, out, err
+        )
+        self.assertEqual(small.exit_statuses([process]), [0], err.read_text(encoding="utf-8"))
+        return out.read_text(encoding="utf-8")
 
-    def test_over_two_processes(self):
-        """The table of one process; then one of two killed midway, and the same command: every row, none trained twice."""
-        table, dealt = self.alone("alone", "--num_epochs", 3), self.start("dealt", "--num_epochs", 3)
-        of_two, err = dealt.communicate(timeout=120)
-        self.assertEqual(dealt.returncode, 0, err)
-        self.assertEqual(of_two, table)
+    def test_the_table_of_one_process(self):
+        """Two processes print it, too, and each trains half of the settings."""
+        table = self.alone("alone", "--num_epochs", 3)
+        torchrun = self.start_by_torchrun("shared", "--num_epochs", 3)
+        out, err = torchrun.communicate(timeout=120)
+        self.assertEqual(torchrun.returncode, 0, err)
+        self.assertEqual(out, table)
         self.assertIn("process 0: training 3 settings", err)
         self.assertIn("process 1: training 3 settings", err)
-        self.assertEqual(len(list((self.folder / "dealt").rglob("result.json"))), 6)
+        self.assertEqual(len(list((self.folder / "shared").rglob("result.json"))), 6)
 
-        # Every second setting, those with beta_2 = 2, is process 1's; process 0's are finished beforehand.
+    @unittest.skipIf(WINDOWS, "there is no SIGKILL")
+    def test_one_of_two_processes_is_killed(self):
+        """The same command again shows every row, and trains none twice."""
+        # 1. Process 1 has every second setting, those with beta_2 = 2. Those of process 0 are
+        # finished beforehand.
         self.alone("killed", "--num_epochs", 100, "--beta_2", "0.5")
         argv = self.argv("killed", ["--num_epochs", 100, "--checkpoint_seconds", 0.05])
-        both, outs, errs = small.two_processes(self, "MNIST_HVAE_Relu.py", argv, self.folder, "killed")
-        while not list((self.folder / "killed" / "MNIST_HVAE_Relu").glob("checkpoints/*.pt")):
-            self.assertIsNone(both[1].exitcode)
+
+        # 2. Process 1 is killed after a checkpoint.
+        pair, outs, errs = small.two_processes(
+            self, "MNIST_HVAE_Relu.py", argv, self.folder, "killed"
+        )
+        script_folder = self.folder / "killed" / "MNIST_HVAE_Relu"
+        while not list(script_folder.glob("checkpoints/*.pt")):
+            self.assertIsNone(pair[1].exitcode)
             time.sleep(0.01)
-        both[1].kill()
-        self.assertEqual(small.ended(both), [1, -signal.SIGKILL])
-        self.assertEqual(outs[0].read_text(), "")
-        self.assertIn("another process has ended; what was finished stays", errs[0].read_text())
-        self.assertNotIn("Traceback", errs[0].read_text())
-        both, outs, errs = small.two_processes(self, "MNIST_HVAE_Relu.py", argv, self.folder, "again")
-        self.assertEqual(small.ended(both), [0, 0])
-        err = "".join(path.read_text() for path in errs)
+        pair[1].kill()
+        self.assertEqual(small.exit_statuses(pair), [1, -signal.SIGKILL])
+        self.assertEqual(outs[0].read_text(encoding="utf-8"), "")
+        err = errs[0].read_text(encoding="utf-8")
+        self.assertIn("another process has ended; what was finished stays", err)
+        self.assertNotIn("Traceback", err)
+
+        # 3. The same command again.
+        pair, outs, errs = small.two_processes(
+            self, "MNIST_HVAE_Relu.py", argv, self.folder, "again"
+        )
+        self.assertEqual(small.exit_statuses(pair), [0, 0])
+        err = "".join(path.read_text(encoding="utf-8") for path in errs)
         self.assertEqual(err.count("already trained"), 3)
         self.assertIn("going on after ", err)
-        self.assertEqual(len(outs[0].read_text().strip().split("\n\n")[0].split("\n")), 2 + 6)
+        table = outs[0].read_text(encoding="utf-8").strip().split("\n\n")[0]
+        self.assertEqual(len(table.split("\n")), 2 + 6)
 
     def test_many_processes_end_at_once(self):
-        """With their output and status, but not torn down: what is left of torch.distributed could abort them."""
-        code = ("import atexit, common; atexit.register(print, 'torn down'); "
-                "common.run(lambda: (common.meet(), print('met'), 3)[2])")
+        """With their output and status, but without Python's shutdown.
+
+        What is left of torch.distributed could abort them there.
+        """
+        code = (
+            "import atexit, common, processes\n"
+            "atexit.register(print, 'shut down')\n"
+            "def main():\n"
+            "    processes.barrier()\n"
+            "    print('met')\n"
+            "    return 3\n"
+            "common.run(main)\n"
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
-        for process in both:
+        pair = []
+        for rank in (0, 1):
+            variables = {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=small.ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | variables,
+            )
+            pair.append(process)
+        for process in pair:
             out, _ = process.communicate(timeout=120)
             self.assertEqual((process.returncode, out), (3, "met\n"))
 

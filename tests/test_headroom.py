@@ -1,17 +1,20 @@
-"""Headroom against brute force, against models at their known optimum, and against what its units do to a model's own loss; the
-verdicts; dead units."""
+"""Headroom, verdicts and dead units.
+
+The headroom is compared with brute force, with models at their known optimum, and with what its
+units change in a model's own loss.
+"""
 import dataclasses
 import json
 import math
 import unittest
 from unittest import mock
 
-import torch
-
 import common
-import report
-import theory
-import training
+import numpy as np
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import headroom
 import MNIST_CVAE_Linear
 import MNIST_CVAE_Relu
 import MNIST_HVAE_CNN
@@ -19,275 +22,453 @@ import MNIST_HVAE_Linear_learnable_sigma_2
 import MNIST_HVAE_Relu
 import MNIST_VAE_Linear_learnable_sigma
 import MNIST_VAE_Relu_learnable_sigma
+import MNIST_VAE_Relu_nonlearnable_sigma
+import report
 import Synthetic_CVAE_Relu_correlation
+import theory
+import training
+import verify
 from tests import small
 from tests.test_nonlinear import SCRIPTS
 
 
-def rows(seed, n=40, p=5, D=4):
-    """(r (n, D), u (n, p), a 1 at its end): r partly linear in u."""
+# ------------------------------------------------------------------------------------- the theory
+
+def regression_rows(seed, n=40, p=5, D=4):
+    """(r (n, D), u (n, p)), float64. r is partly linear in u, whose last column is 1."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=random, dtype=torch.float64)
-    u = torch.cat([draw(n, p - 1) @ draw(p - 1, p - 1) + 0.5, torch.ones(n, 1, dtype=torch.float64)], dim=1)
-    return 0.6 * u @ draw(p, D) + 0.7 * draw(n, D), u
+
+    columns = draw(n, p - 1) @ draw(p - 1, p - 1) + 0.5
+    u = torch.cat([columns, torch.ones(n, 1, dtype=torch.float64)], dim=1)
+    r = 0.6 * u @ draw(p, D) + 0.7 * draw(n, D)
+    return r, u
 
 
-def moments_of(r, u):
+def moments_of_rows(r, u):
+    """C (D, p) and A (p, p)."""
     return r.T @ u / len(u), u.T @ u / len(u)
 
 
-def cost(p, r, u, beta, weight, std):
-    """The part of a negative beta-ELBO that k linear units, the prior's std 1, have a say in, from the rows themselves."""
-    mean, sigma = u @ p["encoder"].T, p["log_sigma"].exp()
-    error = ((r - mean @ p["decoder"].T)**2).sum(1).mean() + (p["decoder"]**2 @ sigma**2).sum()
-    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.0, 1.0))
+def loss_with_units(units, r, u, beta, weight, std):
+    """The part of a negative beta-ELBO that linear units change, from the rows themselves.
+
+    units: {"encoder" (k, p), "log_sigma" (k,), "decoder" (D, k)}. The std of the prior is 1.
+    """
+    mean = u @ units["encoder"].T
+    sigma = units["log_sigma"].exp()
+    left = r - mean @ units["decoder"].T
+    error = (left**2).sum(1).mean() + (units["decoder"]**2 @ sigma**2).sum()
+    kl = kl_divergence(Normal(mean, sigma), Normal(0.0, 1.0))
     return weight * error / (2 * std**2) + beta * kl.sum(1).mean()
 
 
+def loss_without_units(r, weight, std):
+    """The same part of the loss when there are no units, as a number."""
+    return (weight * (r**2).sum(1).mean() / (2 * std**2)).item()
+
+
+def random_units(k, p=5, D=4):
+    """Four starts for brute force, each as `loss_with_units` takes it."""
+    random = torch.Generator().manual_seed(9)
+
+    def draw(*shape):
+        return 0.5 * torch.randn(shape, generator=random, dtype=torch.float64)
+
+    starts = []
+    for _ in range(4):
+        starts.append({"encoder": draw(k, p), "decoder": draw(D, k), "log_sigma": draw(k)})
+    return starts
+
+
 class BruteForce(unittest.TestCase):
-    def test_is_what_more_units_gain(self):
-        """Minimised over encoder, std and decoder of k units by brute force; and by the units that are said to gain it."""
-        paid = 0
-        for seed, (k, beta, weight, std) in enumerate(
-                [(1, 1, 1, 1.0), (1, 4, 2, 0.7), (2, 1, 1, 1.0), (2, 6, 1, 0.5), (3, 0.3, 0.5, 0.8), (3, 2, 1, 1.5), (3, 50, 1, 1.0)]):
-            r, u = rows(seed)
-            cross, moment = moments_of(r, u)
-            weights, random = (beta, weight, std), torch.Generator().manual_seed(9)
+    # (number of units, beta, weight, std). The units of the last case gain nothing.
+    CASES = (
+        (1, 1, 1, 1.0),
+        (1, 4, 2, 0.7),
+        (2, 1, 1, 1.0),
+        (2, 6, 1, 0.5),
+        (3, 0.3, 0.5, 0.8),
+        (3, 2, 1, 1.5),
+        (3, 50, 1, 1.0),
+    )
 
-            def draw(*shape):
-                return 0.5 * torch.randn(shape, generator=random, dtype=torch.float64)
-            starts = [{"encoder": draw(k, 5), "decoder": draw(4, k), "log_sigma": draw(k)} for _ in range(4)]
-            least = theory.minimise(lambda p: cost(p, r, u, *weights), starts)[0][1]
-            without = (weight * (r**2).sum(1).mean() / (2 * std**2)).item()
-            tau = theory.spectrum(theory.linear_part(cross, moment))
-            said = theory.headroom(tau, k, *weights)
-            self.assertAlmostEqual(said, without - least, delta=1e-9 * without, msg=(k, weights))
-            encoder, sigma, decoder = units = theory.idle_units(cross, moment, k, *weights)
-            self.assertAlmostEqual(theory.gain(units, cross, moment, *weights), said, places=10)
-            fresh, fresh_u = rows(seed + 100)             # the same units on other rows
-            p = {"encoder": encoder, "log_sigma": sigma.log(), "decoder": decoder}
-            gained = (weight * (fresh**2).sum(1).mean() / (2 * std**2)).item() - cost(p, fresh, fresh_u, *weights).item()
-            self.assertAlmostEqual(theory.gain(units, *moments_of(fresh, fresh_u), *weights), gained, places=10)
-            paid += said > 0.01
-        self.assertEqual(paid, 6)                         # all but the one with a beta of 50
+    def test_headroom_is_the_gain_of_further_units(self):
+        """Brute force over encoder, std and decoder of k units gains as much, and no more."""
+        gaining = 0
+        for seed, (k, beta, weight, std) in enumerate(self.CASES):
+            r, u = regression_rows(seed)
+            tau = theory.spectrum(headroom.linear_part(*moments_of_rows(r, u)))
+            gain = headroom.gain_of_units(tau, k, beta, weight, std)
 
-    def test_columns_that_say_nothing_new(self):
-        """A constant and a repeated column of u change nothing: the pseudo-inverse leaves them out."""
-        r, u = rows(0)
-        tau = theory.spectrum(theory.linear_part(*moments_of(r, u)))
-        more = torch.cat([u, u[:, :1], torch.zeros_like(u[:, :1]), 3 * u[:, -1:]], dim=1)
-        self.assertLess((theory.spectrum(theory.linear_part(*moments_of(r, more))) - tau).abs().max(), 1e-9 * tau[0])
+            def loss(units):
+                return loss_with_units(units, r, u, beta, weight, std)
+
+            _, least = verify.minimise(loss, random_units(k))[0]
+            without = loss_without_units(r, weight, std)
+            with self.subTest(k=k, beta=beta, weight=weight, std=std):
+                self.assertAlmostEqual(gain, without - least, delta=1e-9 * without)
+            if gain > 0.01:
+                gaining += 1
+        self.assertEqual(gaining, 6)
+
+    def test_idle_units_gain_it(self):
+        """The units gain G_k on their own rows. Their gain on other rows is the rows' own."""
+        for seed, (k, *objective) in enumerate(self.CASES):
+            beta, weight, std = objective
+            r, u = regression_rows(seed)
+            moments = moments_of_rows(r, u)
+            tau = theory.spectrum(headroom.linear_part(*moments))
+            gain = headroom.gain_of_units(tau, k, *objective)
+            units = headroom.idle_units(*moments, k, *objective)
+            self.assertAlmostEqual(
+                headroom.gain_on_rows(units, *moments, *objective), gain, places=10)
+
+            other_r, other_u = regression_rows(seed + 100)
+            encoder, sigma, decoder = units
+            named = {"encoder": encoder, "log_sigma": sigma.log(), "decoder": decoder}
+            loss = loss_with_units(named, other_r, other_u, *objective).item()
+            gain_by_rows = loss_without_units(other_r, weight, std) - loss
+            other_moments = moments_of_rows(other_r, other_u)
+            self.assertAlmostEqual(
+                headroom.gain_on_rows(units, *other_moments, *objective), gain_by_rows, places=10)
+
+    def test_columns_without_information(self):
+        """A constant and a repeated column of u change nothing, thanks to the pseudo-inverse."""
+        r, u = regression_rows(0)
+        tau = theory.spectrum(headroom.linear_part(*moments_of_rows(r, u)))
+        wider = torch.cat([u, u[:, :1], torch.zeros_like(u[:, :1]), 3 * u[:, -1:]], dim=1)
+        wider_tau = theory.spectrum(headroom.linear_part(*moments_of_rows(r, wider)))
+        self.assertLess((wider_tau - tau).abs().max(), 1e-9 * tau[0])
 
     def test_weights_of_zero(self):
-        """Where the KL costs nothing whatever is linear pays in full; where the target counts nothing, nothing does."""
+        """With beta = 0 units gain all of tau. With weight 0 they gain nothing."""
         tau = torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)
-        self.assertAlmostEqual(theory.headroom(tau, 3, 0, 1, 0.5), 5 / (2 * 0.25))
-        self.assertEqual(theory.headroom(tau, 3, 1, 0, 0.5), 0)
-        self.assertEqual(theory.headroom(tau, 3, 0, 0, 0.5), 0)
-        self.assertEqual(theory.headroom(tau, 0, 1, 1, 0.5), 0)
-        self.assertEqual(theory.level_of(2, 0, 1), math.inf)
+        self.assertAlmostEqual(
+            headroom.gain_of_units(tau, 3, beta=0, weight=1, std=0.5), 5 / (2 * 0.25))
+        self.assertEqual(headroom.gain_of_units(tau, 3, beta=1, weight=0, std=0.5), 0)
+        self.assertEqual(headroom.gain_of_units(tau, 3, beta=0, weight=0, std=0.5), 0)
+        self.assertEqual(headroom.gain_of_units(tau, 0, beta=1, weight=1, std=1), 0)
+        self.assertEqual(headroom.pay_level(beta=2, weight=0, std=1), math.inf)
 
+
+# --------------------------------------------------------------------------------- linear models
 
 def optimal_vae(f, data):
+    """A linear VAE with the weights of its closed form, and that closed form."""
     model = training.build(MNIST_VAE_Linear_learnable_sigma.VAE, f, data).eval()
-    units, (_, P) = model.predicted(f, data), theory.modes(data.moment)
+    units = model.predicted(f, data)
+    _, P = theory.modes(data.moment)
+    P = P[:, :f.d_1]
     with torch.no_grad():
-        model.W.weight.copy_((units["lambda"] / units["theta"])[:, None] * P[:, :f.d_1].T)
-        model.U.weight.copy_(P[:, :f.d_1] * units["omega"])
+        model.W.weight.copy_((units["lambda"] / units["theta"])[:, None] * P.T)
+        model.U.weight.copy_(P * units["omega"])
         model.log_scale.copy_((units["sigma"] / float(f.sigma)).log())
     return model, units
 
 
 def optimal_cvae(f, data):
+    """A linear CVAE with the weights of its closed form, and that closed form."""
     model = training.build(MNIST_CVAE_Linear.CVAE, f, data).eval()
     units = model.predicted(f, data)
-    variance, P = theory.modes(theory.residual(data.moment, 196))
-    of_x = data.moment[196:, :196] @ torch.linalg.pinv(data.moment[:196, :196], hermitian=True)      # y's mean, from x
-    W2 = (units["lambda"] / units["theta"].sqrt())[:, None] * P[:, :f.dim_z].T
+    _, P = theory.modes(theory.moment_given_x(data.moment, 196))
+    P = P[:, :f.dim_z]
+
+    # The best linear prediction of y from x.
+    moment_of_x = data.moment[:196, :196]
+    prediction = data.moment[196:, :196] @ torch.linalg.pinv(moment_of_x, hermitian=True)
+
+    W2 = (units["lambda"] / units["theta"].sqrt())[:, None] * P.T
     with torch.no_grad():
         model.W2.weight.copy_(W2)
-        model.W1.weight.copy_(-W2 @ of_x)
-        model.U1.weight.copy_(P[:, :f.dim_z] * units["omega"])
-        model.U2.weight.copy_(of_x)
+        model.W1.weight.copy_(-W2 @ prediction)
+        model.U1.weight.copy_(P * units["omega"])
+        model.U2.weight.copy_(prediction)
         model.log_sigma.copy_((units["sigma"] / f.eta_enc).log())
     return model, units
 
 
 def optimal_hvae(f, data):
+    """A linear two-level HVAE with the weights of its closed form, and that closed form."""
     model = training.build(MNIST_HVAE_Linear_learnable_sigma_2.HVAE, f, data).eval()
-    units, (_, P) = model.predicted(f, data), theory.modes(data.moment)
-    m = units["lambda_1"]**2 + f.sigma_1**2
+    units = model.predicted(f, data)
+    _, P = theory.modes(data.moment)
+    P = P[:, :f.d_1]
+    variance_1 = units["lambda_1"]**2 + f.sigma_1**2
     with torch.no_grad():
-        model.W1.weight.copy_((units["lambda_1"] / units["theta"])[:, None] * P[:, :f.d_1].T)
-        model.U1.weight.copy_(P[:, :f.d_1] * units["theta"] * units["lambda_1"] / m)
-        model.W2.weight.copy_(torch.diag(units["lambda_2"] / m.sqrt()))
+        model.W1.weight.copy_((units["lambda_1"] / units["theta"])[:, None] * P.T)
+        model.U1.weight.copy_(P * units["theta"] * units["lambda_1"] / variance_1)
+        model.W2.weight.copy_(torch.diag(units["lambda_2"] / variance_1.sqrt()))
         model.U2.weight.copy_(torch.diag(units["omega_2"]))
         model.log_sigma_2.copy_((units["sigma_2"] / f.eta_enc).log())
     return model, units
 
 
 def exact_loss(model, f, data):
-    return report.in_double(model, f, data.train, lambda double, batch, f: double.loss(double.train()(*batch, f), f)).mean().item()
+    """The loss over all training rows in float64. In training mode a linear model draws nothing."""
+    def loss_of_rows(model, batch, f):
+        model.train()
+        return model.loss(model(*batch, f), f)
+
+    return verify.in_float64(model, f, data.train, loss_of_rows).mean().item()
 
 
 def headroom_of(model, f, data, collapsed, level=""):
-    """(tau, G) of a level."""
-    cross, moment, *weights = report.unexplained(model, f, data)[level]
-    tau = theory.spectrum(theory.linear_part(cross, moment))
-    return tau, theory.headroom(tau, collapsed, *weights), theory.level_of(*weights)
+    """(tau, G_k for k = collapsed, the variance from which on units pay) of a level."""
+    cross, moment, *weights = headroom.residual_moments(model, f, data)[level]
+    tau = theory.spectrum(headroom.linear_part(cross, moment))
+    gain = headroom.gain_of_units(tau, collapsed, *weights)
+    return tau, gain, headroom.pay_level(*weights)
 
 
 class LinearModels(unittest.TestCase):
-    """At their optimum, put there by the closed forms; the noise of z integrated out."""
+    """Models with the weights of their closed forms. The noise of z is integrated out."""
 
     def setUp(self):
         torch.manual_seed(0)
         self.images = small.digit_data(60, 6)
 
-    def test_nothing_is_left_at_the_optimum(self):
-        """And with an active unit's weights set to zero, exactly what that unit is worth."""
-        cases = [(optimal_vae, self.images, MNIST_VAE_Linear_learnable_sigma.Flags(
-                      device="cpu", d_1=8, beta=beta, eta_dec=0.9, c=1.3)) for beta in (0.5, 2.5)]
-        cases += [(optimal_cvae, small.as_quarters(small.digit_data(400, 6)), MNIST_CVAE_Linear.Flags(
-                       device="cpu", dim_z=8, beta=beta, eta_dec=0.9, eta_enc=1.3)) for beta in (0.3, 1.5)]
-        collapsed = []
-        for optimal, data, f in cases:
-            model, units = optimal(f, data)
-            self.assertAlmostEqual(exact_loss(model, f, data), units["loss"].item(), delta=1e-7)
-            collapsed.append(sum(units["kl"] == 0).item())
-            tau, nats, level = headroom_of(model, f, data, collapsed[-1])
-            self.assertEqual(nats, 0)
-            if collapsed[-1]:
-                self.assertLessEqual(tau[0].item(), level * (1 + 1e-9))
-            # What an active unit leaves of its mode: level^2 / theta^2.
-            variance = units["theta"] if optimal is optimal_cvae else units["theta"]**2
-            left = level**2 / variance[units["kl"] > 0]
-            self.assertTrue(all((tau - value).abs().min() < 1e-9 for value in left))
+    def vae_cases(self):
+        """(setting, data, whether units collapse) for a VAE."""
+        for beta, some_collapse in ((0.5, False), (2.5, True)):
+            f = MNIST_VAE_Linear_learnable_sigma.Flags(
+                device="cpu", d_1=8, beta=beta, eta_dec=0.9, c=1.3)
+            yield f, self.images, some_collapse
+
+    def cvae_cases(self):
+        """(setting, data, whether units collapse) for a CVAE."""
+        data = small.as_quarters(small.digit_data(400, 6))
+        for beta, some_collapse in ((0.3, False), (1.5, True)):
+            f = MNIST_CVAE_Linear.Flags(
+                device="cpu", dim_z=8, beta=beta, eta_dec=0.9, eta_enc=1.3)
+            yield f, data, some_collapse
+
+    def check_optimum(self, model, units, f, data, variance, some_collapse):
+        """At its optimum a model has no headroom. variance (d,) is that of the units' modes."""
+        self.assertAlmostEqual(exact_loss(model, f, data), units["loss"].item(), delta=1e-7)
+        collapsed = (units["kl"] == 0).sum().item()
+        self.assertEqual(collapsed > 0, some_collapse)
+
+        tau, gain, level = headroom_of(model, f, data, collapsed)
+        self.assertEqual(gain, 0)
+        if collapsed:
+            self.assertLessEqual(tau[0].item(), level * (1 + 1e-9))
+
+        # An active unit leaves level^2 / variance of its mode unexplained.
+        for left in level**2 / variance[units["kl"] > 0]:
+            self.assertLess((tau - left).abs().min(), 1e-9)
+
+    def check_loss_of_a_unit(self, model, units, f, data):
+        """The headroom of one collapsed unit is the rise of the loss since it collapsed."""
+        rise = exact_loss(model, f, data) - units["loss"].item()
+        self.assertGreater(rise, 0.01)
+        _, gain, _ = headroom_of(model, f, data, 1)
+        self.assertAlmostEqual(gain, rise, delta=1e-7)
+
+    def test_vae(self):
+        for f, data, some_collapse in self.vae_cases():
+            model, units = optimal_vae(f, data)
+            self.check_optimum(model, units, f, data, units["theta"]**2, some_collapse)
             with torch.no_grad():
-                encoders = (model.W,) if optimal is optimal_vae else (model.W1, model.W2)
-                decoder = model.U if optimal is optimal_vae else model.U1
-                for layer in encoders:
-                    layer.weight[0] = 0
-                decoder.weight[:, 0] = 0
-                if optimal is optimal_vae:
-                    model.log_scale[0] = math.log(f.eta_dec / f.c / float(f.sigma))
-                else:
-                    model.log_sigma[0] = 0
-            worth = exact_loss(model, f, data) - units["loss"].item()
-            self.assertGreater(worth, 0.01)
-            tau, nats, level = headroom_of(model, f, data, 1)
-            self.assertAlmostEqual(nats, worth, delta=1e-7)
-        self.assertEqual([count > 0 for count in collapsed], [False, True, False, True])
+                model.W.weight[0] = 0
+                model.U.weight[:, 0] = 0
+                model.log_scale[0] = math.log(f.eta_dec / f.c / float(f.sigma))
+            self.check_loss_of_a_unit(model, units, f, data)
+
+    def test_cvae(self):
+        for f, data, some_collapse in self.cvae_cases():
+            model, units = optimal_cvae(f, data)
+            self.check_optimum(model, units, f, data, units["theta"], some_collapse)
+            with torch.no_grad():
+                model.W1.weight[0] = 0
+                model.W2.weight[0] = 0
+                model.U1.weight[:, 0] = 0
+                model.log_sigma[0] = 0
+            self.check_loss_of_a_unit(model, units, f, data)
 
     def test_level_2(self):
-        """Of a two-level model, whose level 2 describes draws of z1: as much, but for those draws."""
+        """Level 2 of an HVAE describes draws of z1. The draws make the headroom inexact."""
         [x] = self.images.train
         data = dataclasses.replace(self.images, train=(x.repeat(300, 1),))
         f = MNIST_HVAE_Linear_learnable_sigma_2.Flags(
-            device="cpu", d_1=6, d_2=6, beta_1=0.7, beta_2=2.5, eta_dec=0.8, eta_enc=1.3, sigma_1=0.6)
+            device="cpu",
+            d_1=6,
+            d_2=6,
+            beta_1=0.7,
+            beta_2=2.5,
+            eta_dec=0.8,
+            eta_enc=1.3,
+            sigma_1=0.6,
+        )
+
+        # 1. At the optimum there is none.
         model, units = optimal_hvae(f, data)
         self.assertAlmostEqual(exact_loss(model, f, data), units["loss"].item(), delta=1e-7)
-        collapsed = sum(units["kl_2"] == 0).item()
+        collapsed = (units["kl_2"] == 0).sum().item()
         self.assertIn(collapsed, range(1, 6))
-        tau, nats, level = headroom_of(model, f, data, collapsed, "_2")
+        tau, gain, level = headroom_of(model, f, data, collapsed, "_2")
         self.assertAlmostEqual(level, 2.5 / 0.7 * 0.64)
-        self.assertLess(nats, 1e-4)
+        self.assertLess(gain, 1e-4)
         self.assertLess(tau[0].item(), 1.05 * level)
+
+        # 2. Without one of the active units it is what this unit gained.
         with torch.no_grad():
-            model.W2.weight[0], model.U2.weight[:, 0], model.log_sigma_2[0] = 0, 0, 0
-        worth = exact_loss(model, f, data) - units["loss"].item()
-        tau, nats, level = headroom_of(model, f, data, 1, "_2")
-        self.assertGreater(worth, 0.1)
-        self.assertAlmostEqual(nats, worth, delta=0.03 * worth)
+            model.W2.weight[0] = 0
+            model.U2.weight[:, 0] = 0
+            model.log_sigma_2[0] = 0
+        rise = exact_loss(model, f, data) - units["loss"].item()
+        _, gain, _ = headroom_of(model, f, data, 1, "_2")
+        self.assertGreater(rise, 0.1)
+        self.assertAlmostEqual(gain, rise, delta=0.03 * rise)
+
+
+# ------------------------------------------------------------------------------ nonlinear models
+
+def with_idle_units(terms, level, kl, nats):
+    """A model's terms, once idle units are added to one level.
+
+    kl (k,) are the KLs of the units. nats is what they add to -log p(t|z), per example.
+    """
+    terms = dict(terms)
+    n = len(terms[f"kl{level}"])
+    terms[f"kl{level}"] = torch.cat([terms[f"kl{level}"], kl.expand(n, len(kl))], dim=1)
+    if level:
+        # The target is z1, whose log density is a part of the term of level 1.
+        terms["kl_1"] = torch.cat([terms["kl_1"], nats.expand(n, 1)], dim=1)
+    else:
+        terms["log_px_z"] = terms["log_px_z"] - nats
+    return terms
 
 
 class NonlinearModels(unittest.TestCase):
-    def cases(self, **other):
-        """(script, f, model, data) of each nonlinear script with a headroom, as it starts, in float64, on 300 rows."""
+    def cases(self, **other_flags):
+        """(script, f, model, data) for each nonlinear script whose models have a headroom.
+
+        The models have their initial weights, in float64. There are 300 rows.
+        """
         digits = small.digit_data(300, 20)
         for script, (name, flags) in SCRIPTS.items():
             Model = getattr(script, name)
-            fields = [field.name for field in dataclasses.fields(script.Flags)]
-            f = script.Flags(device="cpu", **flags | {flag: value for flag, value in other.items() if flag in fields})
-            if script is Synthetic_CVAE_Relu_correlation:
-                [data] = script.correlated([dataclasses.replace(f, num_samples=300)])
-                data = dataclasses.replace(data, train=tuple(t.double() for t in data.train), test=tuple(t.double() for t in data.test))
-            else:
-                data = small.as_quarters(digits) if name == "CVAE" else digits
-            if hasattr(Model, "unexplained"):
-                yield script, f, training.build(Model, f, data).eval(), data
+            if not hasattr(Model, "residuals"):
+                continue
+            known = {field.name for field in dataclasses.fields(script.Flags)}
+            flags = dict(flags)
+            for flag, value in other_flags.items():
+                if flag in known:
+                    flags[flag] = value
+            f = script.Flags(device="cpu", **flags)
+            yield script, f, *self.model_and_data(script, Model, f, digits)
+
+    def model_and_data(self, script, Model, f, digits):
+        """The model of a script and its data."""
+        if script is Synthetic_CVAE_Relu_correlation:
+            [data] = script.correlated([dataclasses.replace(f, num_samples=300)])
+            train = tuple(t.double() for t in data.train)
+            test = tuple(t.double() for t in data.test)
+            data = dataclasses.replace(data, train=train, test=test)
+        elif Model.__name__ == "CVAE":
+            data = small.as_quarters(digits)
+        else:
+            data = digits
+        return training.build(Model, f, data).eval(), data
 
     def test_units_lower_the_models_own_loss_by_as_much(self):
-        """The units that are said to gain G, put into the terms of the model's own loss: that falls by G, with either objective
-        and whatever the betas."""
-        scripts = 0
+        """A model's own loss falls by G_k when the idle units enter its terms.
+
+        This holds for both objectives and for other betas.
+        """
+        checked = 0
         for released in (False, True):
             for script, f, model, data in self.cases(released_objective=released):
-                for level, (cross, moment, *weights) in report.unexplained(model, f, data).items():
-                    k, (beta, weight, std) = 2, weights
-                    theta = theory.spectrum(theory.linear_part(cross, moment))
-                    self.assertGreater(theta[0], 0)
-                    # A level low enough that two units pay: the same weights, at a smaller beta.
-                    smaller = min(1, 0.5 * (theta[1] / theory.level_of(*weights)).item())
-                    names = ("beta_2",) if level else ("beta",)
-                    f = dataclasses.replace(f, **{name: smaller * getattr(f, name) for name in names})
-                    weights = (smaller * beta, weight, std)
-                    said = theory.headroom(theta, k, *weights)
-                    encoder, sigma, decoder = theory.idle_units(cross, moment, k, *weights)
-                    mean = decoder @ encoder
-                    error = -2 * (mean * cross).sum() + (mean @ moment * mean).sum() + (decoder**2 @ sigma**2).sum()
-                    kl = ((encoder @ moment * encoder).sum(1) + sigma**2 - 1) / 2 - sigma.log()
-                    f = common.on_device(f, data.train[0])
-                    torch.manual_seed(0)
-                    with torch.no_grad():
-                        terms = model.train()(*data.train, f)
-                    more = dict(terms)
-                    more[f"kl{level}"] = torch.cat([terms[f"kl{level}"], kl.expand(len(data.train[0]), k)], dim=1)
-                    nats = error / (2 * std**2)           # of -log p(t|z)
-                    if level:                             # t is z1, whose density is in level 1's term
-                        more["kl_1"] = torch.cat([terms["kl_1"], nats.expand(len(data.train[0]), 1)], dim=1)
-                    else:
-                        more["log_px_z"] = terms["log_px_z"] - nats
-                    fell = (model.loss(terms, f) - model.loss(more, f)).mean().item()
-                    self.assertGreater(said, 1e-6)
-                    self.assertAlmostEqual(fell, said, delta=1e-9 * max(1, abs(fell)), msg=(script.__name__, released))
-                    scripts += 1
-        self.assertEqual(scripts, 2 * 6)
+                for level, moments in headroom.residual_moments(model, f, data).items():
+                    with self.subTest(script=script.__name__, released=released):
+                        self.check_units(f, model, data, level, moments)
+                    checked += 1
+        self.assertEqual(checked, 2 * 6)
+
+    def check_units(self, f, model, data, level, moments):
+        cross, moment, beta, weight, std = moments
+        k = 2
+        tau = theory.spectrum(headroom.linear_part(cross, moment))
+        self.assertGreater(tau[0], 0)
+
+        # 1. Lower beta, so that two units gain. The weights of the model stay.
+        factor = min(1, 0.5 * (tau[1] / headroom.pay_level(beta, weight, std)).item())
+        name = "beta_2" if level else "beta"
+        f = dataclasses.replace(f, **{name: factor * getattr(f, name)})
+        objective = {"beta": factor * beta, "weight": weight, "std": std}
+        gain = headroom.gain_of_units(tau, k, **objective)
+        self.assertGreater(gain, 1e-6)
+
+        # 2. Compute what the units change in the terms of an average example.
+        encoder, sigma, decoder = headroom.idle_units(cross, moment, k, **objective)
+        mean = decoder @ encoder
+        error = (
+            -2 * (mean * cross).sum()
+            + (mean @ moment * mean).sum()
+            + (decoder**2 @ sigma**2).sum()
+        )
+        kl = ((encoder @ moment * encoder).sum(1) + sigma**2 - 1) / 2 - sigma.log()
+        nats = error / (2 * std**2)
+
+        # 3. Compare the losses of the model.
+        f = common.on_device(f, data.train[0])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            terms = model.train()(*data.train, f)
+        more_terms = with_idle_units(terms, level, kl, nats)
+        fall = (model.loss(terms, f) - model.loss(more_terms, f)).mean().item()
+        self.assertAlmostEqual(fall, gain, delta=1e-9 * max(1, abs(fall)))
 
     def test_moments_are_those_of_the_residual(self):
-        """C and A put together from the last layers, chunk by chunk: those of r and u themselves, z drawn many times."""
+        """C and A agree with r and u themselves, for many draws of z.
+
+        The program puts C together from the last layers of the model, chunk by chunk.
+        """
         for script, f, model, data in self.cases():
-            if "CNN" in script.__name__ or script is MNIST_CVAE_Relu:        # its dropout draws anew
+            # The dropout of MNIST_CVAE_Relu would draw a different r.
+            if "CNN" in script.__name__ or script is MNIST_CVAE_Relu:
                 continue
-            g = common.on_device(f, data.train[0])
-            with mock.patch("report.HEADROOM_DRAWS", 500), torch.no_grad():
-                torch.manual_seed(0)
-                [(level, (cross, moment, *_))] = report.unexplained(model, f, data).items()
-                self.assertEqual(level, "_2" if hasattr(f, "beta_2") else "")
-                q = model.q_z(*data.train, g)
-                z = q.sample((500,))
-                if hasattr(model, "g_z"):
-                    target, mean = data.train[1], model.g_x(data.train[0]) + model.g_z(z)
-                else:
-                    target, mean = data.train[0], model.g(z)
-            u = torch.cat([*data.train, torch.ones(300, 1, dtype=torch.float64)], dim=1)
-            self.assertLess((moment - u.T @ u / 300).abs().max(), 1e-12)
-            by_draw = torch.einsum("snd,np->sdp", (target - mean)[..., :40], u[:, :40]) / 300
-            error = 2**0.5 * by_draw.std(0) / 500**0.5    # of both
-            self.assertLess(((cross[:40, :40] - by_draw.mean(0)).abs() / (error + 1e-12)).max().item(), 6)
+            with self.subTest(script=script.__name__), torch.no_grad():
+                self.check_moments(f, model, data)
+
+    def check_moments(self, f, model, data):
+        torch.manual_seed(0)
+        with mock.patch("headroom.DRAWS", 500):
+            [(level, moments)] = headroom.residual_moments(model, f, data).items()
+        self.assertEqual(level, "_2" if hasattr(f, "beta_2") else "")
+
+        z = model.q_z(*data.train, common.on_device(f, data.train[0])).sample((500,))
+        if hasattr(model, "g_z"):
+            residual = data.train[1] - (model.g_x(data.train[0]) + model.g_z(z))
+        else:
+            residual = data.train[0] - model.g(z)
+        u = torch.cat([*data.train, torch.ones(300, 1, dtype=torch.float64)], dim=1)
+        self.assertLess((moments.moment - u.T @ u / 300).abs().max(), 1e-12)
+
+        # 40 of the columns are enough.
+        cross_by_draw = torch.einsum("snd,np->sdp", residual[..., :40], u[:, :40]) / 300
+        # Both means are over 500 draws.
+        error = 2**0.5 * cross_by_draw.std(0) / 500**0.5
+        difference = (moments.cross[:40, :40] - cross_by_draw.mean(0)).abs()
+        self.assertLess((difference / (error + 1e-12)).max().item(), 6)
 
     def test_few_draws_are_enough(self):
-        """The eight draws of a report against a thousand: what they add to tau is a small part of the level, the smaller the more
-        rows: of 60,000 within 2 %."""
+        """Eight draws per example and a thousand give nearly the same tau.
+
+        The difference is a small part of the level, and falls with the number of rows. For 60,000
+        rows it is within 2 %.
+        """
         f = MNIST_HVAE_Relu.Flags(device="cpu", d_hidden=30)
         data = small.digit_data(2000, 20)
         model = training.build(MNIST_HVAE_Relu.HVAE, f, data).eval()
+        self.assertEqual(headroom.DRAWS, 8)
         tau = []
         for draws in (8, 1000):
             torch.manual_seed(0)
-            with mock.patch("report.HEADROOM_DRAWS", draws):
+            with mock.patch("headroom.DRAWS", draws):
                 tau.append(headroom_of(model, f, data, 16, "_2")[0])
         self.assertLess((tau[0] - tau[1]).abs().max(), 0.02 * (60_000 / 2000)**0.5 * 0.25)
 
@@ -297,9 +478,14 @@ class NonlinearModels(unittest.TestCase):
         for dtype in (torch.float32, torch.float64):
             data = small.digit_data(2000, 20, dtype)
             model = training.build(MNIST_VAE_Relu_learnable_sigma.VAE, f, data).eval()
-            model.q_z = lambda x, f, model=model: torch.distributions.Normal(model.f(x), 1e-9)      # without noise
+
+            def almost_without_noise(x, f, model=model):
+                return Normal(model.f(x), 1e-9)
+
+            model.q_z = almost_without_noise
             tau[dtype] = headroom_of(model, f, data, 16)[0]
-        self.assertLess((tau[torch.float32] - tau[torch.float64]).abs().max(), 1e-4 * tau[torch.float64][0])
+        difference = (tau[torch.float32] - tau[torch.float64]).abs().max()
+        self.assertLess(difference, 1e-4 * tau[torch.float64][0])
 
 
 class DeadUnits(unittest.TestCase):
@@ -312,101 +498,176 @@ class DeadUnits(unittest.TestCase):
                 layers[0].weight.mul_(0.01)
                 layers[0].bias.fill_(1.0)
             model.z2_to_z1[0].bias[[1, 5, 6]] = -1.0
-        self.assertEqual(report.dead_units(model, f, data),
-                         {"x_to_z1": [0, 12], "z1_to_z2": [0, 12], "z2_to_z1": [3, 12], "z1_to_x": [0, 12]})
+        wanted = {
+            "x_to_z1": [0, 12],
+            "z1_to_z2": [0, 12],
+            "z2_to_z1": [3, 12],
+            "z1_to_x": [0, 12],
+        }
+        self.assertEqual(headroom.dead_units(model, f, data), wanted)
+        # The hooks are gone.
         self.assertEqual(model.z2_to_z1[1]._forward_hooks, {})
 
-    def test_of_one_example_is_not_dead(self):
-        """A unit that fires for one test example, in a late batch of them, is alive."""
+    def test_one_example_keeps_a_unit_alive(self):
+        """A unit that fires for one test example is alive, in whichever batch the example is."""
         data = small.digit_data(2, 1200)
         f = MNIST_VAE_Relu_learnable_sigma.Flags(device="cpu", d_hidden=5, d_1=2)
         model = training.build(MNIST_VAE_Relu_learnable_sigma.VAE, f, data).eval()
         [x] = data.test
         x[:, 0] = torch.arange(1200) == 1150
+        x[:, 1] = torch.arange(1200) == 50
         with torch.no_grad():
             model.f[0].weight[:] = 0
-            model.f[0].weight[0, 0], model.f[0].bias[:] = 2, -1.0
-            model.f[2].bias[:], model.g[0].weight[:], model.g[0].bias[:] = 5.0, 0, 1.0
-        self.assertEqual(report.dead_units(model, f, data), {"f": [4, 7], "g": [0, 5]})
+            model.f[0].weight[0, 0] = 2
+            model.f[0].weight[1, 1] = 2
+            model.f[0].bias[:] = -1.0
+            model.f[2].bias[:] = 5.0
+            model.g[0].weight[:] = 0
+            model.g[0].bias[:] = 1.0
+        self.assertEqual(headroom.dead_units(model, f, data), {"f": [3, 7], "g": [0, 5]})
 
     def test_channels_of_convolutions(self):
+        """All channels fire, except two of one layer and one of another."""
         data = small.digit_data(20, 30)
         f = MNIST_HVAE_CNN.Flags(device="cpu", d_hidden=12)
         model = training.build(MNIST_HVAE_CNN.HVAE, f, data).eval()
-        with torch.no_grad():                             # all fire, but for two channels of one layer, one of the other
+        with torch.no_grad():
             for layer in (model.x_to_z1[0], model.x_to_z1[2]):
                 layer.weight.mul_(0.01)
                 layer.bias.fill_(1.0)
-            model.x_to_z1[0].bias[[3, 9]], model.x_to_z1[2].bias[5] = -1.0, -1.0
-        found = report.dead_units(model, f, data)
-        self.assertEqual({name: of for name, (_, of) in found.items()}, {
-            "x_to_z1": 64 + 32, "z1_to_z2": 12, "z2_to_z1": 12, "z1_to_x": 32 * 7 * 7 + 64})
-        self.assertEqual(found["x_to_z1"], [3, 96])
+            model.x_to_z1[0].bias[[3, 9]] = -1.0
+            model.x_to_z1[2].bias[5] = -1.0
+        counts = headroom.dead_units(model, f, data)
+        totals = {network: total for network, (_, total) in counts.items()}
+        wanted_totals = {
+            "x_to_z1": 64 + 32,
+            "z1_to_z2": 12,
+            "z2_to_z1": 12,
+            "z1_to_x": 32 * 7 * 7 + 64,
+        }
+        self.assertEqual(totals, wanted_totals)
+        self.assertEqual(counts["x_to_z1"], [3, 96])
+
+
+# -------------------------------------------------------------------------------------- in words
+
+def result_with(nats=0.5, **changed):
+    """A report.RunResult whose level z2 has a headroom. All else that matters may be changed."""
+    level = headroom.LevelHeadroom(
+        units=16, collapsed=9, headroom=nats, level=0.25, tau=[1.0], theta=[])
+    result = report.RunResult(
+        script="MNIST_CVAE_Relu",
+        settings={},
+        dataset="digits",
+        device="cpu",
+        versions={},
+        seconds={},
+        diverged=None,
+        side_by_side=1,
+        curves={},
+        metrics={},
+        headroom={"z2": level},
+        dead_units={"f_x": [0, 16], "f_y": [13, 16], "g_z": [16, 16]},
+        loss_change=-0.2,
+    )
+    return dataclasses.replace(result, **changed)
 
 
 class Verdicts(unittest.TestCase):
     def test_words(self):
-        self.assertEqual(theory.verdict(16, 0, 0), "none of 16 units collapsed")
-        self.assertEqual(theory.verdict(16, 9, 0.0099), "9 of 16 units collapsed, by the objective")
-        self.assertEqual(theory.verdict(16, 16, 0.0621),
-                         "16 of 16 units collapsed, by training: idle units would pay at least 0.062 nats")
+        self.assertEqual(headroom.verdict(16, 0, 0), "none of 16 units collapsed")
+        self.assertEqual(
+            headroom.verdict(16, 9, 0.0099), "9 of 16 units collapsed, by the objective")
+        self.assertEqual(
+            headroom.verdict(16, 16, 0.0621),
+            "16 of 16 units collapsed, by training: idle units would pay at least 0.062 nats")
 
-    def result(self, **of):
-        return {"headroom": {"z2": {"units": 16, "collapsed": 9, "headroom": 0.5} | of}, "loss_change": -0.2,
-                "dead_units": {"f_x": [0, 16], "f_y": [13, 16], "g_z": [16, 16]}}
+    def test_words_of_a_level(self):
+        [level] = result_with().headroom.values()
+        self.assertEqual(level.verdict(), headroom.verdict(16, 9, 0.5))
 
     def test_what_points_to_the_cause(self):
-        [said] = report.verdicts(self.result())
-        self.assertEqual(said, "z2: 9 of 16 units collapsed, by training: idle units would pay at least 0.5 nats; 13 of 16 hidden "
-                         "units of f_y, 16 of 16 of g_z are dead; the loss still fell by 0.2 nats in the last tenth of the epochs")
-        self.assertEqual(list(report.verdicts(self.result(headroom=0.0))), ["z2: 9 of 16 units collapsed, by the objective"])
-        [said] = report.verdicts(self.result() | {"dead_units": {"g_z": [0, 16]}, "loss_change": None})
-        self.assertEqual(said, "z2: 9 of 16 units collapsed, by training: idle units would pay at least 0.5 nats")
+        cause = "z2: 9 of 16 units collapsed, by training: idle units would pay at least 0.5 nats"
+        [sentence] = report.verdicts(result_with())
+        self.assertEqual(
+            sentence,
+            f"{cause}; 13 of 16 hidden units of f_y, 16 of 16 of g_z are dead; the loss still "
+            "fell by 0.2 nats in the last tenth of the epochs")
+
+        sentences = list(report.verdicts(result_with(nats=0.0)))
+        self.assertEqual(sentences, ["z2: 9 of 16 units collapsed, by the objective"])
+
+        [sentence] = report.verdicts(result_with(dead_units={"g_z": [0, 16]}, loss_change=None))
+        self.assertEqual(sentence, cause)
 
     def test_last_tenth(self):
-        self.assertIsNone(report.last_change([3.0]))
-        self.assertEqual(report.last_change([3.0, 2.0]), -1.0)
-        self.assertEqual(report.last_change([100.0 - i for i in range(50)]), -5.0)
+        self.assertIsNone(headroom.last_change([3.0]))
+        self.assertEqual(headroom.last_change([3.0, 2.0]), -1.0)
+        self.assertEqual(headroom.last_change([100.0 - i for i in range(50)]), -5.0)
 
 
 class Reports(small.WithMnist):
-    """What a script leaves and prints of it."""
+    """What a script writes and prints of the headroom."""
 
     def run_script(self, script, *argv):
-        status, out, err = small.call(script.main, *argv, "--data_dir", self.folder / "data", "--out_dir", self.folder / "runs",
-                                      "--device", "cpu", "--num_samples", 2)
+        """Run a script on the drawn digits. Returns its stdout."""
+        status, out, err = small.call(
+            script.main,
+            *argv,
+            "--data_dir", self.folder / "data",
+            "--out_dir", self.folder / "runs",
+            "--device", "cpu",
+            "--num_samples", 2,
+        )
         self.assertEqual(status, 0, err)
         return out
 
     def test_a_level_collapsed_by_the_objective(self):
-        """A beta far above every threshold: headroom 0; at a tiny one, after an epoch, plenty; beside each other in a grid."""
-        out = self.run_script(MNIST_CVAE_Relu, "--num_epochs", 30, "--batch_size", 16, "--lr", 0.01, "--beta", "1e-6,1000", "--start_std", 1)
+        """With a beta far above every threshold, all units collapse and the headroom is 0."""
+        out = self.run_script(
+            MNIST_CVAE_Relu,
+            "--num_epochs", 30,
+            "--batch_size", 16,
+            "--lr", 0.01,
+            "--beta", "1e-6,1000",
+            "--start_std", 1,
+        )
         folder = self.folder / "runs" / "MNIST_CVAE_Relu"
-        result = json.loads((folder / "beta=1000.0,start_std=1.0,batch_size=16,num_epochs=30,lr=0.01,num_samples=2" / "result.json").read_text())
+        flags = "beta=1000.0,start_std=1.0,batch_size=16,num_epochs=30,lr=0.01,num_samples=2"
+        result = json.loads((folder / flags / "result.json").read_text(encoding="utf-8"))
+
         self.assertIn("headroom", out.splitlines()[2].split())
         self.assertIn("\nbeta=1000.0: z: 16 of 16 units collapsed, by the objective\n", out)
         self.assertEqual(result["metrics"]["headroom"], 0)
         z = result["headroom"]["z"]
-        self.assertEqual((z["units"], z["collapsed"], len(z["tau"]), z["theta"]), (16, 16, 16, []))
+        self.assertEqual((z["units"], z["collapsed"]), (16, 16))
+        self.assertEqual((len(z["tau"]), z["theta"]), (16, []))
         self.assertEqual(z["level"], 1000 * 0.25)
         self.assertEqual(set(result["dead_units"]), {"f_x", "f_y", "g_x", "g_z"})
-        self.assertAlmostEqual(result["loss_change"], result["curves"]["loss"][-1] - result["curves"]["loss"][-4])
-        for of in folder.glob("beta*"):
-            self.assertGreater((of / "headroom.png").stat().st_size, 5000)
+        losses = result["curves"]["loss"]
+        self.assertAlmostEqual(result["loss_change"], losses[-1] - losses[-4])
+        run_folders = list(folder.glob("beta*"))
+        self.assertEqual(len(run_folders), 2)
+        for run_folder in run_folders:
+            self.assertGreater((run_folder / "headroom.png").stat().st_size, 5000)
 
     def test_theta_of_a_linear_model(self):
-        """Beside the picture of tau, theta is the variance that a linear unit of the same KL describes: level exp(2 KL)."""
-        out = self.run_script(MNIST_VAE_Linear_learnable_sigma, "--num_epochs", 2, "--d_1", 3, "--beta", 2)
-        [path] = (self.folder / "runs" / "MNIST_VAE_Linear_learnable_sigma").glob("*/result.json")
-        result = json.loads(path.read_text())
-        kl = sorted(report.np.load(path.parent / "units.npz")["unit_kl"].mean(0), reverse=True)
-        theta = [2 * math.exp(2 * value) for value in kl if value > 0.01]
-        for found, wanted in zip(result["headroom"]["z"]["theta"], theta, strict=True):
-            self.assertAlmostEqual(found, wanted, places=4)
+        """theta is the variance that a linear unit of the same KL describes: level exp(2 KL)."""
+        out = self.run_script(
+            MNIST_VAE_Linear_learnable_sigma, "--num_epochs", 2, "--d_1", 3, "--beta", 2)
+        script_folder = self.folder / "runs" / "MNIST_VAE_Linear_learnable_sigma"
+        [path] = script_folder.glob("*/result.json")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        with np.load(path.parent / "units.npz") as arrays:
+            kls = sorted(arrays["unit_kl"].mean(0), reverse=True)
+
+        wanted = [2 * math.exp(2 * kl) for kl in kls if kl > 0.01]
+        self.assertGreater(len(wanted), 0)
+        for theta, wanted_theta in zip(result["headroom"]["z"]["theta"], wanted, strict=True):
+            self.assertAlmostEqual(theta, wanted_theta, places=4)
         self.assertIn("\nz: ", out)
 
-    def test_none_where_it_has_no_meaning(self):
-        import MNIST_VAE_Relu_nonlearnable_sigma
+    def test_none_without_a_learnable_posterior(self):
         out = self.run_script(MNIST_VAE_Relu_nonlearnable_sigma, "--num_epochs", 1)
         self.assertNotIn("headroom", out)
         self.assertNotIn("collapsed", out)

@@ -1,0 +1,861 @@
+"""Trained beside predicted: how far a model is from a closed form of theory.py, and where.
+
+In this order: `Comparison`, the record of both; the units of a linear model as it is; a trained
+linear model beside its own closed form; other models beside that of their linear twin; a table of
+units; minimisation by brute force; and `verify`, by which the matrix scripts check a theorem.
+"""
+import copy
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import common
+import numpy as np
+import torch
+
+import files
+import processes
+import theory
+
+# Random starts from which `verify` minimises a loss.
+STARTS = 8
+
+# The largest error with which `verify` calls a theorem verified: of any singular value or std in
+# its own unit, of any KL term, information or loss in nats.
+TOLERANCE = 1e-6
+
+# Predicted numbers above this have rounding errors larger than TOLERANCE.
+MAX_PREDICTED = TOLERANCE / torch.finfo(torch.float64).eps
+
+# Above this information, in nats, lambda^2 / sigma^2 exceeds MAX_PREDICTED. In the second moment of
+# z, which is lambda^2 + sigma^2, sigma^2 is then lost to rounding.
+MAX_INFORMATION = math.log(MAX_PREDICTED) / 2
+
+# A loss above this, in nats, has rounding errors larger than 1 nat.
+MAX_LOSS = 1 / torch.finfo(torch.float64).eps
+
+# The largest number of parameters that `verify` minimises over. `newton` needs their Hessian, and
+# with this many it takes 2 GB.
+MAX_PARAMETERS = 5_000
+
+# The largest amount of data of a setting, in numbers of 8 bytes. Drawing it takes three times this.
+MAX_DATA = 50_000_000
+
+# Rows of a split that `in_float64` passes to a model at a time.
+CHUNK_ROWS = 2048
+
+
+# --- Trained beside predicted ---
+
+
+@dataclass
+class Comparison:
+    """A linear model beside its closed form.
+
+    predicted:     {name: list with a number per unit} of the closed form, see theory.py. None
+                   stands for a collapse that never comes.
+    trained:       the same quantities of the model, where it has them, see `compare`
+    errors:        {name: the largest |trained - predicted| of a unit}, for each name in trained
+    optimal_loss:  the least loss by the closed form, in nats per row
+    loss:          the model's loss on the rows of the closed form, in nats per row
+    gap:           loss - optimal_loss
+    importance_sampling: None, or a dict about p(x) by importance sampling on the test split.
+                   "mean_ratio" is the mean of the sampled p(x) / the exact p(x), whose expectation
+                   is 1. "standard_error" is that mean's. "rounding" is the part of the ratio that
+                   rounding can cause.
+
+    dataclasses.asdict gives a dict that JSON can hold, and Comparison(**dict) reads it back.
+    """
+
+    predicted: dict
+    trained: dict
+    errors: dict
+    optimal_loss: float
+    loss: float
+    gap: float
+    importance_sampling: dict | None = None
+
+    def active_units(self, which="predicted"):
+        """The number of active units of each level, {"_1": 5, "_2": 3}; {"": 5} for one level.
+
+        which: "predicted" or "trained"
+        """
+        units = {"predicted": self.predicted, "trained": self.trained}[which]
+        counts = {}
+        for level in theory.levels_of(self.predicted):
+            informations = units[f"information{level}"]
+            counts[level] = sum(information > theory.ACTIVE for information in informations)
+        return counts
+
+    def singular_value_error(self):
+        """The largest error of a singular value, as a share of the largest predicted one.
+
+        Singular values are the lambda and omega of all levels. If all predicted ones are 0, this
+        is the largest error itself.
+        """
+        names = [name for name in self.errors if name.startswith(("lambda", "omega"))]
+        error = max(self.errors[name] for name in names)
+        largest = max(max(self.predicted[name]) for name in names)
+        return error / largest if largest else error
+
+    def disagreements(self):
+        """Sentences about how the model differs from the closed form; [] for a trained optimum."""
+        sentences = []
+        if self.singular_value_error() > 0.02:
+            sentences.append(
+                f"a singular value is off by {self.singular_value_error():.1%} of the largest, "
+                "wants at most 2 %"
+            )
+        if not -1e-6 < self.gap < 0.05:
+            sentences.append(
+                f"the loss is {self.gap:.3f} nats above the optimal one, wants 0 to 0.05"
+            )
+        for level in theory.levels_of(self.predicted):
+            wrong = self._wrong_units(level)
+            if wrong:
+                units = ", ".join(str(unit) for unit in wrong)
+                z = f"z{level.removeprefix('_')}"
+                sentences.append(f"units {units} of {z} are not as active as predicted")
+        if self._sampling_is_off():
+            sentences.append(
+                f"sampled p(x) is {self.importance_sampling['mean_ratio']:.4f} of the exact one, "
+                "more than three standard errors off: too few draws for a q that is narrower than "
+                "the posterior"
+            )
+        return sentences
+
+    def _wrong_units(self, level):
+        """The numbers, from 1, of the units that are active and should not be, or the reverse.
+
+        Units near their threshold do not count: a small error changes whether they are active.
+        """
+        wrong = []
+        predicted = self.predicted[f"information{level}"]
+        trained = self.trained[f"information{level}"]
+        for i in range(len(predicted)):
+            at_threshold = 0 < predicted[i] < 2 * theory.ACTIVE
+            differs = (predicted[i] > theory.ACTIVE) != (trained[i] > theory.ACTIVE)
+            if differs and not at_threshold:
+                wrong.append(i + 1)
+        return wrong
+
+    def _sampling_is_off(self):
+        """Whether importance sampling is further from the exact p(x) than chance and rounding."""
+        sampling = self.importance_sampling
+        if sampling is None:
+            return False
+        allowed = 3 * sampling["standard_error"] + sampling["rounding"]
+        return abs(sampling["mean_ratio"] - 1) > allowed
+
+    def notes(self):
+        """Sentences about what is not unique, or surprising, in the predicted optimum."""
+        sentences = []
+        theta = self.predicted["theta"]
+        for i in range(len(theta) - 1):
+            if theta[i] > 0 and theta[i] - theta[i + 1] < 1e-9 * theta[0]:
+                sentences.append(
+                    f"units {i + 1} and {i + 2} have the same theta: each may describe any mixture "
+                    "of their modes"
+                )
+        if theta[-1] == 0:
+            sentences.append(
+                f"theta is 0 from unit {theta.index(0.0) + 1} on: the data has no more modes"
+            )
+        if "lambda_1" in self.predicted:
+            pairs = zip(self.predicted["lambda_1"], self.predicted["omega_2"])
+            if any(lambda_1 == 0 < omega_2 for lambda_1, omega_2 in pairs):
+                sentences.append(
+                    "where lambda_1 = 0 < omega_2, z2 describes nothing but the noise of z1"
+                )
+        return sentences
+
+
+def compare(predicted, trained, loss):
+    """The Comparison of a closed form with a model.
+
+    predicted: {name: (d,)} and "loss", a 0-d tensor: a closed form of theory.py for one setting
+    trained:   {name: (d,)}, the same quantities of the model, as of `vae_units`
+    loss:      the model's loss in nats, a number
+
+    Which unit of a model describes which mode is arbitrary. So each quantity's trained values are
+    matched with its predicted ones by size: the largest with the largest, and so on.
+    """
+    matched = {}
+    errors = {}
+    for name in trained:
+        if name not in predicted:
+            continue
+        order = predicted[name].argsort(descending=True, stable=True)
+        matched[name] = torch.empty_like(predicted[name])
+        matched[name][order] = trained[name].sort(descending=True).values
+        errors[name] = (matched[name] - predicted[name]).abs().max().item()
+
+    optimal_loss = predicted["loss"].item()
+    return Comparison(
+        predicted=per_unit(predicted),
+        trained={name: values.tolist() for name, values in matched.items()},
+        errors=errors,
+        optimal_loss=optimal_loss,
+        loss=loss,
+        gap=loss - optimal_loss,
+    )
+
+
+def per_unit(predicted):
+    """A closed form's quantities per unit as lists, {name: [...]}, for JSON.
+
+    None takes the place of inf, for a collapse that never comes.
+    """
+    lists = {}
+    for name, values in predicted.items():
+        if name != "loss":
+            lists[name] = [None if value == math.inf else value for value in values.tolist()]
+    return lists
+
+
+# --- The units of a linear model ---
+
+
+def vae_units(U, V, sigma, eta_enc):
+    """The quantities of `theory.vae_optimum` of a linear VAE or CVAE as it is, in float64.
+
+    U:       the decoder, (D, d)
+    V:       the encoder on whitened data, (d, D): W R, where R is `theory.root` of the moment
+    sigma:   the stds of q(z|x), (d,)
+    eta_enc: the std of the prior
+
+    Returns lambda, omega, sigma, kl and information, each (d,), in any order of the units.
+    """
+    d = len(sigma)
+    # A rotation of units that share a sigma changes nothing, so their singular directions are
+    # taken for units.
+    lambda_of_unit = torch.empty_like(sigma)
+    for value in sigma.unique():
+        same_sigma = sigma == value
+        lambda_of_unit[same_sigma] = _singular_values(V[same_sigma], int(same_sigma.sum()))
+
+    return {
+        "lambda": _singular_values(V, d),
+        "omega": _singular_values(U, d),
+        "sigma": sigma,
+        "kl": theory.expected_kl(lambda_of_unit, sigma, eta_enc),
+        "information": theory.information(lambda_of_unit, sigma),
+    }
+
+
+def hvae_units(V1, W2, U2, sigma_1, sigma_2, eta_enc, eta_dec):
+    """The quantities of `theory.hvae_optimum` of a linear two-level HVAE as it is, in float64.
+
+    V1:      the encoder of z1 on whitened data, (d_1, D): W1 R
+    W2, U2:  the encoder of z2, (d_2, d_1), and the decoder of z1, (d_1, d_2)
+    sigma_1: the std of q(z1|x), a number
+    sigma_2: the stds of q(z2|z1), (d_2,)
+    eta_enc, eta_dec: the stds of p(z2) and of p(z1|z2)
+
+    Returns lambda_1, kl_1 and information_1, each (d_1,), and lambda_2, omega_2, sigma_2, kl_2 and
+    information_2, each (d_2,), in any order of the units.
+    """
+    d_1, d_2 = U2.shape
+    identity = torch.eye(d_1, dtype=V1.dtype)
+    z1_moment = V1 @ V1.T + sigma_1**2 * identity
+
+    # The second moment of z1 - U2 z2, with z2 = W2 z1 + noise. KL1 is
+    # (E||z1 - U2 z2||^2 / eta_dec^2 - d_1) / 2 - d_1 log(sigma_1 / eta_dec).
+    error_map = identity - U2 @ W2
+    error_moment = error_map @ z1_moment @ error_map.T + U2 * sigma_2**2 @ U2.T
+    errors = torch.linalg.eigvalsh(error_moment)
+    kl_1 = (errors / eta_dec**2 - 1) / 2 - math.log(sigma_1 / eta_dec)
+
+    lambda_1 = _singular_values(V1, d_1)
+    units = {
+        "lambda_1": lambda_1,
+        "kl_1": kl_1,
+        "information_1": theory.information(lambda_1, sigma_1),
+    }
+    # z2 is the latent variable of a VAE of z1.
+    level_2 = vae_units(U2, W2 @ torch.linalg.cholesky(z1_moment), sigma_2, eta_enc)
+    for name, values in level_2.items():
+        units[f"{name}_2"] = values
+    return units
+
+
+def _singular_values(matrix, d):
+    """The d largest singular values of a matrix, the largest first; 0 where it has fewer."""
+    values = torch.linalg.svdvals(matrix)[:d]
+    return torch.nn.functional.pad(values, (0, d - len(values)))
+
+
+# --- A trained linear model ---
+
+
+@torch.no_grad()
+def in_float64(model, f, split, work):
+    """work(model, batch, f) over all rows of a split in float64: its results (B, ...), joined.
+
+    model: a module, which is copied; the copy is passed to work
+    split: the rows, a tuple of tensors (n, ...); batch is a list of their parts (B, ...)
+
+    Returns (n, ...), on the CPU.
+    """
+    model = copy.deepcopy(model).double()
+    f = common.on_device(f, split[0][:0].double())
+    results = []
+    for batch in zip(*(rows.split(CHUNK_ROWS) for rows in split)):
+        results.append(work(model, [rows.double() for rows in batch], f).cpu())
+    return torch.cat(results)
+
+
+@torch.no_grad()
+def check_model(model, f, data, examples):
+    """The Comparison of a trained linear model with its closed form.
+
+    model.predicted(f, data) gives the closed form, and model.units(f, data) the same quantities of
+    the model. The loss is the exact mean over all training rows.
+
+    examples: those of `report.evaluate`. If they include log-likelihoods by importance sampling,
+    these are compared with the exact ones.
+    """
+    # 1. The loss. A model in training mode computes the terms of the ELBO only.
+    model = copy.deepcopy(model).train()
+
+    def loss_of_rows(model, batch, f):
+        return model.loss(model(*batch, f), f)
+
+    loss = in_float64(model, f, data.train, loss_of_rows).mean().item()
+
+    # 2. The units.
+    trained = model.cpu().double().units(common.on_device(f, data.moment[:0]), data)
+    comparison = compare(model.predicted(f, data), trained, loss)
+
+    # 3. Importance sampling. It has the precision of the data, not float64.
+    if "log_px" in examples:
+        ratio = np.exp(examples["log_px"] - examples["exact_log_px"])
+        eps = torch.finfo(data.test[0].dtype).eps
+        comparison.importance_sampling = {
+            "mean_ratio": float(ratio.mean()),
+            "standard_error": float(ratio.std() / len(ratio)**0.5),
+            "rounding": float(eps * np.abs(examples["exact_log_px"]).mean()),
+        }
+    return comparison
+
+
+# --- Any model beside the closed form of its linear twin ---
+
+# In this section, a `result` is a report.RunResult.
+
+
+def closed_form(result):
+    """The closed form of a result's model, or else of its linear twin: {name: [per unit]}.
+
+    None if neither has one, or if the run diverged.
+    """
+    if not result.metrics:
+        return None
+    if result.theory is not None:
+        return result.theory.predicted
+    return result.linear
+
+
+def linear_pairs(result):
+    """A list of (metric, predicted by the closed form, trained) for a result that has one.
+
+    The metrics are kl, AU and AU_kl of each level. Units with an information above theory.ACTIVE
+    are predicted to be active.
+    """
+    predicted = closed_form(result)
+    pairs = []
+    for level in theory.levels_of(predicted):
+        informations = predicted[f"information{level}"]
+        active = sum(information > theory.ACTIVE for information in informations)
+        kl = sum(predicted[f"kl{level}"])
+        pairs.append((f"kl{level}", kl, result.metrics[f"kl{level}"]))
+        pairs.append((f"AU{level}", active, result.metrics[f"AU{level}"]))
+        pairs.append((f"AU_kl{level}", active, result.metrics[f"AU_kl{level}"]))
+    return pairs
+
+
+def can_be_ranked(results):
+    """Whether the results have at least three settings, apart from the seed.
+
+    A rank correlation of fewer says nothing.
+    """
+    settings = {str(result.settings | {"seed": None}) for result in results}
+    return len(settings) > 2
+
+
+def rank_correlations(results):
+    """Spearman's rank correlation of predicted and trained over the results: {metric: number}.
+
+    Metrics whose predicted or trained values are all equal are left out. Returns {} if the results
+    cannot be ranked.
+    """
+    if not can_be_ranked(results):
+        return {}
+
+    predicted = {}
+    trained = {}
+    for result in results:
+        for metric, predicted_value, trained_value in linear_pairs(result):
+            predicted.setdefault(metric, []).append(predicted_value)
+            trained.setdefault(metric, []).append(trained_value)
+
+    correlations = {}
+    for metric in predicted:
+        predicted_ranks = _ranks(predicted[metric])
+        trained_ranks = _ranks(trained[metric])
+        if np.ptp(predicted_ranks) > 0 and np.ptp(trained_ranks) > 0:
+            correlations[metric] = np.corrcoef(predicted_ranks, trained_ranks)[0, 1]
+    return correlations
+
+
+def _ranks(values):
+    """The ranks of values, rounded to two decimals as they are printed. Equal ones share theirs."""
+    values = np.round(values, 2)
+    smaller = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return smaller + equal / 2
+
+
+def rank_correlations_in_words(results):
+    """`rank_correlations` as the end of a sentence: "kl 0.98, AU 1.00", or "none"."""
+    words = [f"{metric} {value:.2f}" for metric, value in rank_correlations(results).items()]
+    return ", ".join(words) or "none"
+
+
+# --- A table of units ---
+
+
+def print_units(comparison, label):
+    """Print a table per level: each unit's theta, its predicted and trained numbers, its state.
+
+    label: the head of the columns with the trained numbers, "trained" or "found"
+    """
+    for level in theory.levels_of(comparison.predicted):
+        print()
+        common.print_table(_unit_rows(comparison, label, level))
+
+
+def _unit_rows(comparison, label, level):
+    """The rows of the table of one level, as texts."""
+    predicted = comparison.predicted
+    trained = comparison.trained
+    names = []
+    for name in ("lambda", "omega", "sigma", "kl"):
+        if f"{name}{level}" in trained:
+            names.append(f"{name}{level}")
+
+    head = ["unit", "theta"]
+    for name in names:
+        head += [name, label]
+    rows = [[*head, "collapses at", "state"]]
+
+    informations = predicted[f"information{level}"]
+    # Units without a mode have theta 0.
+    theta = predicted["theta"] + [0.0] * len(informations)
+    for i, information in enumerate(informations):
+        row = [str(i + 1), f"{theta[i]:.4f}"]
+        for name in names:
+            row += [f"{predicted[name][i]:.4f}", f"{trained[name][i]:.4f}"]
+
+        collapse = predicted[f"collapse{level}"][i]
+        row.append("never" if collapse is None else f"{collapse:.4g}")
+
+        state = "active" if information > 0 else "collapsed"
+        trained_is_active = trained[f"information{level}"][i] > theory.ACTIVE
+        if trained_is_active != (information > theory.ACTIVE):
+            state += f" but {label} is not"
+        rows.append([*row, state])
+    return rows
+
+
+# --- Minimisation ---
+
+
+def minimise(loss, starts, blocks=40):
+    """Minimise a loss by L-BFGS from several starts, then by Newton's method from the best end.
+
+    loss:   a function of the parameters {name: float64 tensor}; it returns a 0-d tensor
+    starts: a list of parameters
+    blocks: the largest number of blocks of 50 steps of L-BFGS, per start
+
+    Returns a list of (parameters, loss as a number), one per start, the least loss first.
+    """
+    minima = [_lbfgs(loss, start, blocks) for start in starts]
+
+    def nan_last(minimum):
+        _, value = minimum
+        return math.inf if math.isnan(value) else value
+
+    minima.sort(key=nan_last)
+    parameters, _ = minima[0]
+    minima[0] = newton(loss, parameters)
+    return minima
+
+
+def _lbfgs(loss, start, blocks):
+    """Minimise a loss by L-BFGS until a block of 50 steps gains less than 1e-9 of the loss.
+
+    Returns (parameters, loss as a number).
+    """
+    parameters = {name: value.clone().requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.LBFGS(
+        parameters.values(),
+        max_iter=50,
+        history_size=30,
+        tolerance_change=0,
+        tolerance_grad=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(parameters)
+        value.backward()
+        return value
+
+    value = math.inf
+    for _ in range(blocks):
+        previous = value
+        optimizer.step(closure)
+        value = loss(parameters).item()
+        # The negation also stops at nan.
+        if not previous - value > 1e-9 * abs(value):
+            break
+    return {name: parameter.detach() for name, parameter in parameters.items()}, value
+
+
+def newton(loss, parameters, steps=40):
+    """Newton steps to the nearest minimum of a loss.
+
+    Each step has a line search, which ends when rounding errors hide differences of the loss.
+    Directions in which the loss is flat stay as they are. So do parameters at which the derivatives
+    are not finite.
+
+    Returns (parameters, loss as a number).
+    """
+    shapes = {name: value.shape for name, value in parameters.items()}
+
+    def unflatten(flat):
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        unflattened = {}
+        for (name, shape), part in zip(shapes.items(), parts):
+            unflattened[name] = part.view(shape)
+        return unflattened
+
+    def flat_loss(flat):
+        return loss(unflatten(flat))
+
+    gradient_of = torch.func.grad(flat_loss)
+    hessian_of = torch.func.jacrev(gradient_of)
+
+    flat = torch.cat([value.flatten() for value in parameters.values()])
+    value = flat_loss(flat)
+    lengths = 0.5 ** torch.arange(10.0, dtype=flat.dtype, device=flat.device)
+    for _ in range(steps):
+        step = _newton_step(gradient_of(flat), hessian_of(flat))
+        if step is None:
+            break
+        values = torch.stack([flat_loss(flat - length * step) for length in lengths])
+        if not values.min() <= value + 1e-14 * value.abs():
+            break
+        flat = flat - lengths[values.argmin()] * step
+        value = values.min()
+        if step.abs().max() < 1e-12 * flat.abs().max():
+            break
+    return unflatten(flat), value.item()
+
+
+def _newton_step(gradient, hessian):
+    """The step (n,) to subtract, from the gradient (n,) and the Hessian (n, n).
+
+    None if these are not finite, or so extreme that the Hessian's eigenvectors are not found.
+    """
+    if not (gradient.isfinite().all() and hessian.isfinite().all()):
+        return None
+    try:
+        curvature, directions = torch.linalg.eigh(hessian)
+    except torch.linalg.LinAlgError:
+        return None
+    # The absolute value makes the step go down where the loss curves down, too.
+    curvature = curvature.abs()
+    curved = curvature > 1e-9 * curvature.max()
+    return directions @ torch.where(curved, directions.T @ gradient / curvature, 0)
+
+
+def random_starts(problem, f, device):
+    """STARTS random parameters of a problem, see `verify`. They are the same on every device."""
+    random = common.generator(f.seed, "init")
+
+    def draw(*shape):
+        normal = torch.randn(shape, dtype=torch.float64, generator=random, device="cpu")
+        return 0.5 * normal.to(device)
+
+    return [problem.start(draw) for _ in range(STARTS)]
+
+
+def move_problem(problem, device):
+    """A copy of a problem with its tensors on a device."""
+    moved = copy.copy(problem)
+    for name, value in vars(problem).items():
+        if torch.is_tensor(value):
+            setattr(moved, name, value.to(device))
+    return moved
+
+
+# --- The check of a theorem ---
+
+
+@dataclass
+class Check:
+    """How the check of a theorem ended for one setting.
+
+    f:          the setting
+    comparison: the closed form beside the least loss that was found; None if that loss or its units
+                are not finite
+    losses:     the losses at which the random starts ended, the least first
+    seconds:    the time that it took
+    """
+
+    f: object
+    comparison: Comparison | None
+    losses: list
+    seconds: float
+
+    def max_error(self):
+        """The largest error of any compared quantity, or of the loss; nan if it is not finite."""
+        if self.comparison is None:
+            return math.nan
+        return max([*self.comparison.errors.values(), abs(self.comparison.gap)])
+
+
+def verify(Problem, settings):
+    """Check a theorem on synthetic data, for each of the settings.
+
+    For each setting, minimise the exact expected loss from several random starts. Then print the
+    minimum beside the closed form, and at last VERIFIED or FAILED. Each setting leaves a
+    result.json. Returns the exit status: 0 if each error is at most TOLERANCE, else 1.
+
+    Problem(f) is the model of one setting. It has
+        data_flags           the flags whose sum is the width of a row of data, a tuple of names
+        start(draw)          the parameters {name: float64 tensor} to start from, where draw(*shape)
+                             draws a tensor
+        loss(parameters)     the exact expected loss in nats, a 0-d tensor
+        predicted()          the closed form, a result of theory.py
+        units(parameters)    the quantities of the closed form at these parameters
+
+    Ends the program as `check_flags` does.
+    """
+    # Of several processes, the first one does all.
+    if processes.rank_and_count()[0] > 0:
+        return 0
+    check_flags(Problem, settings)
+    device = common.select_device(settings[0])
+    print(f"device: {common.device_name(device)}", file=sys.stderr)
+
+    checks = []
+    for f in settings:
+        check = _check_setting(Problem, f)
+        if check.comparison is not None:
+            _write_result(check)
+        checks.append(check)
+        if len(settings) > 1:
+            print(f"{len(checks)} of {len(settings)} settings", file=sys.stderr)
+    return _print_report(checks)
+
+
+def check_flags(Problem, settings):
+    """End the program if a setting cannot be checked: one line that names flags, exit status 2.
+
+    The reasons are sizes that need too much memory, and flags so extreme that the closed form or
+    the loss is not finite, or has rounding errors above the tolerance. Problem is that of `verify`.
+    """
+    for f in settings:
+        _check_data_size(Problem, f)
+        problem = Problem(f)
+        _check_parameter_count(problem, f)
+        _check_numbers(problem, f)
+
+
+def _check_data_size(Problem, f):
+    """End the program if the data of a setting would need too much memory."""
+    width = sum(getattr(f, name) for name in Problem.data_flags)
+    if f.num_samples * width > MAX_DATA:
+        names = ", ".join(f"--{name}" for name in ("num_samples", *Problem.data_flags))
+        common.stop(
+            f,
+            f"{names}: got {f.num_samples:,} rows of {width:,} numbers, "
+            f"wants at most {MAX_DATA:,} numbers in all",
+        )
+
+
+def _check_parameter_count(problem, f):
+    """End the program if the Hessian of a setting would need too much memory."""
+
+    def draw_nothing(*shape):
+        return torch.empty(shape, device="meta")
+
+    count = sum(value.numel() for value in problem.start(draw_nothing).values())
+    if count > MAX_PARAMETERS:
+        common.stop(
+            f,
+            f"{_spell_own_flags(f, int)}: the model has {count:,} parameters, "
+            f"wants at most {MAX_PARAMETERS:,}",
+        )
+
+
+def _check_numbers(problem, f):
+    """End the program if the predicted optimum, or the loss at a random start, is too extreme."""
+    for name, values in problem.predicted().items():
+        if name.startswith("collapse"):
+            # Thresholds are not compared with anything, and inf is one that never comes.
+            continue
+        limit = MAX_INFORMATION if name.startswith("information") else MAX_PREDICTED
+        # The negation also finds nan.
+        if not values.abs().max() <= limit:
+            common.stop(
+                f,
+                f"{_spell_own_flags(f, float)}: the predicted optimum is not finite, or too "
+                f"extreme for errors of at most {TOLERANCE:g}; wants values nearer to 1",
+            )
+    if not abs(_loss_at_random_start(problem, f)) <= MAX_LOSS:
+        common.stop(
+            f,
+            f"{_spell_own_flags(f, float)}: the loss at random weights is not finite, or too "
+            "large; wants values nearer to 1",
+        )
+
+
+def _loss_at_random_start(problem, f):
+    """The loss at random parameters, in nats; inf or nan if it is not finite."""
+    start = random_starts(problem, f, torch.device("cpu"))[0]
+    try:
+        return problem.loss(start).item()
+    except (ArithmeticError, ValueError):
+        # Python's numbers raise errors where tensors become inf or nan.
+        return math.inf
+
+
+def _spell_own_flags(f, kind):
+    """A script's own flags of one type, int or float, as "--beta 1.0, --eta_dec 1e-200".
+
+    Flags at their default are left out, unless all are.
+    """
+    spelled = {}
+    changed = []
+    for name, field in common.own_flags(f).items():
+        if type(field.default) is kind:
+            spelled[name] = f"--{name} {getattr(f, name)}"
+            if getattr(f, name) != field.default:
+                changed.append(name)
+    return ", ".join(spelled[name] for name in changed or spelled)
+
+
+def _check_setting(Problem, f):
+    """Minimise the loss of one setting and compare the minimum with the closed form: a Check."""
+    start_time = time.monotonic()
+    problem = Problem(f)
+    device = common.select_device(f)
+    # Tensors that the loss makes are then on the device, too.
+    with device:
+        moved = move_problem(problem, device)
+        minima = minimise(moved.loss, random_starts(problem, f, device))
+
+    parameters, least_loss = minima[0]
+    parameters = {name: value.cpu() for name, value in parameters.items()}
+    try:
+        units = problem.units(parameters)
+        comparison = compare(problem.predicted(), units, least_loss)
+    except torch.linalg.LinAlgError:
+        # Matrices that are not finite, or extreme, have no singular values or Cholesky factor.
+        comparison = None
+    check = Check(
+        f=f,
+        comparison=comparison,
+        losses=[loss for _, loss in minima],
+        seconds=time.monotonic() - start_time,
+    )
+    if comparison is not None:
+        compared = [*comparison.errors.values(), comparison.gap]
+        if not all(math.isfinite(number) for number in compared):
+            check.comparison = None
+    return check
+
+
+def _write_result(check):
+    """Write the result.json of a check."""
+    result = files.description(check.f, None)
+    result["seconds"] = {"minimise": check.seconds}
+    result["max_error"] = check.max_error()
+    result["theory"] = dataclasses.asdict(check.comparison)
+    files.write_json(files.run_dir(check.f, None) / "result.json", result)
+
+
+def _print_report(checks):
+    """Print what the checks of all settings found, and the verdict. Returns the exit status."""
+    settings = [check.f for check in checks]
+    varying = list(files.varying_flags(settings, [None] * len(settings)))
+    _print_caption(settings[-1], varying)
+
+    # 1. The units of a single setting.
+    if len(checks) == 1 and checks[0].comparison is not None:
+        _print_single(checks[0])
+
+    # 2. A row per setting.
+    rows = [_table_row(check, varying) for check in checks]
+    columns = list(max(rows, key=len))
+    table = [columns]
+    for row in rows:
+        table.append([row.get(name, "-") for name in columns])
+    common.print_table(table)
+
+    # 3. The verdict.
+    for check in checks:
+        if check.comparison is None:
+            flags = {name: getattr(check.f, name) for name in (*varying, "seed")}
+            print(f"{files.spell(flags)}: the minimisation ended at numbers that are not finite")
+    max_errors = [check.max_error() for check in checks]
+    # NumPy's maximum, other than Python's, is nan if one of them is.
+    max_error = np.max(max_errors)
+    verified = max_error <= TOLERANCE
+    print(f"{'VERIFIED' if verified else 'FAILED'} max error {max_error:.1e}")
+    return 0 if verified else 1
+
+
+def _print_caption(f, varying):
+    """Print the script and the flags that all settings share, which f is one of."""
+    shared = {}
+    for name, value in files.changed_settings(f, None).items():
+        if name not in (*varying, "seed"):
+            shared[name] = value
+    print(
+        f"{common.script_name(f)} {files.spell(shared)}: "
+        f"{f.num_samples:,} rows, nats per row"
+    )
+
+
+def _print_single(check):
+    """Print what is known of a single setting: its units, notes, and the random starts' ends."""
+    print_units(check.comparison, "found")
+    for note in check.comparison.notes():
+        print(note)
+    at_minimum = sum(loss - check.losses[0] < 1e-6 for loss in check.losses)
+    print(f"\n{at_minimum} of {len(check.losses)} random starts end at the least loss")
+
+
+def _table_row(check, varying):
+    """The row of one setting in the table of all, {column: text}."""
+    row = {name: str(getattr(check.f, name)) for name in (*varying, "seed")}
+    comparison = check.comparison
+    if comparison is None:
+        return row | {"found": "not finite"}
+    for level in theory.levels_of(comparison.predicted):
+        informations = comparison.predicted[f"information{level}"]
+        active = sum(information > 0 for information in informations)
+        row[f"active{level}"] = str(active)
+        row[f"collapsed{level}"] = str(len(informations) - active)
+    row["optimal loss"] = f"{comparison.optimal_loss:.6f}"
+    row["found"] = f"{comparison.loss:.6f}"
+    row["max error"] = f"{check.max_error():.1e}"
+    return row
