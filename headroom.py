@@ -286,7 +286,9 @@ def _level_headroom(moments, kl, active):
     theta = []
     if level < math.inf:
         active_kl = np.sort(kl)[::-1][:active]
-        theta = (level * np.exp(2 * active_kl)).tolist()
+        # A model that has nearly diverged can have KLs whose exponential exceeds float64.
+        with np.errstate(over="ignore"):
+            theta = np.nan_to_num(level * np.exp(2 * active_kl)).tolist()
 
     return LevelHeadroom(
         units=len(kl),

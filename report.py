@@ -161,7 +161,7 @@ class RunResult:
         try:
             result = cls.from_json(saved)
             result.check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             path = files.run_dir(f, data) / "result.json"
             print(f"{path} is not whole: evaluated again ({error!r})", file=sys.stderr)
             return None
@@ -184,7 +184,7 @@ class RunResult:
         return result
 
     def check(self):
-        """Raises ValueError, KeyError or TypeError if a part that tables rely on is missing."""
+        """Raises an error of Python's own classes if a part that tables rely on is wrong."""
         for field in dataclasses.fields(self):
             if not isinstance(getattr(self, field.name), field.type):
                 raise TypeError(f"{field.name} is not of the type {field.type}")
@@ -199,6 +199,20 @@ class RunResult:
         wrong = not_finite(self.metrics)
         if wrong:
             raise ValueError(f"these metrics are not finite: {', '.join(wrong)}")
+        self.check_tables()
+
+    def check_tables(self):
+        """Make all that tables show of the optional parts, which fails if a part is wrong."""
+        if self.headroom:
+            verdicts(self)
+        if verify.closed_form(self):
+            linear_row(self)
+        if self.theory is not None:
+            theory_row(self.theory)
+            self.theory.disagreements()
+            self.theory.notes()
+            for level in theory.levels_of(self.theory.predicted):
+                verify.unit_rows(self.theory, "trained", level)
 
     def to_json(self):
         """The result as the dict that is written to its file."""

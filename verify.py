@@ -434,10 +434,10 @@ def print_units(comparison, label):
     """
     for level in theory.levels_of(comparison.predicted):
         print()
-        common.print_table(_unit_rows(comparison, label, level))
+        common.print_table(unit_rows(comparison, label, level))
 
 
-def _unit_rows(comparison, label, level):
+def unit_rows(comparison, label, level):
     """The rows of the table of one level, as texts."""
     predicted = comparison.predicted
     trained = comparison.trained
@@ -609,13 +609,13 @@ def move_problem(problem, device):
 
 @dataclass
 class Check:
-    """How the check of a theorem ended for one setting.
+    """The result of the check of a theorem for one setting.
 
     f:          the setting
     comparison: the closed form beside the least loss that was found; None if that loss or its units
                 are not finite
     losses:     the losses at which the random starts ended, the least first
-    seconds:    the time that it took
+    seconds:    the time that the check took
     """
 
     f: object
@@ -764,23 +764,23 @@ def _check_setting(Problem, f):
 
     parameters, least_loss = minima[0]
     parameters = {name: value.cpu() for name, value in parameters.items()}
-    try:
-        units = problem.units(parameters)
-        comparison = compare(problem.predicted(), units, least_loss)
-    except torch.linalg.LinAlgError:
-        # Matrices that are not finite, or extreme, have no singular values or Cholesky factor.
-        comparison = None
-    check = Check(
+    return Check(
         f=f,
-        comparison=comparison,
+        comparison=_finite_comparison(problem, parameters, least_loss),
         losses=[loss for _, loss in minima],
         seconds=time.monotonic() - start_time,
     )
-    if comparison is not None:
-        compared = [*comparison.errors.values(), comparison.gap]
-        if not all(math.isfinite(number) for number in compared):
-            check.comparison = None
-    return check
+
+
+def _finite_comparison(problem, parameters, loss):
+    """The Comparison of a problem's closed form with these parameters; None if it is not finite."""
+    try:
+        comparison = compare(problem.predicted(), problem.units(parameters), loss)
+    except torch.linalg.LinAlgError:
+        # Matrices that are not finite, or extreme, have no singular values or Cholesky factor.
+        return None
+    numbers = [*comparison.errors.values(), comparison.gap]
+    return comparison if all(math.isfinite(number) for number in numbers) else None
 
 
 def _write_result(check):
@@ -796,7 +796,7 @@ def _print_report(checks):
     """Print what the checks of all settings found, and the verdict. Returns the exit status."""
     settings = [check.f for check in checks]
     varying = list(files.varying_flags(settings, [None] * len(settings)))
-    _print_caption(settings[-1], varying)
+    _print_caption(settings, varying)
 
     # 1. The units of a single setting.
     if len(checks) == 1 and checks[0].comparison is not None:
@@ -816,23 +816,22 @@ def _print_report(checks):
             flags = {name: getattr(check.f, name) for name in (*varying, "seed")}
             print(f"{files.spell(flags)}: the minimisation ended at numbers that are not finite")
     max_errors = [check.max_error() for check in checks]
-    # NumPy's maximum, other than Python's, is nan if one of them is.
+    # NumPy's maximum, unlike Python's, is nan if one of the errors is.
     max_error = np.max(max_errors)
     verified = max_error <= TOLERANCE
     print(f"{'VERIFIED' if verified else 'FAILED'} max error {max_error:.1e}")
     return 0 if verified else 1
 
 
-def _print_caption(f, varying):
-    """Print the script and the flags that all settings share, which f is one of."""
+def _print_caption(settings, varying):
+    """Print the script, the flags that all settings share, and the unit of the losses."""
+    f = settings[0]
     shared = {}
     for name, value in files.changed_settings(f, None).items():
         if name not in (*varying, "seed"):
             shared[name] = value
-    print(
-        f"{common.script_name(f)} {files.spell(shared)}: "
-        f"{f.num_samples:,} rows, nats per row"
-    )
+    rows = "" if "num_samples" in varying else f"{f.num_samples:,} rows, "
+    print(f"{common.script_name(f)} {files.spell(shared)}: {rows}nats per row")
 
 
 def _print_single(check):
@@ -840,7 +839,8 @@ def _print_single(check):
     print_units(check.comparison, "found")
     for note in check.comparison.notes():
         print(note)
-    at_minimum = sum(loss - check.losses[0] < 1e-6 for loss in check.losses)
+    least_loss = check.losses[0]
+    at_minimum = sum(loss - least_loss < 1e-6 for loss in check.losses)
     print(f"\n{at_minimum} of {len(check.losses)} random starts end at the least loss")
 
 
