@@ -1,5 +1,12 @@
-"""`python -m tests` runs every unittest in this folder, each file in a process of its own, as many at once as there are cores
-(at most four) and one more, since some wait; `python -m tests test_fit ...` those of some files, in this process."""
+"""Runs the tests.
+
+    python -m tests                    every file in this folder
+    python -m tests test_files ...     the named files
+
+All files run side by side, each in a process of its own. Named files run in this process. The last
+line of the output is "N passed, N failed, N skipped". The exit status is 0 only if tests passed and
+none failed.
+"""
 import os
 import re
 import subprocess
@@ -9,14 +16,33 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-here = Path(__file__).parent
-sys.path.insert(0, str(here.parent))
-LONGEST = ("test_going_on", "test_deep", "test_scripts", "test_linear", "test_reproduce", "test_theory")  # begin first
+TESTS = Path(__file__).resolve().parent
+
+# The files that take longest. They begin first, so that no core waits for them at the end.
+LONGEST = (
+    "test_fuzz",
+    "test_theory",
+    "test_going_on",
+    "test_deep",
+    "test_scripts",
+    "test_reproduce",
+    "test_linear",
+)
+
+# At most this number of cores is used.
+MAX_CORES = 4
+
+# The number of slow tests that are listed after each file.
+SLOWEST_SHOWN = 5
 
 
 class Result(unittest.TextTestResult):
-    """Counts what passed, and says which tests took long."""
-    passed, slow = 0, ()
+    """Counts the tests that passed, and measures the seconds of each test."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.passed = 0
+        self.seconds = []
 
     def startTest(self, test):
         super().startTest(test)
@@ -24,35 +50,82 @@ class Result(unittest.TextTestResult):
 
     def stopTest(self, test):
         super().stopTest(test)
-        self.slow = sorted([*self.slow, (time.monotonic() - self.started, test.id())], reverse=True)[:5]
+        self.seconds.append((time.monotonic() - self.started, test.id()))
 
     def addSuccess(self, test):
         super().addSuccess(test)
         self.passed += 1
 
+    def counts(self):
+        """The numbers of tests that passed, failed and were skipped."""
+        failed = len(self.failures) + len(self.errors) + len(self.unexpectedSuccesses)
+        return self.passed, failed, len(self.skipped)
 
-def run(names):
-    """Those files' tests: how many passed, failed and were skipped."""
-    suite = unittest.defaultTestLoader.loadTestsFromNames([f"tests.{name}" for name in names])
+    def slowest(self):
+        """The names and seconds of the tests that took longest, as text."""
+        longest_first = sorted(self.seconds, reverse=True)
+        parts = []
+        for seconds, name in longest_first[:SLOWEST_SHOWN]:
+            parts.append(f"{name.removeprefix('tests.')} {seconds:.1f} s")
+        return ", ".join(parts)
+
+
+def run_here(names):
+    """Run the tests of these files in this process. Returns (passed, failed, skipped)."""
+    modules = [f"tests.{name}" for name in names]
+    suite = unittest.defaultTestLoader.loadTestsFromNames(modules)
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2).run(suite)
-    print("slowest: " + ", ".join(f"{name.removeprefix('tests.')} {seconds:.1f} s" for seconds, name in result.slow))
-    return result.passed, len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses), len(result.skipped)
+    print(f"slowest: {result.slowest()}")
+    return result.counts()
 
 
 def run_apart(name):
-    """One file's tests in a process of their own: its output when it ends, and the same counts. One that dies has failed."""
-    done = subprocess.run([sys.executable, "-m", "tests", name], cwd=here.parent, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": "1"} | os.environ)
-    print(f"\n{name}\n{done.stdout}", flush=True)
-    counts = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n$", done.stdout)
-    return tuple(map(int, counts.groups())) if counts else (0, 1, 0)
+    """Run the tests of one file in a process of its own, and print its output when it ends.
+
+    Returns (passed, failed, skipped). A process that does not get to its last line counts as one
+    failed test.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", "tests", name],
+        cwd=TESTS.parent,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
+    )
+    print(f"\n{name}\n{process.stdout}", flush=True)
+    last_line = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n$", process.stdout)
+    if last_line is None:
+        return 0, 1, 0
+    passed, failed, skipped = last_line.groups()
+    return int(passed), int(failed), int(skipped)
 
 
-if sys.argv[1:]:
-    passed, failed, skipped = run(sys.argv[1:])
-else:
-    names = sorted((path.stem for path in here.glob("test_*.py")), key=lambda name: (name not in LONGEST, name))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) + 1) as pool:
-        passed, failed, skipped = map(sum, zip(*pool.map(run_apart, names)))
-print(f"{passed} passed, {failed} failed, {skipped} skipped")
-sys.exit(failed > 0 or passed == 0)
+def run_all():
+    """Run all files side by side. Returns (passed, failed, skipped)."""
+    names = sorted(path.stem for path in TESTS.glob("test_*.py"))
+    long_ones = [name for name in names if name in LONGEST]
+    others = [name for name in names if name not in LONGEST]
+
+    # One more process than there are cores, since some tests wait.
+    cores = min(MAX_CORES, os.cpu_count() or 1)
+    with ThreadPoolExecutor(cores + 1) as pool:
+        counts = list(pool.map(run_apart, long_ones + others))
+
+    passed = sum(count[0] for count in counts)
+    failed = sum(count[1] for count in counts)
+    skipped = sum(count[2] for count in counts)
+    return passed, failed, skipped
+
+
+def main(names):
+    """Run the named files, or all. Returns the exit status."""
+    sys.path.insert(0, str(TESTS.parent))
+    passed, failed, skipped = run_here(names) if names else run_all()
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
