@@ -3,18 +3,29 @@
     CUDA_VISIBLE_DEVICES=0 python MNIST_CVAE_CNN_single_digit.py --digit 1
     python MNIST_CVAE_CNN_single_digit.py --digit 0:9
 
-x is the lower left quarter of the image. y consists of the other three quarters.
+The second command trains one model for each digit. Each digit is called a setting.
 
-How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
-with one draw of z per image. The learning rate is 1e-3 throughout. Each setting's gradient is
-clipped to a norm of 0.1. The training step opens training.py.
+The model: a conditional VAE models p(y|x) with a latent vector z, whose components are called
+units. Here x is the lower left quarter of an image, and y consists of the other three quarters. The
+class CVAE below defines the distributions with their standard deviations eta_enc and eta_dec. The
+loss is the negative beta-ELBO,
+
+    E_q[-log p(y|x,z)] + beta KL(q(z|x,y) || p(z|x))
+
+A unit collapses if its posterior equals its prior, so that it carries no information about y.
+
+How it is trained: Adam minimises the loss in batches of 128 images for 100 epochs, with one draw
+of z per image. The learning rate is 1e-3 throughout. Each setting's gradient is clipped to a norm
+of 0.1. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
-CVAE, MNIST_CVAE_Linear_single_digit.py. Let theta_i be the i-th eigenvalue of the matrix
+CVAE, MNIST_CVAE_Linear_single_digit.py. Let theta_i be the i-th largest eigenvalue of the matrix
 
     E = E[y y^T] - E[y x^T] E[x x^T]^+ E[x y^T]
 
-Unit i of a linear CVAE collapses if and only if
+Here E[...] is the mean over the training images, and ^+ is the pseudoinverse. The matrix E is the
+second moment of what remains of y when its best linear prediction from x is subtracted. Unit i of a
+linear CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
@@ -58,16 +69,21 @@ def reconstruction_weight(f):
 class CVAE(nn.Module):
     """A CVAE whose maps are convolutional networks:
 
-        q(z|x,y) = N(f_x(x) + f_y(y), diag s(x, y)^2)
+        q(z|x,y) = N(m(x, y), diag s(x, y)^2)
         p(z|x)   = N(0, eta_enc^2 I)
         p(y|x,z) = N(g_x(x) + g_z(z), eta_dec^2 I)
 
-    The network f_x sees x as an image (1x14x14). The network f_y sees y as an image (1x28x28) whose
-    lower left quarter is 0. Both have 2 dim_z outputs. The second half of their sum gives s(x, y).
-    The networks g_x and g_z return images (1x28x28), whose lower left quarter is not used.
+    The sum f_x(x) + f_y(y) of two networks has 2 dim_z numbers. Its first half is the mean m(x, y).
+    Its second half gives s(x, y) by common.std_head. The network f_x sees x as an image (1x14x14).
+    The network f_y sees y as an image (1x28x28) whose lower left quarter is 0. The networks g_x and
+    g_z return images (1x28x28), whose lower left quarter is not used.
+
+    The methods below take the setting f as an argument, so that settings can be trained as a batch.
+    It is an instance of Flags whose scalars, such as f.beta, are 0-d tensors.
     """
 
-    # The widest layer has 32 channels of side 14. It limits the chunks of the evaluation.
+    # The values of one image in the widest layer, which has 32 channels of side 14. The evaluation
+    # chooses by it how many images to take at a time.
     widest_layer = 32 * 14 * 14
 
     def __init__(self, f):
@@ -84,7 +100,7 @@ class CVAE(nn.Module):
             ]
 
         def transposed_convolutions(d_in):
-            # The sides of the images are 7, 14 and 28.
+            # From a vector to images of side 7, then 14, then 28.
             return [
                 nn.Linear(d_in, 16 * 7 * 7),
                 nn.ReLU(),
@@ -115,7 +131,11 @@ class CVAE(nn.Module):
         return y_from_x + y_from_z.view(*z.shape[:-1], 588)
 
     def forward(self, x, y, f, sample_shape=()):
-        """The terms of the ELBO for x (B, 196) and y (B, 588), in nats. Shapes are in report.py."""
+        """The terms of the ELBO for x (B, 196) and y (B, 588), in nats. Shapes are in report.py.
+
+        B is the number of images. log_px_z is the name that report.py has for the log-likelihood of
+        the data given z. Here it is log p(y|x,z).
+        """
         q_z = self.q_z(x, y, f)
         p_z = self.p_z(f)
         z = q_z.rsample(sample_shape)
@@ -123,7 +143,8 @@ class CVAE(nn.Module):
         log_py_z = common.log_normal(y, self.y_mean(x, z), f.eta_dec)
         terms = {"log_px_z": log_py_z, "kl": kl_divergence(q_z, p_z)}
 
-        # Only the evaluation needs the importance weights p(y, z|x) / q(z|x,y).
+        # The evaluation also needs the importance weights p(y, z|x) / q(z|x,y), and the means in
+        # standard deviations of the prior.
         if not self.training:
             terms["log_w"] = log_py_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)
             terms["mean"] = q_z.mean / f.eta_enc
@@ -137,12 +158,14 @@ class CVAE(nn.Module):
         reconstruction = -terms["log_px_z"] * reconstruction_weight(f)
         return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
-    # What the report compares with the theory (see report.py).
+    # What report.py measures, compares with the theory and draws. Its docstring describes each
+    # method.
 
     def residuals(self, x, y, f, draws):
-        """Describe y minus its expected reconstruction, as headroom.py needs it.
+        """Describe y minus its expected reconstruction, for headroom.py.
 
-        The expectation over z is a mean over `draws` draws.
+        headroom.py asks whether one more unit of z would lower the loss. The expectation over z is
+        a mean over `draws` draws.
         """
         z = self.q_z(x, y, f).sample((draws,))
         residual = headroom.Residual(

@@ -6,7 +6,7 @@ x is the lower left quarter of the image. y consists of the other three quarters
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 300 epochs.
 The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's gradient is clipped
-to a norm of 100. The training step opens training.py.
+to a norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
 form. Let theta_i be the i-th eigenvalue of the matrix
@@ -120,7 +120,7 @@ class CVAE(nn.Module):
         """The negative beta-ELBO per example, -log p(y|x,z) + beta KL, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
 
-    # What the report compares with the theory (see report.py).
+    # What the report measures, compares with the theory and draws (see report.py).
 
     def residuals(self, x, y, f, draws=None):
         """Describe y minus its expected reconstruction, as headroom.py needs it.

@@ -9,7 +9,7 @@ x does not determine of y.
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
 with one draw of z per image. The learning rate is 1e-3 throughout. Each setting's gradient is
-clipped to a norm of 0.01. The training step opens training.py.
+clipped to a norm of 0.01. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
 CVAE, MNIST_CVAE_Linear.py. Let theta_i be the i-th eigenvalue of the matrix
@@ -122,7 +122,7 @@ class CVAE(nn.Module):
         reconstruction = -terms["log_px_z"] * reconstruction_weight(f)
         return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
-    # What the report compares with the theory (see report.py).
+    # What the report measures, compares with the theory and draws (see report.py).
 
     def residuals(self, x, y, f, draws):
         """Describe y minus its expected reconstruction, as headroom.py needs it.

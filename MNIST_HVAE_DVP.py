@@ -5,19 +5,21 @@
     python MNIST_HVAE_DVP.py --prior diffusion,vamp --preset small
     torchrun --nproc_per_node=4 MNIST_HVAE_DVP.py --dataset omniglot --autocast bf16
 
+DVP stands for diffusion-based VampPrior. The ELBO of a VAE is largest if its prior is the average
+of the posteriors over all images. A VampPrior approximates this average by the posteriors at a few
+images u, called pseudoinputs (Tomczak & Welling 2018, arXiv 1705.07120). In the DVP-VAE (Kuzina &
+Tomczak 2024, arXiv 2412.01373) each image x has a pseudoinput u = f(x), a small picture of x. The
+map f is not trained, so that u cannot collapse. The prior of every level of latents reads u. The
+density of u is a diffusion model, trained together with the other networks. The rest is the model
+of MNIST_HVAE_Ladder.py.
+
+With `--prior vamp` the model is that ladder VAE under a VampPrior, whose pseudoinputs are trained.
+
 How it is trained: Adamax minimises the negative beta-ELBO in batches of 250 images for 300 epochs,
 with one draw of the latents and one time of the diffusion model per image. The learning rate rises
 to 0.01 in two epochs and then falls to 1e-5 as a cosine. The weight decay is 1e-6, and gradients
 are clipped to a norm of 5. An exponential average of the weights (0.999) is evaluated. `train`
 below makes the steps. The loop around them is `training.Training`, which also writes checkpoints.
-
-The best prior is the average posterior. A VampPrior approximates it by the posteriors at
-pseudoinputs u (Tomczak & Welling 2018, arXiv 1705.07120). In the DVP-VAE u = f(x) is a small
-picture of x (Kuzina & Tomczak 2024, arXiv 2412.01373). The map f is not trained, so that u cannot
-collapse. The prior of every level reads u, and a diffusion model is the density of u. The rest is
-the model of MNIST_HVAE_Ladder.py.
-
-With `--prior vamp` the model is that ladder VAE under a VampPrior, whose pseudoinputs are trained.
 """
 import math
 from dataclasses import dataclass
@@ -45,7 +47,8 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # Two CPU cores train this in minutes. The defaults are the published setting, for a GPU.
+    # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
+    # below are the published setting, for a GPU.
     small = (
         "--latents 2,2 --num_ch 16 --diffusion_ch 6 --batch_size 100 --num_epochs 12 "
         "--warmup_epochs 0.5 --ema 0.99 --num_samples 100 --num_test 1000"
@@ -205,17 +208,21 @@ def normal(mean, log_var):
 
 
 class Context(nn.Module):
-    """f from x (B, c_x, H, H) in [0, 1] to the pseudoinput f(x) (B, c_x, k, k), fixed in training:
+    """The map from images x (B, c_x, H, H) in [0, 1] to their pseudoinputs u (B, c_x, k, k).
 
-        f(x) = (A x - centre) / extent,   A (k^2, H^2), for each channel
+    It is fixed in training. For each channel, with a matrix A (k^2, H^2),
+
+        u = (A x - centre) / extent
         the image of u = A^+ (centre + extent u)
 
     --context chooses A. dct: the k x k lowest frequencies of the orthonormal discrete cosine
     transform. downsample: means over k x k squares. linear: the k^2 principal components of the
     training images about 0. No other linear map to k^2 numbers keeps more of the images.
 
-    f(x) is in [-1, 1] for the training images, since `extent` is the largest magnitude of each
-    number of A x (1/2 for downsample). It can be a little beyond for their binary draws.
+    u is in [-1, 1] for the training images, since `extent` is the largest magnitude of each number
+    of A x (1/2 for downsample). It can be a little beyond for their binary draws.
+
+    Elsewhere in this file the map is written f(x). The argument f of a method is the setting.
     """
 
     def __init__(self, f):
@@ -229,29 +236,29 @@ class Context(nn.Module):
 
         # 1. The map along one axis, (k, H).
         if f.context == "dct":
-            a = torch.arange(k)[:, None]
-            i = torch.arange(side, dtype=torch.float64)
-            scale = torch.where(a > 0, math.sqrt(2 / side), math.sqrt(1 / side))
-            along = scale * (math.pi / side * a * (i + 0.5)).cos()
+            frequency = torch.arange(k)[:, None]
+            pixel = torch.arange(side, dtype=torch.float64)
+            scale = torch.where(frequency > 0, math.sqrt(2 / side), math.sqrt(1 / side))
+            one_axis = scale * (math.pi / side * frequency * (pixel + 0.5)).cos()
         else:
-            along = F.adaptive_avg_pool1d(torch.eye(side, dtype=torch.float64), k).T
+            one_axis = F.adaptive_avg_pool1d(torch.eye(side, dtype=torch.float64), k).T
 
         # 2. The map along both axes. With --context linear `fit` replaces it.
-        A = torch.kron(along, along)
+        A = torch.kron(one_axis, one_axis)
         self.register_buffer("A", A.float())
         self.register_buffer("A_inverse", torch.linalg.pinv(A).float())
 
-        # 3. What `fit` measures.
+        # 3. What `fit` measures: the extent, and the moments of the training images' u.
         self.register_buffer("extent", torch.full((c_x, k**2), 0.5))
         self.register_buffer("mean", torch.zeros(c_x, k, k))
         self.register_buffer("std", torch.ones(c_x, k, k))
         self.register_buffer("covariance", torch.eye(c_x * k**2))
 
     def fit(self, images):
-        """Measure, on training images (n, c_x, H, H) in [0, 1], what the map depends on.
+        """Measure on training images (n, c_x, H, H) in [0, 1] what the map depends on.
 
-        Mean, covariance and std of their f(x) are measured, too. The std is at least the std of
-        p(u|z_0), since r(u) is no narrower.
+        The mean, the covariance and the std of their u are measured, too. The std is at least that
+        of p(u|z_0), the last step of the class Diffusion: the density r(u) is never narrower.
         """
         if self.kind == "linear":
             pixels = images.flatten(0, 1).flatten(1)
@@ -268,10 +275,10 @@ class Context(nn.Module):
         self.std.copy_(u.std(0).clamp(min=math.exp(Diffusion.GAMMA_0 / 2)))
 
     def log_gaussian(self, u):
-        """log r(u) in nats, (B,), of u (B, c_x, k, k), if r were a Gaussian.
+        """The log-density in nats, (B,), of u (B, c_x, k, k) under a Gaussian in place of r(u).
 
-        The Gaussian has the mean of the training set, and its covariance plus the variance of
-        p(u|z_0). A useful r(u) gives more.
+        The Gaussian has the mean of the training images' u. Its covariance is theirs plus the
+        variance of p(u|z_0). A diffusion model is useful if its log r(u) exceeds this one.
         """
         variances, axes = torch.linalg.eigh(self.covariance.double())
         variances = variances.clamp(min=0) + math.exp(Diffusion.GAMMA_0)
@@ -385,12 +392,17 @@ def group_norm(c):
     return nn.GroupNorm(math.gcd(8, c), c)
 
 
-# Rows that the evaluation gives to the diffusion model's network at once, to bound its memory.
+# The evaluation gives at most this number of rows to the diffusion model's network at a time. This
+# limits its memory.
 ROWS_AT_ONCE = 2**14
 
 
 class Diffusion(nn.Module):
-    """r(u), u (N, c_u, k, k), a variational diffusion model (Kingma et al. 2021, arXiv 2107.00630):
+    """The density r(u) of pseudoinputs u (N, c_u, k, k).
+
+    It is a variational diffusion model (Kingma et al. 2021, arXiv 2107.00630). z_t is u with noise,
+    where t = 0 is almost u and t = 1 is almost pure noise. In this class alpha, sigma, gamma and
+    eps belong to the diffusion model, and T is its number of steps in sampling:
 
         q(z_t|u) = N(alpha_t u, sigma_t^2 I),   t in [0, 1]
         alpha_t^2 = sigmoid(-gamma(t)),   sigma_t^2 = sigmoid(gamma(t)),   gamma linear in t
@@ -398,21 +410,27 @@ class Diffusion(nn.Module):
         p(z_s|z_t) = q(z_s|z_t, u) at u = (z_t - sigma_t eps^) / alpha_t,   s = t - 1/T
         p(u|z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2 I)
 
-    eps^(z_t, t) = sigma_t z_t + UNet(z_t, t) predicts eps, the noise in z_t = alpha_t u + sigma_t
-    eps. It starts at sigma_t z_t, the optimum if u ~ N(0, I). For T to infinity the bound is
+    Let eps be the noise in z_t = alpha_t u + sigma_t eps. Its prediction is
+
+        eps^(z_t, t) = sigma_t z_t + UNet(z_t, t)
+
+    which starts at sigma_t z_t, the optimum if u ~ N(0, I). As T goes to infinity, the bound is
 
         -log r(u) <= KL(q(z_1|u) || p(z_1)) + E[-log p(u|z_0)]
                      + (gamma(1) - gamma(0)) / 2 E_{t, eps} |eps - eps^(z_t, t)|^2
 
-    Samples take T steps. There q is an autoregression in the noise:
+    A sample takes T steps, each from a time t to s = t - 1/T. In a step u stays at its prediction,
+    and the noise eps_t becomes
 
-        eps_s = rho eps_t + sqrt(1 - rho^2) eta,   rho = exp((gamma(s) - gamma(t)) / 2)
+        eps_s = rho eps_t + sqrt(1 - rho^2) xi,   rho = exp((gamma(s) - gamma(t)) / 2)
 
-    where eta is standard normal.
+    where xi is standard normal.
     """
 
+    # gamma(0) and gamma(1).
     GAMMA_0 = -6.0
     GAMMA_1 = 7.0
+    # Blocks of the network on each way.
     BLOCKS = 2
 
     def __init__(self, c_u, c):
@@ -425,7 +443,7 @@ class Diffusion(nn.Module):
         return gamma.neg().sigmoid().sqrt(), gamma.sigmoid().sqrt()
 
     def epsilon(self, z, t):
-        """eps^(z_t, t), like z (N, c_u, k, k), at times t (N, 1, 1, 1)."""
+        """The predicted noise eps^(z_t, t), like z (N, c_u, k, k), at times t (N, 1, 1, 1)."""
         _, sigma = self.alpha_sigma(t)
         return sigma * z + self.network(z, t.flatten()).to(z.dtype)
 
@@ -433,12 +451,14 @@ class Diffusion(nn.Module):
         """KL(q(z_1|u) || p(z_1)) + E_q[-log p(u|z_0)] in nats per coefficient, like u."""
         alpha, sigma = self.alpha_sigma(time_of_rows(u, 1.0))
         kl = (alpha**2 * u**2 + sigma**2 - 1 - 2 * sigma.log()) / 2
+        # The second term is the entropy of p(u|z_0), whose variance is exp(gamma(0)).
         return kl + (math.log(2 * math.pi * math.e) + self.GAMMA_0) / 2
 
     def loss(self, u, t=None):
         """The bound on -log r(u) in nats per coefficient, like u.
 
-        Each row has one noise and one time t. The times (N, 1, 1, 1) are random by default.
+        The expectation over t and eps is estimated by one draw for each row. The times
+        (N, 1, 1, 1) may be given.
         """
         if t is None:
             t = processes.uniform_like(u[:, :1, :1, :1])
@@ -451,9 +471,9 @@ class Diffusion(nn.Module):
         """The mean of `loss` over `pairs` pairs of time and noise, and its standard error.
 
         The times are stratified: [0, 1] has one part for each pair, and the pair's time is random
-        within it. The mean is in nats per coefficient, like u. The standard error (N,) belongs to
-        its sum over the coefficients. It counts the times as independent, so that it is rather too
-        large.
+        within it. The mean is in nats per coefficient, like u. The standard error (N,) is that of
+        the mean's sum over the coefficients. It ignores the stratification, which makes it rather
+        too large than too small.
         """
         at_once = max(1, ROWS_AT_ONCE // len(u))
         total = 0
@@ -475,7 +495,10 @@ class Diffusion(nn.Module):
         return mean, (variance.clamp(min=0) / pairs).sqrt()
 
     def sample(self, like, T):
-        """Draws of u, in the shape of `like`, by T steps from z_1 to z_0."""
+        """Draws of u in the shape of `like`, by T steps from z_1 to z_0.
+
+        The names of time t have no suffix. Those of the next time s end in _s.
+        """
         rho = math.exp((self.GAMMA_0 - self.GAMMA_1) / 2 / T)
         z = processes.normal_like(like)
         for i in range(T, 0, -1):
@@ -498,20 +521,22 @@ def time_of_rows(u, t):
 
 
 class DVPVAE(nn.Module):
-    """A ladder VAE whose priors read a pseudoinput u, which is level L + 1:
+    """A ladder VAE whose priors read a pseudoinput u. u counts as level L + 1:
 
         p(x, z, u) = p(x|z_1..z_L) prod_l p(z_l|z_>l, u) r(u)
         q(z, u|x)  = q(u|x) prod_l q(z_l|z_>l, u, x),   q(u|x) = N(f(x), diag exp v)
 
-    f is a Context and r(u) a Diffusion. v is learned, one number for each of u, in [-12, -5]. Both
-    go from the top down, along a state s that starts as ones:
+    Level 1 is next to the image, level L is the top learned level, and z_>l are the latents above
+    level l. f(x) is the map of Context, and r(u) is a Diffusion. The log-variances v are learned,
+    one for each number of u, within [-12, -5]. p and q go from the top down and share a state s,
+    which starts as ones:
 
         p(z_l|z_>l, u), h = prior block([s, image of u])
         q(z_l|z_>l, u, x) = posterior block((e + s) / sqrt 2)
         s <- block(s + h + conv z_l)
 
-    The image of u is pooled to this scale. e is the encoder's feature of this scale. All latents
-    together give the pixels:
+    The image of u is pooled to the side of level l. e is the encoder's feature of that side. All
+    latents together give the pixels:
 
         p(x|z) = Bernoulli(conv silu conv sum_l upsample(z_l) / sqrt L)
 
@@ -563,8 +588,8 @@ class DVPVAE(nn.Module):
     def top_down(self, u, features, choose):
         """Yield p(z_l|z_>l, u), q(z_l|z_>l, u, x) and z_l for l = L, ..., 1.
 
-        Each is (n, c_z, side, side), u is (n, c_x, k, k). z_l = choose(l, p, q). features come from
-        the encoder; without them (None) q is None.
+        Each is (n, c_z, side, side), u is (n, c_x, k, k). z_l is choose(l, p, q), such as a draw of
+        q. features are the result of the encoder. If they are None, q is None.
         """
         s = self.s_start.expand(len(u), -1, -1, -1)
         image = self.context.image(u)
@@ -595,11 +620,12 @@ class DVPVAE(nn.Module):
     def context_arguments(self, x, f):
         """Arguments of `forward` that all draws of z share: one draw of u, and terms of its KL.
 
-        Then log p(x) >= E_{q(u|x)}[log p(x|u)] - KL(q(u|x) || r(u)), where importance weights
-        estimate log p(x|u) only. One draw is enough, since q(u|x) is narrow.
+        log p(x) is reported as the lower bound E_{q(u|x)}[log p(x|u)] - KL(q(u|x) || r(u)). Only
+        log p(x|u) is estimated by importance weights. One draw of u is enough, since q(u|x) is
+        narrow.
 
-        kl_u (B, d) is the KL in nats, by the diffusion model's bound, and error (B,) the standard
-        error of its sum. gaussian (B,) is the KL if r(u) were Gaussian.
+        kl_u (B, d) is the KL in nats, by the diffusion model's bound. error (B,) is the standard
+        error of the sum of kl_u. gaussian (B,) is the KL if r(u) were Gaussian.
         """
         q_u = self.q_u(x)
         u = deep.draw(q_u)
@@ -615,19 +641,15 @@ class DVPVAE(nn.Module):
     def forward(self, x, f, sample_shape=(), u=None, kl_u=None, error=None, gaussian=None):
         """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py.
 
-        The KL of u is the diffusion model's bound on it, which can be negative at one draw. With
-        the arguments from `context_arguments`, log_w is the weight of p(x|u) alone.
+        The KL of u is the diffusion model's bound on it, which can be negative at one draw.
+        u, kl_u, error and gaussian come from `context_arguments`. With them log_w is the weight of
+        p(x|u) alone.
         """
         shape = (*sample_shape, len(x))
 
         # 1. A draw of u, or the one that is given.
         if u is None:
-            q_u = self.q_u(x)
-            mean = deep.repeat_examples(q_u.mean, sample_shape)
-            std = deep.repeat_examples(q_u.stddev, sample_shape)
-            q_u = Normal(mean, std)
-            drawn_u = deep.draw(q_u)
-            kl_top = deep.per_unit(self.r.loss(drawn_u) - q_u.entropy(), shape)
+            drawn_u, kl_top = self.draw_u(x, sample_shape)
         else:
             drawn_u = deep.repeat_examples(u, sample_shape)
             kl_top = kl_u
@@ -646,28 +668,46 @@ class DVPVAE(nn.Module):
         for l, (p, q, z) in enumerate(drawn, start=1):
             terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
         terms[f"kl_{self.levels}"] = kl_top
-        if self.training:
-            return terms
 
-        # 4. For the evaluation: the importance weight, and the means in units of the prior.
+        # 4. What only the evaluation needs.
+        if not self.training:
+            terms.update(self.evaluation_terms(x, drawn, log_px_z, shape))
+            if u is not None:
+                terms["log_w_u"] = -kl_u.sum(-1)
+                terms["error_context"] = error
+                terms["context_baseline"] = gaussian
+        return terms
+
+    def draw_u(self, x, sample_shape):
+        """A draw of q(u|x), (n, c_x, k, k), and the bound on its KL, (*sample_shape, B, d)."""
+        q_u = self.q_u(x)
+        mean = deep.repeat_examples(q_u.mean, sample_shape)
+        std = deep.repeat_examples(q_u.stddev, sample_shape)
+        q_u = Normal(mean, std)
+        u = deep.draw(q_u)
+        kl = self.r.loss(u) - q_u.entropy()
+        return u, deep.per_unit(kl, (*sample_shape, len(x)))
+
+    def evaluation_terms(self, x, drawn, log_px_z, shape):
+        """The importance weight, and the mean of each level in standard deviations of its prior.
+
+        drawn is the list of (p, q, z), level 1 first.
+        """
         log_ratio = 0
         for p, q, z in drawn:
             log_ratio = log_ratio + deep.per_unit(p.log_prob(z) - q.log_prob(z), shape).sum(-1)
-        terms["log_w"] = log_px_z + log_ratio
+        terms = {"log_w": log_px_z + log_ratio}
         for l, (p, q, z) in enumerate(drawn, start=1):
             terms[f"mean_{l}"] = deep.per_unit((q.mean - p.mean) / p.stddev, shape)
         mean_u = (self.context(x) - self.context.mean) / self.context.std
         terms[f"mean_{self.levels}"] = mean_u.flatten(1)
-        if u is not None:
-            terms["log_w_u"] = -kl_u.sum(-1)
-            terms["error_context"] = error
-            terms["context_baseline"] = gaussian
         return terms
 
     def loss(self, terms, f):
         """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
 
-        --free_bits of the KL of every learned unit cost nothing. The map to u is not learned.
+        The first --free_bits nats of each learned unit's KL cost nothing. The units of u have no
+        free bits, since the map to u is not learned.
         """
         *learned, context = common.levels(terms)
         context_kl = terms[f"kl{context}"].sum(-1)
@@ -708,7 +748,8 @@ class DVPVAE(nn.Module):
     def reconstructions(self, x, f):
         """{title: images}: x, pseudoinputs, then reconstructions with more and more levels drawn.
 
-        The prior draws a third of the learned levels, two thirds, and at last all of them.
+        First the lowest third of the learned levels is drawn from the prior, then two thirds, and
+        at last all of them.
         """
         L = self.learned_levels
         panels = {
@@ -716,7 +757,9 @@ class DVPVAE(nn.Module):
             "pseudoinputs": self.context.image(self.context(x)),
             "reconstructed through all levels": self.reconstruct(x, f, self.levels),
         }
-        for l in sorted({math.ceil(L * third / 3) for third in (1, 2, 3)}):
+        # The number of levels that are drawn. With fewer than three levels, some are equal.
+        counts = {math.ceil(L * thirds / 3) for thirds in (1, 2, 3)}
+        for l in sorted(counts):
             title = f"levels {l} down drawn from the prior"
             panels[title] = self.reconstruct(x, f, self.levels - l, deep.draw)
         return panels
@@ -732,7 +775,8 @@ class DVPVAE(nn.Module):
 class VampPrior(MixtureSameFamily):
     """p(z) = 1/K sum_k N(mean_k, std_k^2), a mixture for z (n, c_z, side, side).
 
-    mean and std are (K, c_z, side, side). `each` holds the K Normals as one of that shape.
+    mean and std are (K, c_z, side, side). `each` is one Normal of that shape, which holds the K
+    components.
     """
 
     def __init__(self, mean, std):
@@ -742,6 +786,7 @@ class VampPrior(MixtureSameFamily):
 
     def draw(self, n, temperature):
         """n draws (n, c_z, side, side), the std of each Normal multiplied by the temperature."""
+        # A random component for each draw.
         uniform = processes.uniform_like(self.each.mean[:1, 0, 0, 0].expand(n))
         k = (uniform * len(self.each.mean)).long()
         return deep.draw(Normal(self.each.mean[k], self.each.stddev[k]), temperature)
@@ -796,7 +841,7 @@ class VampLadder(nn.Module):
         )
 
     def begin_at(self, images):
-        """Let the pseudoinputs begin as images, evenly spaced in the training set."""
+        """Initialise the pseudoinputs with images that are evenly spaced in the training set."""
         K = len(self.raw_u)
         rows = torch.arange(K, device=images.device) * len(images) // K
         with torch.no_grad():
@@ -807,7 +852,7 @@ class VampLadder(nn.Module):
         return self.raw_u.sigmoid()
 
     def top_prior(self):
-        """p(z_L): in training from the pseudoinputs, else from what `settle` stored."""
+        """p(z_L): in training mode from the pseudoinputs, else from what `settle` stored."""
         if not self.training:
             return VampPrior(self.top_mean, self.top_std)
         latent = self.latents[0]
@@ -817,7 +862,7 @@ class VampLadder(nn.Module):
 
     @torch.no_grad()
     def settle(self):
-        """Store the trained prior for the evaluation. Returns the model."""
+        """Store the trained prior for the evaluation. Returns the model, in training mode."""
         p = self.train().top_prior()
         self.top_mean.copy_(p.each.mean)
         self.top_std.copy_(p.each.stddev)
@@ -826,8 +871,8 @@ class VampLadder(nn.Module):
     def top_down(self, n, features, choose):
         """Yield p(z_l|z_>l), q(z_l|z_>l, x) and z_l for l = L, ..., 1, each (n, c_z, side, side).
 
-        z_l = choose(l, p, q). For level L p is a VampPrior. features come from the encoder; without
-        them (None) q is None.
+        z_l is choose(l, p, q), such as a draw of q. For level L p is a VampPrior. features are the
+        result of the encoder. If they are None, q is None.
         """
         s = self.s_start.expand(n, -1, -1, -1)
         for l, latent in zip(range(self.levels, 0, -1), self.latents):
@@ -880,15 +925,25 @@ class VampLadder(nn.Module):
         for l, (p, q, z) in enumerate(reversed(below), start=1):
             terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
         terms[f"kl_{self.levels}"] = top_kl
-        if self.training:
-            return terms
 
-        # 3. For the evaluation: the importance weight, the KL of the top level's units, and the
-        #    means in units of the prior.
+        # 3. What only the evaluation needs.
+        if not self.training:
+            terms.update(self.evaluation_terms(drawn, log_px_z, top_kl, shape))
+        return terms
+
+    def evaluation_terms(self, drawn, log_px_z, top_kl, shape):
+        """The importance weight, the KL of the top level's units, and the mean of each level.
+
+        The means are in standard deviations of the prior. drawn is the list of (p, q, z), the top
+        level first.
+        """
+        top_p, top_q, _ = drawn[0]
         log_ratio = 0
-        for p, q, z in below:
+        for p, q, z in drawn[1:]:
             log_ratio = log_ratio + deep.per_unit(p.log_prob(z) - q.log_prob(z), shape).sum(-1)
-        terms["log_w"] = log_px_z + log_ratio - top_kl.squeeze(-1)
+        terms = {"log_w": log_px_z + log_ratio - top_kl.squeeze(-1)}
+
+        # The Gaussian with the means and variances of the VampPrior.
         matched = Normal(top_p.mean, top_p.stddev)
         terms[f"unit_kl_{self.levels}"] = deep.per_unit(kl_divergence(top_q, matched), shape)
         for l, (p, q, z) in enumerate(reversed(drawn), start=1):
@@ -898,8 +953,8 @@ class VampLadder(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
 
-        --free_bits of the KL of every unit cost nothing. The term of the top level, (B, 1), belongs
-        to all its units together, so that it has the free bits of all of them.
+        The first --free_bits nats of each unit's KL cost nothing. The term of the top level,
+        (B, 1), belongs to all its units together, so it has the free bits of all of them.
         """
         *below, top = common.levels(terms)
         top_bits = f.free_bits * self.top_units
@@ -970,23 +1025,28 @@ def model_of(f):
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs. The KL of u is a bound on it.
 
-    Returns the model with the average of the weights, which is evaluated.
+    loop is a training.Training. Returns the model with the average of the weights, which is
+    evaluated.
     """
+    # 1. What the model takes from the training images.
     images = data.train[0]
     if f.prior == "vamp":
         model.begin_at(images)
     else:
         model.context.fit(images)
+
+    # 2. The optimiser, and the objects that follow it.
     optimizer = deep.make_optimizer(model, f, f.weight_decay)
     schedule = deep.warmup_cosine(optimizer, f, loop.steps)
     average = deep.WeightAverage(model, f)
     parallel = processes.data_parallel(model)
 
-    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    # 3. The factor of beta in its warm-up. It is a tensor, which a captured CUDA graph reads anew.
     share = None
     if training.beta_share(f, 0) < 1:
         share = torch.ones_like(images[0, 0, 0, 0])
 
+    # 4. The step, which CUDA captures.
     def step(rows):
         x = images.index_select(0, rows)
         if f.dataset == "cifar10":
@@ -1008,11 +1068,14 @@ def train(model, f, data, loop):
         loop.record(means)
 
     replayed_step = loop.replayed(step)
+
+    # 5. The loop.
     for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
         replayed_step(rows)
         schedule.step()
+
     if f.prior == "vamp":
         return average.module.settle()
     return average.module

@@ -5,7 +5,7 @@
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
 with one draw of z1 and z2 per image. The learning rate is 1e-3 throughout. Each setting's gradient
-is clipped to a norm of 0.1. The training step opens training.py.
+is clipped to a norm of 0.1. The training step is the first function of training.py.
 
 What the theory says: theorem 3 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
 HVAE. MNIST_HVAE_Linear_learnable_sigma_2.py states when its units collapse. This script prints the
@@ -133,7 +133,7 @@ class HVAE(nn.Module):
         kl_2 = common.free_bits(terms["kl_2"], f.free_bits).sum(-1)
         return reconstruction + f.beta_1 * kl_1 + f.beta_2 * kl_2
 
-    # What the report compares with the theory (see report.py).
+    # What the report measures, compares with the theory and draws (see report.py).
 
     def residuals(self, x, f, draws):
         """Describe z1 minus its expected reconstruction from z2, as headroom.py needs it.

@@ -5,7 +5,7 @@
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs.
 The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's gradient is clipped
-to a norm of 100. The training step opens training.py.
+to a norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
 form. Let theta_i be the square root of the i-th eigenvalue of E[x x^T]. Unit i collapses if and
@@ -96,7 +96,7 @@ class VAE(nn.Module):
         """The negative beta-ELBO per example, -log p(x|z) + beta KL, in nats, (B,)."""
         return -terms["log_px_z"] + f.beta * terms["kl"].sum(-1)
 
-    # What the report compares with the theory (see report.py).
+    # What the report measures, compares with the theory and draws (see report.py).
 
     def residuals(self, x, f, draws=None):
         """Describe x minus its expected reconstruction, as headroom.py needs it.

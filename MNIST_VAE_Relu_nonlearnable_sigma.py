@@ -5,7 +5,7 @@
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
 with one draw of z per image. The learning rate is 1e-4 throughout. Each setting's gradient is
-clipped to a norm of 0.1. The training step opens training.py.
+clipped to a norm of 0.1. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) covers only the linear VAE,
 MNIST_VAE_Linear_nonlearnable_sigma.py. Let theta_i be the square root of the i-th eigenvalue of
@@ -100,7 +100,7 @@ class VAE(nn.Module):
         reconstruction = -terms["log_px_z"] * reconstruction_weight(f)
         return reconstruction + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
-    # What the report compares with the theory (see report.py).
+    # What the report measures, compares with the theory and draws (see report.py).
 
     @staticmethod
     def linear_optimum(f, data):

@@ -1,5 +1,9 @@
-"""All pictures: how a picture is drawn and saved, then the pictures of one run, the pictures of a
-grid of runs, and those of the experiments of reproduce.py.
+"""All pictures, in four sections.
+
+The first one has the helpers that draw and save a picture. The others have the pictures of one run,
+of a grid of runs, and of the experiments of reproduce.py. A run is one setting of a script's flags,
+with its trained model and its results. A function named draw_... saves a picture, and a function
+named plot_... draws into given axes.
 
 Pictures are drawn without a display. matplotlib and torchvision are imported in the functions that
 need them, so that scripts start fast.
@@ -19,7 +23,7 @@ import files
 import theory
 import verify
 
-# The thresholds of collapse curves, in nats.
+# The thresholds of collapse curves, in nats (see `collapse_curve`).
 EPSILON = np.geomspace(1e-4, 1e2, 241)
 
 
@@ -29,13 +33,15 @@ def save_figure(path, columns, rows, width, height, caption, draw):
     """Draw a picture of rows x columns axes and save it as a PNG file. Raises OSError.
 
     width and height are those of each of the axes, in inches. draw(axes) draws into the array of
-    axes (rows, columns). The caption is written below them. Its lines may break between flags, too.
+    axes (rows, columns). The caption is written below them.
     """
     from matplotlib.figure import Figure
 
-    # At 8 points, 13 characters fit into an inch.
+    # At 8 points, 13 characters fit into an inch. With a space between flags, as in "lr=1, seed=0",
+    # lines can break there.
     line_width = int(13 * columns * width)
-    lines = textwrap.wrap(re.sub(r",(?=\w+=)", ", ", caption), line_width)
+    spaced_caption = re.sub(r",(?=\w+=)", ", ", caption)
+    lines = textwrap.wrap(spaced_caption, line_width)
 
     figure = Figure(
         figsize=(columns * width, rows * height + 0.15 * len(lines)), layout="constrained"
@@ -145,12 +151,12 @@ def reconstructions(model, f, data, count):
     common.set_precision(f)
     classes = data.test_labels.unique()[:count]
     count_per_class = max(1, count // len(classes))
-    rows = []
+    indices_by_class = []
     for label in classes:
-        rows_of_class = (data.test_labels == label).nonzero()[:, 0]
-        rows.append(rows_of_class[:count_per_class])
-    rows = torch.cat(rows)
-    batch = [tensor[rows] for tensor in data.test]
+        indices = (data.test_labels == label).nonzero()[:, 0]
+        indices_by_class.append(indices[:count_per_class])
+    chosen = torch.cat(indices_by_class)
+    batch = [tensor[chosen] for tensor in data.test]
     return model.reconstructions(*batch, common.on_device(f, data.test[0]))
 
 
@@ -212,8 +218,8 @@ def collapse_curve(unit_kl, epsilon, delta=0.05):
     A unit is collapsed if P_x[KL_i < epsilon] >= 1 - delta. unit_kl (n, d) is in nats, and epsilon
     is (m,). Returns (m,).
     """
-    # A unit is collapsed if its k-th smallest KL is below epsilon. k is the smallest number of
-    # examples whose share is at least 1 - delta.
+    # Let k be the smallest number of examples whose share is at least 1 - delta. A unit is
+    # collapsed if its k-th smallest KL is below epsilon. Rounding removes the error of 1 - delta.
     k = math.ceil(round(len(unit_kl) * (1 - delta), 9))
     kth_smallest = np.sort(unit_kl, axis=0)[k - 1]
     return (kth_smallest[:, None] < epsilon).mean(axis=0)
@@ -227,38 +233,41 @@ def draw_headroom(path, levels, caption):
     draw_panels(path, panels, width=4.6, height=3.6, caption=caption, draw=plot_headroom)
 
 
-def plot_headroom(ax, title, level):
+def plot_headroom(ax, title, measured):
     """Plot the variance that the units of a level describe, and that further units could describe.
 
-    level is a headroom.LevelHeadroom. The dashed line is the variance from which on a unit gains
-    more than its KL costs.
+    measured is a headroom.LevelHeadroom. The dashed line is the variance above which a unit lowers
+    the loss: it gains more than its KL costs.
     """
-    active = len(level.theta)
+    active = len(measured.theta)
     if active:
         units = range(1, 1 + active)
-        ax.plot(units, level.theta, "o", label="active units: θ², by their KL")
-    further_units = range(1 + active, 1 + active + len(level.tau))
+        ax.plot(units, measured.theta, "o", label="active units: θ², by their KL")
+    further_units = range(1 + active, 1 + active + len(measured.tau))
     ax.plot(
         further_units,
-        np.maximum(level.tau, 1e-300),
+        # A log axis cannot show 0.
+        np.maximum(measured.tau, 1e-300),
         "x",
         color="C1",
         label="what is left: τ, of more units",
     )
-    if level.level:
+    threshold = measured.level
+    if threshold:
         ax.axhline(
-            level.level,
+            threshold,
             color="0.5",
             linestyle="--",
             linewidth=1,
             label="level: above it a unit pays",
         )
         # Just before a model diverges, the KL of a unit can make its theta infinite.
-        variances = [level.level, *level.theta, *level.tau]
+        variances = [threshold, *measured.theta, *measured.tau]
         largest = max(variance for variance in variances if math.isfinite(variance))
-        ax.set(ylim=(level.level / 100, 2 * largest))
-    ax.axvline(level.units + 0.5, color="0.8", linewidth=1, label="the model's units")
+        ax.set(ylim=(threshold / 100, 2 * largest))
+    ax.axvline(measured.units + 0.5, color="0.8", linewidth=1, label="the model's units")
     ax.set(yscale="log", xlabel="unit", ylabel="variance")
+    # "... collapsed by training: idle units would ..." is too wide for one line.
     ax.set_title(title.replace(": idle", ":\nidle"), fontsize=9)
     ax.legend(fontsize=7)
 
@@ -281,10 +290,10 @@ def grid_dir(settings, data):
 class Grid:
     """The runs of a grid over one or two flags.
 
-    flags: the flags that differ between the settings, {name: its values}. Of two flags, the values
-        of the first one are the rows of a picture, those of the second one are the columns.
-    cells: {values of the flags: report.EvaluatedRun}. Settings that diverged are left out. Among
-        settings that differ only in the seed, it has the first one.
+    flags: the flags that differ between the settings, {name: its values}. With two flags, each
+        value of the first one is a row of a picture, and each value of the second one a column.
+    cells: {tuple of the flags' values: report.EvaluatedRun}. Settings that diverged are left out.
+        Among settings that differ only in the seed, it has the first one.
     model: any model of the script, for its closed form.
     caption: the caption of all pictures.
     """
@@ -309,9 +318,10 @@ class Grid:
         return all(comparison is not None for comparison in self.comparisons.values())
 
     def is_dense(self):
-        """Whether all flags are numbers, so that a closed form also holds between the settings.
+        """Whether the closed form can also be computed between the settings.
 
-        Flags that may be vectors do not count as numbers. The closed forms take no tensor of them.
+        It can if all flags are numbers. A flag that may be a vector does not count as a number,
+        because the closed forms take no tensor of vectors.
         """
         run = first_value(self.cells)
         fields = {field.name: field for field in dataclasses.fields(run.f)}
@@ -413,53 +423,57 @@ def draw_units_over(path, grid):
     """Draw the units of a linear model over one flag, predicted and trained, one row per level.
 
     On the left is the information of each unit, predicted as a line and trained as dots. On the
-    right is the number of active units, predicted as a staircase and trained as dots. If the grid
-    is dense, the prediction is also computed between the trained settings.
+    right is the number of active units, predicted as a staircase and trained as dots.
     """
     [(flag_name, values)] = grid.flags.items()
     comparisons = list(grid.comparisons.values())
-    trained_x = [value for (value,) in grid.cells]
     levels = theory.levels_of(comparisons[0].predicted)
-
     dense = grid.is_dense()
-    if dense:
-        x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
-        predicted = grid.predicted(**{flag_name: x})
-    else:
-        x = trained_x
-        predicted = {}
-        for level in levels:
-            name = f"information{level}"
-            predicted[name] = stack_units([c.predicted[name] for c in comparisons])
+    x, predicted = predicted_information(grid, levels)
+    trained_x = [value for (value,) in grid.cells]
 
     def draw(axes):
         for (left, right), level in zip(axes, levels):
             name = f"information{level}"
+            latent = latent_name(level)
             lines = predicted[name]
-            dots = stack_units([c.trained[name] for c in comparisons])
+            dots = stack_units([comparison.trained[name] for comparison in comparisons])
+
             plot_information(left, (x, lines), (trained_x, dots), "-" if dense else ":")
+            # The closed form gives the betas at which units collapse.
             if dense and flag_name in ("beta", "beta_2"):
                 thresholds = comparisons[0].predicted[f"collapse{level}"]
                 plot_thresholds(left, thresholds, min(values), max(values))
-
-            predicted_count = (lines > 0).sum(1)
-            trained_count = (dots > theory.ACTIVE).sum(1)
-            right.step(x, predicted_count, where="mid", color="0.5", label="predicted")
-            right.plot(trained_x, trained_count, ".", color="C3", markersize=5, label="trained")
-
-            latent = latent_name(level)
             left.set(xlabel=flag_name, ylabel=f"information of each unit of {latent} (nats)")
-            right.set(
-                xlabel=flag_name,
-                ylabel=f"active units of {latent}",
-                ylim=(-0.5, lines.shape[1] + 0.5),
-            )
             left.legend(fontsize=7)
+
+            plot_active_counts(right, (x, lines), (trained_x, dots))
+            right.set(xlabel=flag_name, ylabel=f"active units of {latent}")
             right.legend(fontsize=7)
 
     save_figure(
         path, columns=2, rows=len(levels), width=4.8, height=3.4, caption=grid.caption, draw=draw
     )
+
+
+def predicted_information(grid, levels):
+    """The predicted information of each unit over one flag: the flag's values x, and a dict.
+
+    The dict has "information" (len(x), d) of each level, in nats. In a dense grid x has 600 values,
+    else only those of the trained settings.
+    """
+    [(flag_name, values)] = grid.flags.items()
+    if grid.is_dense():
+        x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
+        return x, grid.predicted(**{flag_name: x})
+
+    x = [value for (value,) in grid.cells]
+    predicted = {}
+    for level in levels:
+        name = f"information{level}"
+        rows = [comparison.predicted[name] for comparison in grid.comparisons.values()]
+        predicted[name] = stack_units(rows)
+    return x, predicted
 
 
 def stack_units(rows):
@@ -498,6 +512,20 @@ def plot_information(ax, predicted, trained, linestyle):
         )
 
 
+def plot_active_counts(ax, predicted, trained):
+    """Plot the number of active units, predicted as a staircase and trained as dots.
+
+    Both are (x, information (len(x), d)), in nats.
+    """
+    x, lines = predicted
+    trained_x, dots = trained
+    predicted_count = (lines > 0).sum(1)
+    trained_count = (dots > theory.ACTIVE).sum(1)
+    ax.step(x, predicted_count, where="mid", color="0.5", label="predicted")
+    ax.plot(trained_x, trained_count, ".", color="C3", markersize=5, label="trained")
+    ax.set(ylim=(-0.5, lines.shape[1] + 0.5))
+
+
 def plot_thresholds(ax, thresholds, lowest, highest):
     """Mark the thresholds (None for never) at which units collapse, within a range of beta."""
     inside = []
@@ -511,13 +539,13 @@ def plot_thresholds(ax, thresholds, lowest, highest):
 def draw_active_map(path, grid):
     """Draw the number of active units of a linear model over two scalars, one panel per level.
 
-    The colour is the predicted number. The trained number is written at each setting, in bold where
-    it differs.
+    The colour is the predicted number, also between the settings. The trained number is written at
+    each setting, in bold where it differs.
     """
     (row_flag, row_values), (column_flag, column_values) = grid.flags.items()
-    comparisons = grid.comparisons
-    levels = theory.levels_of(first_value(comparisons).predicted)
+    levels = theory.levels_of(first_value(grid.comparisons).predicted)
 
+    # 1. The closed form at 200 x 200 points, somewhat beyond the settings on each side.
     rows = np.geomspace(min(row_values) / 1.3, max(row_values) * 1.3, 200)
     columns = np.geomspace(min(column_values) / 1.3, max(column_values) * 1.3, 200)
     row_grid, column_grid = np.meshgrid(rows, columns, indexing="ij")
@@ -527,6 +555,7 @@ def draw_active_map(path, grid):
     }
     predicted = grid.predicted(**scalars)
 
+    # 2. The panels.
     def draw(axes):
         for ax, level in zip(axes[0], levels):
             information = predicted[f"information{level}"]
@@ -541,34 +570,42 @@ def draw_active_map(path, grid):
                 shading="nearest",
                 rasterized=True,
             )
-            for (row, column), comparison in comparisons.items():
-                predicted_count = comparison.active_units()[level]
-                trained_count = comparison.active_units("trained")[level]
-                ax.text(
-                    column,
-                    row,
-                    trained_count,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="black" if predicted_count > units / 2 else "white",
-                    weight="normal" if trained_count == predicted_count else "bold",
-                )
+            write_trained_counts(ax, grid.comparisons, level, units)
             ax.set(xscale="log", yscale="log", xlabel=column_flag, ylabel=row_flag)
             ax.minorticks_off()
-            latent = latent_name(level)
             ax.set(
                 xticks=column_values,
                 yticks=row_values,
                 xticklabels=column_values,
                 yticklabels=row_values,
-                title=f"active units of {latent}: predicted, and trained (numbers)",
+                title=f"active units of {latent_name(level)}: predicted, and trained (numbers)",
             )
             ax.figure.colorbar(colors, ax=ax)
 
     save_figure(
         path, columns=len(levels), rows=1, width=5.0, height=4.0, caption=grid.caption, draw=draw
     )
+
+
+def write_trained_counts(ax, comparisons, level, units):
+    """Write the number of trained active units at each setting, in bold where it differs.
+
+    comparisons is {(row value, column value): verify.Comparison}. units is the level's number of
+    units, at the bright end of the colour scale.
+    """
+    for (row, column), comparison in comparisons.items():
+        predicted_count = comparison.active_units()[level]
+        trained_count = comparison.active_units("trained")[level]
+        ax.text(
+            column,
+            row,
+            trained_count,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="black" if predicted_count > units / 2 else "white",
+            weight="normal" if trained_count == predicted_count else "bold",
+        )
 
 
 def draw_beside_linear(path, grid):
@@ -592,7 +629,7 @@ def draw_beside_linear(path, grid):
         label_points(ax, points, list(results), side)
 
     def finish(ax, metric, title):
-        # On this line, the trained value is the predicted one.
+        # The diagonal, on which the trained value is the predicted one. Any of its points will do.
         predicted = predicted_and_trained(results.values(), metric)[0, 0]
         ax.margins(0.1)
         ax.axline((predicted, predicted), slope=1, color="0.7", linewidth=0.8, zorder=0)
@@ -650,7 +687,7 @@ def with_rank(label, correlation):
 
 
 def draw_sheets(folder, grid):
-    """Draw contact sheets over two flags, each with about 20 test examples per setting.
+    """Draw contact sheets: tables of settings over two flags, with about 20 images in each cell.
 
     reconstructions_0.png has the test images. Each further sheet has one kind of reconstruction.
     """
@@ -695,6 +732,7 @@ def draw_sheet(path, grid, tiles):
 def draw_heat_maps(path, grid):
     """Draw a heat map over two flags for each metric."""
     results = grid.results
+    # The names of all metrics, each once: the keys of this dict.
     names = {}
     for result in results.values():
         for name in result.metrics:
@@ -906,6 +944,7 @@ def plot_rate_curve(ax, k, label, result):
 
 def plot_rate_bars(ax, k, result):
     """Plot the test KL of the k-th delta-VAE, its rate with the auxiliary prior, and its delta."""
+    # The bars of all models share the legend of the first one.
     own_prior = auxiliary_prior = delta_label = None
     if k == 0:
         own_prior = "against the model's own prior"

@@ -1,7 +1,8 @@
 """Evaluation of trained models, the result file of each run, and the tables that a script prints.
 
 `report(runs)` is the last step of every script. It evaluates the models that `training.fit`
-returns, writes the files of each run, draws the pictures, and prints the tables.
+returns, writes the files of each run, draws the pictures, and prints the tables. A run is one
+setting, a combination of flags, with its trained model.
 
 
 What a model offers
@@ -300,13 +301,13 @@ def evaluate(model, f, data, split="test"):
     examples is {name: array}: log_px and exact_log_px (n,), and unit_kl* of each level (n, d).
     """
     common.set_precision(f)
-    rows = getattr(data, split)
+    inputs = getattr(data, split)
 
     # A script whose --num_samples counts rows of data has --num_draws for the draws of z.
     num_draws = getattr(f, "num_draws", f.num_samples)
     draws = num_draws or getattr(model, "elbo_draws", ELBO_DRAWS)
-    with common.seeded(f.seed, "evaluation", rows[0].device):
-        terms = sample_terms(model, f, rows, draws, with_context=num_draws > 0)
+    with common.seeded(f.seed, "evaluation", inputs[0].device):
+        terms = sample_terms(model, f, inputs, draws, with_context=num_draws > 0)
 
     metrics = {}
     examples = {}
@@ -316,7 +317,7 @@ def evaluate(model, f, data, split="test"):
         examples["log_px"] = estimated_log_px(terms, draws)
     if hasattr(model, "exact_log_px"):
         examples["exact_log_px"] = verify.in_float64(
-            model, f, rows, lambda model, batch, f: model.exact_log_px(*batch, f)
+            model, f, inputs, lambda model, batch, f: model.exact_log_px(*batch, f)
         )
     for name, log_px in examples.items():
         metrics[name] = log_px.mean().item()
@@ -325,6 +326,7 @@ def evaluate(model, f, data, split="test"):
     metrics.update(elbo_metrics(terms))
     metrics.update(further_metrics(terms))
     if getattr(model, "dimensions", 0):
+        # Where log p(x) is not estimated, the ELBO takes its place.
         log_px = metrics.get("log_px", metrics["elbo"])
         metrics["bits_per_dim"] = -log_px / (model.dimensions * math.log(2))
 
@@ -341,18 +343,20 @@ def evaluate(model, f, data, split="test"):
     return metrics, {name: values.numpy() for name, values in examples.items()}
 
 
-def sample_terms(model, f, rows, draws, with_context):
-    """A model's terms for each row, averaged over draws of z: {name: (n, ...)}.
+def sample_terms(model, f, inputs, draws, with_context):
+    """A model's terms for each example, averaged over draws of z: {name: (n, ...)}.
 
-    They are float64 and on the CPU. rows is a split of the data. The rows go through the model in
-    chunks. Where a chunk does not fit into memory, this chunk and all later ones are halved.
+    They are float64 and on the CPU. inputs is a split of the data, a tuple of tensors (n, ...). The
+    examples go through the model in chunks. Where a chunk does not fit into memory, this chunk and
+    all later ones are halved.
     """
-    like = rows[0]
+    like = inputs[0]
     scalars = common.on_device(f, like)
-    sizes = [tensor[0].numel() for tensor in rows]
+    sizes = [tensor[0].numel() for tensor in inputs]
     width = max([getattr(model, "widest_layer", 0), *sizes])
 
-    # The largest number of pairs of an example and a draw, and of examples, that form one chunk.
+    # A chunk has at most max_examples examples. The model takes at most max_pairs pairs of an
+    # example and a draw at a time.
     max_pairs = max(1, CHUNK_BYTES[like.device.type] // (width * like.element_size()))
     max_examples = max(1, max_pairs // draws)
 
@@ -360,18 +364,8 @@ def sample_terms(model, f, rows, draws, with_context):
     terms = {}
     start = 0
     while start < len(like):
-        batch = [tensor[start:start + max_examples] for tensor in rows]
-        try:
-            context = {}
-            if with_context and hasattr(model, "context_arguments"):
-                context = model.context_arguments(*batch, scalars)
-            means = mean_over_draws(model, batch, scalars, draws, max_pairs, context)
-        except torch.OutOfMemoryError:
-            if max_pairs == 1:
-                raise
-            means = None
-
-        # The exception kept the chunk's tensors alive, so the next try starts only after it.
+        batch = [tensor[start:start + max_examples] for tensor in inputs]
+        means = chunk_terms(model, batch, scalars, draws, max_pairs, with_context)
         if means is None:
             torch.cuda.empty_cache()
             max_examples = max(1, max_examples // 2)
@@ -384,7 +378,7 @@ def sample_terms(model, f, rows, draws, with_context):
             continue
 
         for name, value in means.items():
-            # Memory for all rows is taken at once, since many small tensors would scatter it.
+            # Memory for all examples is taken at once, since many small tensors would scatter it.
             if name not in terms:
                 terms[name] = value.new_empty((len(like), *value.shape[1:]))
             terms[name][start:start + len(value)] = value
@@ -395,6 +389,24 @@ def sample_terms(model, f, rows, draws, with_context):
     return {name: value.double().cpu() for name, value in terms.items()}
 
 
+def chunk_terms(model, batch, f, draws, max_pairs, with_context):
+    """A model's terms for one chunk as in `mean_over_draws`, or None if memory is too small.
+
+    The exception would keep the chunk's tensors alive. After this function they are free, and the
+    caller can try a smaller chunk.
+    """
+    try:
+        context = {}
+        if with_context and hasattr(model, "context_arguments"):
+            context = model.context_arguments(*batch, f)
+        return mean_over_draws(model, batch, f, draws, max_pairs, context)
+    except torch.OutOfMemoryError:
+        # No chunk is smaller than this.
+        if max_pairs == 1:
+            raise
+        return None
+
+
 def mean_over_draws(model, batch, f, draws, max_pairs, context):
     """A model's terms for a batch, averaged over draws of z: {name: (B, ...)}.
 
@@ -402,20 +414,21 @@ def mean_over_draws(model, batch, f, draws, max_pairs, context):
     taken at a time. context is passed to the model's forward.
     """
     means = {}
-    for drawn in range(0, draws, max_pairs):
-        S = min(max_pairs, draws - drawn)
+    for first_draw in range(0, draws, max_pairs):
+        S = min(max_pairs, draws - first_draw)
         terms = model(*batch, f, sample_shape=(S,), **context)
         for name, value in terms.items():
             if name.startswith("log_w"):
+                # 1. A weight that does not depend on the draw still counts S times.
                 log_sum = value.expand(S, -1).logsumexp(0)
                 means[name] = torch.logaddexp(means[name], log_sum) if name in means else log_sum
-                continue
-
-            has_units = name.startswith(("kl", "unit_kl", "mean"))
-            has_draws = value.ndim > (2 if has_units else 1)
-            mean = value.mean(0) if has_draws else value
-            part = mean * (S / draws)
-            means[name] = means[name] + part if name in means else part
+            else:
+                # 2. Other terms: the mean over these draws, weighted by their share of all draws.
+                has_units = name.startswith(("kl", "unit_kl", "mean"))
+                has_draws = value.ndim > (2 if has_units else 1)
+                mean = value.mean(0) if has_draws else value
+                part = mean * (S / draws)
+                means[name] = means[name] + part if name in means else part
     return means
 
 
@@ -442,6 +455,7 @@ def further_metrics(terms):
     """The mean over examples of each term that only this model has, or its standard error."""
     metrics = {}
     for name, value in terms.items():
+        # The errors of different examples are independent.
         if name.startswith("error"):
             metrics[name] = value.square().sum().sqrt().item() / len(value)
         elif name != "log_px_z" and not name.startswith(("log_w", "kl", "unit_kl", "mean")):
@@ -507,11 +521,14 @@ def report(runs, counterpart=None):
     if rank > 0:
         return 0
 
+    status = 0
     evaluated_runs = []
     for i, run in enumerate(runs):
-        evaluated_runs.append(own_runs[i] if i in own_runs else run_of_another_process(run))
-    status = int(None in evaluated_runs)
-    evaluated_runs = [run for run in evaluated_runs if run is not None]
+        evaluated = own_runs[i] if i in own_runs else run_of_another_process(run)
+        if evaluated is None:
+            status = 1
+        else:
+            evaluated_runs.append(evaluated)
     if not evaluated_runs:
         return status
 
@@ -526,7 +543,7 @@ def report(runs, counterpart=None):
 
 
 def evaluated_run(run):
-    """A TrainedRun as an EvaluatedRun. It is read if its files are whole, else made and written."""
+    """A TrainedRun as an EvaluatedRun: read from its files, or evaluated if they are not whole."""
     evaluated = read_run(run)
     if evaluated is not None:
         return evaluated
@@ -537,7 +554,7 @@ def evaluated_run(run):
         examples = measure(run, result)
     evaluated = EvaluatedRun(run.f, run.data, run.model, result, examples)
 
-    # result.json is written last, since it vouches for the other files.
+    # result.json is written last: where it exists, the other files are complete.
     folder = files.run_dir(run.f, run.data)
     if result.metrics is not None:
         files.write(folder / "units.npz", lambda file: np.savez_compressed(file, **examples))
@@ -640,8 +657,9 @@ def measure(run, result):
         start = time.monotonic()
         result.headroom = headroom.measure(model, f, data, metrics, examples)
         for latent, level in result.headroom.items():
-            suffix = f"_{latent[1:]}" if latent[1:] else ""
-            metrics[f"headroom{suffix}"] = level.headroom
+            # "headroom" for the latent "z", "headroom_2" for "z2".
+            number = latent.removeprefix("z")
+            metrics[f"headroom_{number}" if number else "headroom"] = level.headroom
         result.dead_units = headroom.dead_units(model, f, data)
         result.loss_change = headroom.last_change(result.curves["loss"])
         result.seconds["headroom"] = time.monotonic() - start
@@ -689,6 +707,7 @@ def draw_beside_counterpart(run, counterpart):
         if (counterpart_folder / "units.npz").exists():
             print(f"{counterpart_folder / 'units.npz'} is not whole: not drawn", file=sys.stderr)
         return
+    # The caption is "<script> on <data set> <flags>". This picture has two scripts.
     _, _, flags = files.caption([run.f], [run.data]).partition(" on ")
     pictures.draw_collapse(
         folder / "collapse_beside.png",
@@ -728,9 +747,8 @@ def print_metrics(runs):
     by_setting = metrics_by_setting(results, flags)
     names = metric_names(results)
 
-    levels = [level for level in common.levels(names)[::-1] if level]
-    if len(levels) <= MANY_LEVELS:
-        levels = []
+    # Metrics of levels with rows of their own are not in the first table.
+    levels = levels_with_rows(names)
     shared_names = []
     for name in names:
         if not any(name.endswith(level) for level in levels):
@@ -744,6 +762,17 @@ def print_metrics(runs):
     if levels:
         print()
         common.print_table(levels_table(by_setting, flags, levels))
+
+
+def levels_with_rows(names):
+    """The suffixes of the levels that have rows of their own, the top level first.
+
+    These are all levels of a model with many levels, else none.
+    """
+    # The suffix "" stands for all levels together.
+    levels = [level for level in common.levels(names) if level]
+    levels.reverse()
+    return levels if len(levels) > MANY_LEVELS else []
 
 
 def metrics_by_setting(results, flags):
@@ -793,6 +822,7 @@ def count_range(counts):
 
 def metrics_table(by_setting, flags, names):
     """The rows of the table of metrics."""
+    # There are no names if all settings diverged.
     head = [*flags, *(names or ["metrics"])]
     table = [head]
     for values, repeats in by_setting.items():
@@ -854,11 +884,16 @@ def print_verdicts(runs):
         if run.result.headroom:
             label = files.spell(flag_values(run.result, flags))
             for verdict in verdicts(run.result):
-                lines.append(f"{label}: {verdict}" if label else verdict)
+                lines.append(labelled(label, verdict))
     if lines:
         print()
     for line in lines:
         print(line)
+
+
+def labelled(label, text):
+    """A line of text after the label of its setting. A single setting has the label ""."""
+    return f"{label}: {text}" if label else text
 
 
 def verdicts(result):
@@ -899,11 +934,14 @@ def print_theory(runs):
     compared = [run.result for run in runs if run.result.theory is not None]
     if not compared:
         return
+
+    # 1. A single setting: the units of each level.
     if len(runs) == 1:
         verify.print_units(compared[0].theory, "trained")
         for note in compared[0].theory.notes():
             print(note)
 
+    # 2. One row per setting.
     flags = varying_flags(runs, with_seed=True)
     rows = []
     differences = []
@@ -912,19 +950,20 @@ def print_theory(runs):
         rows.append(values | theory_row(result.theory))
         label = files.spell(values)
         for disagreement in result.theory.disagreements():
-            differences.append(f"{label}: {disagreement}" if label else disagreement)
+            differences.append(labelled(label, disagreement))
 
     print(
         "\npredicted (trained): active units; largest error of a singular value over the largest "
         "predicted one; nats per training example"
     )
-    # Settings without importance sampling lack the last column.
+    # Settings without importance sampling lack the last column, so the longest row has all of them.
     columns = list(max(rows, key=len))
     table = [columns]
     for row in rows:
         table.append([row.get(name, "-") for name in columns])
     common.print_table(table)
 
+    # 3. Where they differ.
     for difference in differences:
         print(f"DIFFERS {difference}")
     if not differences:
@@ -953,7 +992,7 @@ def theory_row(comparison):
 def print_linear(runs):
     """Print the closed form of the linear twin beside the trained values of each setting.
 
-    Where there are enough settings, a rank correlation says how far both order them alike.
+    Where there are enough settings, a rank correlation measures whether both order them alike.
     """
     results = [run.result for run in runs if verify.closed_form(run.result) is not None]
     if results and results[0].linear is not None:
@@ -963,7 +1002,10 @@ def print_linear(runs):
             "\nlinear: what the closed form of the linear model predicts from the same training "
             "data, beside what was trained"
         )
-        common.print_table([list(rows[0]), *(list(row.values()) for row in rows)])
+        table = [list(rows[0])]
+        for row in rows:
+            table.append(list(row.values()))
+        common.print_table(table)
 
     if verify.can_be_ranked(results):
         correlations = verify.rank_correlations_in_words(results)

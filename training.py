@@ -1,10 +1,13 @@
 """The training of all models.
 
+A setting is one combination of a script's flags. Lists and ranges in the flags make several
+settings. A group is a list of settings that are trained side by side.
+
 The file reads from the inside out:
 
 1. The training step for one model, as one writes it in PyTorch.
-2. What makes it a grid: the models of several settings, stacked and trained as one batched model.
-3. What makes it a CUDA graph: a step that is captured once and then replayed.
+2. The training step for a group: the models are stacked and trained as one batched model.
+3. The training step as a CUDA graph, which is captured once and then replayed.
 4. The loop, `Training`: batches, their means, curves, divergence. The small scripts train with
    Adam by `train_with_adam`. A deep model's script writes the body of the loop itself.
 5. `fit`, which trains what is not finished yet, and the files of a run.
@@ -42,9 +45,10 @@ def training_step(model, optimizer, batch, f, share=None):
     """One step of the optimiser on the mean loss of a batch.
 
     batch holds the tensors that the model's forward takes, one row per example. f is the setting,
-    with its scalars on the device (see `common.on_device`). share is the share of every beta that
-    counts, a 0-d tensor, or None for all of it. Returns the means over the batch in nats per
-    example, {name: 0-d tensor}: the loss first, then the reconstruction and the KL of each level.
+    with its scalars on the device (see `common.on_device`). share is the factor of every beta
+    during its warm-up (see `beta_share`), a 0-d tensor, or None without a warm-up. Returns the
+    means over the batch in nats per example, {name: 0-d tensor}: the loss first, then the
+    reconstruction and the KL of each level.
     """
     optimizer.zero_grad()
 
@@ -59,11 +63,11 @@ def training_step(model, optimizer, batch, f, share=None):
 
 
 def beta_share(f, epochs):
-    """The share of every beta that counts when `epochs` epochs are done, a number from 0 to 1.
+    """The factor of every beta when `epochs` epochs are done, a number from 0 to 1.
 
-    It rises linearly from 0 over --beta_warmup epochs (Bowman et al. 2016, arXiv 1511.06349). With
-    --beta_cycles it does so anew in each cycle, for half of the cycle if --beta_warmup is 0 (Fu et
-    al. 2019, arXiv 1903.10145). Without these flags it is always 1.
+    It rises linearly from 0 to 1 over --beta_warmup epochs (Bowman et al. 2016, arXiv 1511.06349).
+    With --beta_cycles it does so anew in each cycle, for half of the cycle if --beta_warmup is 0
+    (Fu et al. 2019, arXiv 1903.10145). Without these flags it is always 1.
     """
     warmup = getattr(f, "beta_warmup", 0)
     cycles = getattr(f, "beta_cycles", 1)
@@ -72,7 +76,8 @@ def beta_share(f, epochs):
         warmup = cycle_length / 2
     if warmup == 0:
         return 1.0
-    return min(1.0, epochs % cycle_length / warmup)
+    epochs_of_cycle = epochs % cycle_length
+    return min(1.0, epochs_of_cycle / warmup)
 
 
 def with_beta_share(f, share):
@@ -86,7 +91,7 @@ def with_beta_share(f, share):
     return dataclasses.replace(f, **scaled)
 
 
-# --- 2. What makes it a grid ---
+# --- 2. The training step for a group ---
 
 
 class StackedModels:
@@ -94,7 +99,8 @@ class StackedModels:
 
     models are the G modules and group their settings, which differ only in scalars of the
     objective. train is the tuple of training tensors. share is as in `training_step`. Parameters
-    and buffers are stacked to (G, ...). All models see the same batch and the same noise.
+    and buffers are stacked to (G, ...). All models see the same batch and the same noise. In the
+    step, models[0] only supplies the code. Its own weights are not used.
     """
 
     def __init__(self, models, group, train, share=None):
@@ -126,6 +132,7 @@ class StackedModels:
         return state
 
     def load_state_dict(self, state):
+        # The tensors of state_dict share the memory of the weights, which is overwritten here.
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
@@ -160,20 +167,22 @@ def clip_each(parameters, max_norm):
     norms = torch.stack(norms_by_tensor).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1)
     for gradient in gradients:
+        # A dimension of size 1 for each dimension of the gradient after the first.
         ones = [1] * (gradient.ndim - 1)
         gradient.mul_(scale.view(-1, *ones))
 
 
-# --- 3. What makes it a CUDA graph ---
+# --- 3. The training step as a CUDA graph ---
 
 
 class Replayed:
     """A training step that is captured as a CUDA graph and then replayed.
 
-    The host launches one graph a batch instead of hundreds of kernels. step is a function of the
-    row numbers of a batch, (size,), and must do all its work on the device. It is called directly,
-    as if there were no graph, in three cases: for batches of another size, on devices other than
-    CUDA, and where several processes take the step together, since they wait for each other in it.
+    For each batch the host launches one graph instead of hundreds of kernels. step is a function of
+    the row numbers of a batch, (size,), and must do all its work on the device. It is called
+    directly, as if there were no graph, in three cases: for batches of another size, on devices
+    other than CUDA, and where several processes take the step together, since they wait for each
+    other in it.
     """
 
     # Steps before the capture. They allocate the gradients and the optimiser's state.
@@ -201,6 +210,7 @@ class Replayed:
             return
         if self.graph is None:
             self._capture()
+        # The capture may have failed.
         if self.graph is None:
             self.step(rows)
         else:
@@ -307,7 +317,7 @@ def _checked(values, name, kinds):
 
 @dataclass
 class Tally:
-    """The means of an epoch's batches, added up on the device: the host reads them once an epoch.
+    """The means of an epoch's batches, added up on the device. The host reads them once an epoch.
 
     The tensors keep their memory throughout a phase, because a captured step adds to them.
     """
@@ -318,7 +328,7 @@ class Tally:
     alive: torch.Tensor
     # The last loss below the limit, nan if there was none: (G,).
     last: torch.Tensor
-    # The loss from which on training has diverged: (G,).
+    # A setting has diverged if its loss reaches this: (G,).
     limit: torch.Tensor
 
     @classmethod
@@ -414,17 +424,18 @@ class Training:
         if together:
             self._leave_out_incomplete_batch()
         self.steps_per_epoch = math.ceil(self.examples_per_epoch / self.examples_per_step)
-        # All steps of the training.
+        # The number of steps of the whole training.
         self.steps = self.steps_per_epoch * self.f.num_epochs
 
-        # The generator that shuffles the examples.
+        # The random generator that shuffles the examples.
         self.order = common.generator(self.f.seed, "batches", self.device)
         self.signals = signals
 
-        # The Phase that is being trained, the time at which it would have begun without a pause,
-        # and the weight of the current batch in the means over the epoch.
+        # The Phase that is being trained.
         self.phase = None
+        # The time at which this phase would have begun if no command had been interrupted.
         self.start = None
+        # The weight of the current batch in the means over the epoch.
         self.weight = 1.0
 
         self.checkpoint = checkpoint
@@ -452,28 +463,30 @@ class Training:
         phase names a further phase of the training, and epochs is its length (default:
         --num_epochs). parts are the objects that change in training and have a state_dict: models,
         optimisers, schedules. They go on from the checkpoint if there is one, and so do the random
-        numbers. If a signal waits, it writes a checkpoint and raises Interrupted.
+        numbers. If a signal has arrived, it writes a checkpoint and raises Interrupted.
         """
         epochs = epochs or self.f.num_epochs
-        state = self._begin_phase(phase, epochs, parts)
+        current = self._begin_phase(phase, epochs, parts)
         progress = self._progress(epochs)
 
-        while state.epoch <= epochs and not self._all_diverged():
+        while current.epoch <= epochs and not self._all_diverged():
+            # A checkpoint keeps this state. A later command then shuffles in the same way, and
+            # skips the batches of this epoch that are done.
             order_state = self.order.get_state()
             shuffled = self._shuffled_batches()
-            note = self._note(state.epoch, epochs)
-            while state.batches_done < len(shuffled):
-                rows = self._own_rows(shuffled[state.batches_done])
+            note = self._note(current.epoch, epochs)
+            while current.batches_done < len(shuffled):
+                rows = self._own_rows(shuffled[current.batches_done])
                 # A batch that is not full counts less.
                 self.weight = len(rows) / self.f.batch_size
                 yield rows
-                state.batches_done += 1
+                current.batches_done += 1
                 progress.update(self._examples_done(), note)
                 self._save_or_stop(order_state, parts)
             self._end_epoch()
 
         self._end_phase(parts)
-        epochs_done = len(state.curves)
+        epochs_done = len(current.curves)
         note = self._note(epochs_done, epochs)
         progress.update(epochs_done * self.examples_per_epoch, note, end=True)
 
@@ -491,7 +504,7 @@ class Training:
 
     @property
     def epochs_done(self):
-        """The number of epochs before the current batch, with the done part of this epoch."""
+        """The number of epochs done before the current batch, a fraction within an epoch."""
         examples = self.phase.batches_done * self.examples_per_step
         return self.phase.epoch - 1 + examples / self.examples_per_epoch
 
@@ -522,7 +535,7 @@ class Training:
         return phase
 
     def _keep_own_tally(self, tally):
-        """From the tallies of all processes, stacked, keep that of this process."""
+        """Keep this process's part of a tally whose tensors hold all processes, stacked."""
         for name, value in vars(tally).items():
             setattr(tally, name, value[self.rank].to(self.device))
 
@@ -572,9 +585,10 @@ class Training:
         return rows[first:first + self.f.batch_size]
 
     def _save_or_stop(self, order_state, parts):
-        """Write a checkpoint if one is due, or if a signal waits. Then raise Interrupted for it.
+        """Write a checkpoint if one is due or a signal has arrived. For a signal, then stop.
 
-        order_state is the state of the batches' generator when this epoch began.
+        It stops by raising Interrupted. order_state is the state of the batches' generator when
+        this epoch began.
         """
         signal_number = self.signals[0] if self.signals else 0
         due = False
@@ -602,12 +616,15 @@ class Training:
 
     def _save(self, order_state, parts):
         """Write a checkpoint within an epoch. Several processes do so together."""
+        # 1. The tally of this process, or those of all, stacked.
         tally = dict(vars(self.phase.tally))
         if self.process_count > 1:
             for name, value in tally.items():
                 tally[name] = processes.gather(value)
         if self.rank > 0:
             return
+
+        # 2. The file, which the first process writes.
         self.phase.seconds = time.monotonic() - self.start
         self.phase.restart = self._restart_point(order_state, parts)
         state = self._state_dict()
@@ -627,7 +644,8 @@ class Training:
         phase = self.phase
         tally = phase.tally
 
-        # 1. The host waits here, once an epoch.
+        # 1. The means. The host waits here, once an epoch. The number of batches is a fraction if
+        #    the last batch is not full, as is the weight of that batch.
         batches = self.examples_per_epoch / self.examples_per_step
         summary = torch.cat([tally.sums / batches, tally.alive[None], tally.last[None]])
         if self.process_count > 1:
@@ -720,11 +738,13 @@ def train_with_adam(models, group, data, loop):
 
     The models of more than one setting train as one batched model. All are changed in place.
     """
+    # The settings of a group share every flag except scalars of the objective. first has these
+    # scalars as numbers, and f has them as tensors on the device.
     first = group[0]
     like = data.train[0]
     f = common.on_device(first, like)
 
-    # 1. The share of beta lies on the device, where a captured step reads it.
+    # 1. The factor of beta in its warm-up. It lies on the device, where a captured step reads it.
     share = None
     if beta_share(first, 0) < 1:
         share = torch.zeros_like(like[0, 0])
@@ -748,13 +768,13 @@ def train_with_adam(models, group, data, loop):
             means = training_step(trained, optimizer, batch, f, share)
         loop.record(means)
 
-    step = loop.replayed(step)
+    replayed_step = loop.replayed(step)
 
     # 4. The loop.
     for rows in loop.batches(**parts):
         if share is not None:
             share.fill_(beta_share(first, loop.epochs_done))
-        step(rows)
+        replayed_step(rows)
         if schedule is not None:
             schedule.step()
 
@@ -793,7 +813,7 @@ OVERWRITTEN_FILES = (
 
 @dataclass
 class TrainedRun:
-    """A setting and what its training has come to."""
+    """A setting with its trained model and the record of its training."""
 
     # The setting: an instance of the script's flags.
     f: object
@@ -821,13 +841,13 @@ def fit(Model, settings, data, side_by_side=True, train=None):
     """Train one `Model` per setting on its data. Returns a list of TrainedRun, one per setting.
 
     Settings that differ only in scalars of the objective train side by side as one batched model,
-    unless side_by_side is False. Each starts from the same weights, and sees the same batches and
-    the same noise, as if it were alone. Several processes share the settings: each trains its own,
-    and the runs of the others have neither model nor record.
+    unless side_by_side is False. Each setting starts from the same weights, and sees the same
+    batches and the same noise, as if it were trained alone. Several processes share the settings:
+    each trains its own, and the runs of the others have neither model nor record.
 
-    A script with its own loop hands over train(model, f, data, loop). It takes the batches of a
-    `Training`, the loop, and returns the model to evaluate. Settings are then trained one after
-    another, each by all processes together.
+    A script with its own loop passes the function train(model, f, data, loop). Here loop is a
+    `Training`, whose batches it takes. It returns the model to evaluate. Settings are then trained
+    one after another, each by all processes together.
 
     A finished run is read from its folder and not trained again, unless --overwrite is given.
     model.pt and training.json of a run are written when its group ends. Until then there is a
@@ -837,7 +857,7 @@ def fit(Model, settings, data, side_by_side=True, train=None):
         check_beta_warmup(f)
     device = common.select_device(settings[0])
     print(f"device: {common.device_name(device)}", file=sys.stderr)
-    # Before any training: a folder that cannot be made ends the program.
+    # A folder that cannot be made ends the program before any training.
     for f, d in zip(settings, data):
         files.make_run_dir(f, d)
 
@@ -869,6 +889,7 @@ def groups_of_settings(settings, data, side_by_side):
     """The indices of this process's settings, in lists of those that train side by side."""
     groups = {}
     for i in processes.own_indices(len(settings)):
+        # Settings with equal keys form a group. By default each setting is alone.
         key = i
         if side_by_side:
             fixed = [
@@ -882,7 +903,10 @@ def groups_of_settings(settings, data, side_by_side):
 
 
 def fit_group(Model, group, data, train):
-    """Read the finished runs of a group and train the others: one TrainedRun per setting."""
+    """Read the finished runs of a group and train the others: one TrainedRun per setting.
+
+    data is the data set of all its settings. train is as for `fit`.
+    """
     together = train is not None
     rank, process_count = processes.rank_and_count() if together else (0, 1)
 
@@ -917,6 +941,8 @@ def fit_group(Model, group, data, train):
                 train=train,
                 signals=signals,
             )
+            # With a checkpoint of the whole group, finished settings are trained too. Their files
+            # are not written again.
             for g, run in zip(members, trained):
                 if g in missing:
                     runs[g] = run
@@ -931,11 +957,11 @@ def fit_group(Model, group, data, train):
 
 
 def find_checkpoint(group, missing, data, process_count):
-    """The members of a group to train, as indices, and their Checkpoint.
+    """Which settings of a group to train, as a list of indices, and their Checkpoint.
 
-    missing are the indices of the settings that are not finished. They are the members, with one
-    exception: a process that died while it wrote the results of a group has left a checkpoint of
-    the whole group, and all settings go on from there.
+    missing are the indices of the settings that are not finished. Only these are trained, with one
+    exception. If a process died while it wrote the results of a group, it has left a checkpoint of
+    the whole group. All settings of the group then go on from there.
     """
     everyone = list(range(len(group)))
     checkpoint = Checkpoint(group, data, process_count)
@@ -990,11 +1016,13 @@ def read_trained(Model, f, data, folders):
     """The FinishedRun of a setting that an earlier command has trained, None if there is none.
 
     The run is the setting's own or, among those in folders, a neighbour's that differs only in
-    flags of the evaluation. A file that cannot be used is named on stderr.
+    flags of the evaluation. A file that cannot be used is named on stderr, and the next folder is
+    tried.
     """
     own_folder = files.run_dir(f, data)
     neighbours = [folder for folder in folders if folder != own_folder]
     for folder in [own_folder, *neighbours]:
+        # None stands for the own folder, where every flag has to match.
         neighbour = None if folder == own_folder else folder
         saved = files.read_matching(f, data, "training.json", folder=neighbour)
         if saved is None:
@@ -1030,7 +1058,7 @@ def read_model(Model, f, data, path):
 
 
 def take_over(finished):
-    """Say that a run is finished. Write its files into its own folder if they were elsewhere."""
+    """Print that a run is finished. Write its files into its own folder if they were elsewhere."""
     print(f"already trained: {finished.folder} (--overwrite trains it again)", file=sys.stderr)
     run = finished.run
     if finished.folder != files.run_dir(run.f, run.data):
@@ -1041,10 +1069,10 @@ def take_over(finished):
 def leave(run, description):
     """Write model.pt and training.json of a run.
 
-    description is what training.json says besides the record (see `files.description`).
+    description holds the fields of training.json besides the record (see `files.description`).
     """
     folder = files.run_dir(run.f, run.data)
-    # An earlier evaluation does not belong to this model. Neither does an earlier model.
+    # Files of an earlier training do not belong to this one.
     remove_file(folder / "result.json")
     if run.model is None:
         remove_file(folder / "model.pt")
@@ -1063,7 +1091,7 @@ def remove_run_files(f, data):
 
 
 def remove_file(path):
-    """Remove a file. There may be none, and a folder of this name stays."""
+    """Remove a file if there is one. A folder of this name stays."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
 
@@ -1072,11 +1100,11 @@ def remove_file(path):
 
 
 class Checkpoint:
-    """Where the training of a group of settings is, in a file that is whole or absent.
+    """A file with the state of the training of a group, from which a later command goes on.
 
     `state` is what was written, or None. A file that is not whole is refused, with one line on
-    stderr. So is one that was written for other settings or by another version of the script, by
-    another version of torch, on another kind of device or by another number of processes.
+    stderr. So is a file from other settings, another version of the script or of torch, another
+    kind of device, or another number of processes.
 
     A training that goes on from a checkpoint ends with the very numbers of an undisturbed run.
     This is promised on the CPU, and on CUDA where the backward pass is deterministic. The deep
@@ -1088,7 +1116,7 @@ class Checkpoint:
         # The name of the device without its number: "cuda (NVIDIA H200)".
         device_name = common.device_name(device).replace(str(device), device.type)
         script = Path(inspect.getfile(type(group[0]))).read_bytes()
-        # A checkpoint counts only if it was written under this very identity.
+        # A checkpoint is used only if all of this is the same as when it was written.
         self.identity = {
             "processes": process_count,
             "torch": str(torch.__version__),
@@ -1101,6 +1129,7 @@ class Checkpoint:
         folder = files.run_dir(group[0], data).parent / "checkpoints"
         self.path = folder / f"{name}.pt"
         self.state = self._read(device)
+        # The time of the last checkpoint, or of the start.
         self.written = time.monotonic()
 
     def _read(self, device):
@@ -1142,7 +1171,7 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def remove(self):
-        """Remove the file, and its folder where no other group has a checkpoint in it."""
+        """Remove the file, and its folder if no other group has a checkpoint in it."""
         # On Windows, a file that another process is reading cannot be removed.
         with contextlib.suppress(PermissionError):
             self.path.unlink(missing_ok=True)
