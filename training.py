@@ -1163,11 +1163,7 @@ class Checkpoint:
         def save(file):
             torch.save(content, file)
 
-        try:
-            files.write(self.path, save)
-        except FileNotFoundError:
-            # Another process has just removed the empty folder.
-            files.write(self.path, save)
+        files.write(self.path, save)
         self.written = time.monotonic()
 
     def remove(self):
