@@ -31,6 +31,7 @@ import common
 import numpy as np
 
 import datasets
+import figures
 import files
 import pictures
 import processes
@@ -214,12 +215,12 @@ def list_experiments():
         "figure_cvae_beta": Experiment(
             "Does a heavier KL collapse more units of a CVAE?",
             both_objectives(CVAE_BETA),
-            picture=pictures.collapse_curves,
+            picture=figures.collapse_curves,
         ),
         "figure_cvae_eta": Experiment(
             "Does a noisier decoder collapse more units of a CVAE?",
             both_objectives(CVAE_ETA),
-            picture=pictures.collapse_curves,
+            picture=figures.collapse_curves,
         ),
         "table_cvae": Experiment(
             "What do beta and eta_dec do to a CVAE's log-likelihood, KL and active units?",
@@ -228,27 +229,27 @@ def list_experiments():
         "figure_single_digit": Experiment(
             "Does the linear theory say, from a digit's images alone, how much z tells of it?",
             DIGITS[:2],
-            picture=pictures.per_digit,
+            picture=figures.per_digit,
         ),
         "figure_single_digit_cnn": Experiment(
             "The same with convolutions.",
             DIGITS[2:],
-            picture=pictures.per_digit,
+            picture=figures.per_digit,
         ),
         "figure_hvae_beta_1": Experiment(
             "What does beta_1 collapse, at which level?",
             both_objectives("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"),
-            picture=pictures.collapse_curves,
+            picture=figures.collapse_curves,
         ),
         "figure_hvae_beta_2": Experiment(
             "What does beta_2 collapse, at which level?",
             both_objectives("MNIST_HVAE_Relu.py --beta_2 0.1,0.5,1.0,2.0"),
-            picture=pictures.collapse_curves,
+            picture=figures.collapse_curves,
         ),
         "figure_hvae_eta": Experiment(
             "What does eta_dec collapse, at which level?",
             both_objectives("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"),
-            picture=pictures.collapse_curves,
+            picture=figures.collapse_curves,
         ),
         "table_hvae": Experiment(
             "What do beta_1, beta_2 and eta_dec do to an HVAE's log-likelihood, KLs and active "
@@ -262,17 +263,17 @@ def list_experiments():
         "figure_hvae_samples": Experiment(
             "Where over beta_1 and beta_2 does z2 still tell one digit from another?",
             ["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"],
-            picture=pictures.of_the_grid("reconstructions_2.png"),
+            picture=figures.of_the_grid("reconstructions_2.png"),
         ),
         "figure_hvae_cnn_samples": Experiment(
             "The same with convolutions.",
             ["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"],
-            picture=pictures.of_the_grid("reconstructions_2.png"),
+            picture=figures.of_the_grid("reconstructions_2.png"),
         ),
         "figure_vae_sigma": Experiment(
             "Does a learnable encoder variance collapse units that a fixed one keeps?",
             VAES,
-            picture=pictures.beside,
+            picture=figures.beside,
             sentences=learnable_and_fixed,
         ),
         "table_vae_sigma": Experiment(
@@ -283,12 +284,12 @@ def list_experiments():
         "figure_cvae_linear": Experiment(
             "Do fifty linear CVAEs collapse where theorem 2 says?",
             [CVAE_LINEAR],
-            picture=pictures.of_the_grid("theory.png"),
+            picture=figures.of_the_grid("theory.png"),
         ),
         "figure_hvae_linear": Experiment(
             "Do seventy linear HVAEs collapse where theorem 3 says?",
             [HVAE_LINEAR],
-            picture=pictures.of_the_grid("theory.png"),
+            picture=figures.of_the_grid("theory.png"),
         ),
         "table_theorems": Experiment(
             "Are theorems 1, 2, 3 and 5 what brute force finds, and what training reaches?",
@@ -316,7 +317,7 @@ def list_experiments():
             "Ladder VAE, DCT-VAE and DVP-VAE of one size, after as many epochs: which levels stay "
             "in use?",
             [f"{command} --evaluate compression,attack" for command in DEEP],
-            picture=pictures.by_level,
+            picture=figures.by_level,
             sentences=deep_models,
         ),
         "table_deep_ablation": Experiment(
@@ -330,7 +331,7 @@ def list_experiments():
                 "MNIST_VAE_Delta.py --preset small --prior standard",
                 "MNIST_VAE_Delta.py --preset small --delta 2,5,10",
             ],
-            picture=pictures.rates,
+            picture=figures.rates,
             sentences=rates_above_delta,
         ),
         "figure_prediction": Experiment(
@@ -349,7 +350,7 @@ def list_experiments():
                 *both_objectives(HVAE_BETA_2),
                 *both_objectives(HVAE_ETA),
             ],
-            picture=pictures.against_prediction,
+            picture=figures.against_prediction,
             sentences=predictions,
             shows_table=False,
         ),
@@ -357,7 +358,7 @@ def list_experiments():
 
 
 # These pictures show all seeds. All others show the first seed.
-PICTURES_OF_ALL_SEEDS = (pictures.per_digit, pictures.against_prediction)
+PICTURES_OF_ALL_SEEDS = (figures.per_digit, figures.against_prediction)
 
 
 # --------------------------------------------------------------------- the sentences under a table
@@ -456,7 +457,7 @@ def active_units_of_seeds(run):
 
 def predictions(runs):
     """How the predictions of the closed form compare with the trained models of each script."""
-    for script, results in pictures.by_script(runs).items():
+    for script, results in figures.by_script(runs).items():
         if results[0].theory is not None:
             yield f"{script}: {unit_agreement_in_words(results)}"
         elif verify.can_be_ranked(results):
@@ -550,7 +551,7 @@ def levels_in_use(runs):
     for run in runs:
         if not run.results[0].metrics:
             continue
-        kl_of_levels = pictures.units_by_level(run)
+        kl_of_levels = figures.units_by_level(run)
         units = sum(len(kl) for kl in kl_of_levels)
         active = [int((kl > theory.ACTIVE).sum()) for kl in kl_of_levels]
         collapsed = [str(level) for level, count in enumerate(active, start=1) if count == 0]

@@ -10,6 +10,7 @@ from tests.small import ROOT
 MODULES = (
     "processes", "common", "theory", "files", "headroom", "verify", "datasets", "training",
     "pictures", "report", "deep",
+    "figures",
 )
 WIDEST = 100
 
