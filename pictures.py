@@ -9,6 +9,7 @@ Pictures are drawn without a display. matplotlib and torchvision are imported in
 need them, so that scripts start fast.
 """
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -26,14 +27,26 @@ import verify
 # The thresholds of collapse curves, in nats (see `collapse_curve`).
 EPSILON = np.geomspace(1e-4, 1e2, 241)
 
+# The largest number of runs that a legend lists, and of points that have a label each.
+MAX_LABELS = 12
+
+# The number of images in each cell of a contact sheet, and of those side by side.
+SHEET_IMAGES = 20
+SHEET_COLUMNS = 5
+
+# The number of shades between black and white in the arrays of a contact sheet. More shades cannot
+# be told apart in a picture, and make its file twice as large.
+SHADES = 64
+
 
 # ----------------------------------------------------------------- how a picture is drawn and saved
 
-def save_figure(path, columns, rows, width, height, caption, draw):
+def save_figure(path, columns, rows, width, height, caption, draw, height_ratios=None):
     """Draw a picture of rows x columns axes and save it as a PNG file. Raises OSError.
 
-    width and height are those of each of the axes, in inches. draw(axes) draws into the array of
-    axes (rows, columns). The caption is written below them.
+    width and height are those of each of the axes, in inches. With height_ratios, a row is its
+    ratio times as high. draw(axes) draws into the array of axes (rows, columns). The caption is
+    written below them.
     """
     from matplotlib.figure import Figure
 
@@ -43,21 +56,22 @@ def save_figure(path, columns, rows, width, height, caption, draw):
     spaced_caption = re.sub(r",(?=\w+=)", ", ", caption)
     lines = textwrap.wrap(spaced_caption, line_width)
 
+    ratios = height_ratios or [1] * rows
     figure = Figure(
-        figsize=(columns * width, rows * height + 0.15 * len(lines)), layout="constrained"
+        figsize=(columns * width, sum(ratios) * height + 0.15 * len(lines)), layout="constrained"
     )
-    draw(figure.subplots(rows, columns, squeeze=False))
+    draw(figure.subplots(rows, columns, squeeze=False, height_ratios=ratios))
     figure.supxlabel("\n".join(lines), fontsize=8)
     files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def draw_panels(path, panels, width, height, caption, draw):
-    """Draw a picture of several panels, at most five in a row.
+    """Draw a picture of several panels, at most five in a row, in rows of nearly equal length.
 
     panels is {title: content}. draw(ax, title, content) draws one of them, whose size is width x
     height inches.
     """
-    columns = min(5, len(panels))
+    columns = panel_columns(len(panels))
 
     def draw_all(axes):
         for ax, (title, content) in zip(axes.flat, panels.items()):
@@ -76,6 +90,12 @@ def draw_panels(path, panels, width, height, caption, draw):
     )
 
 
+def panel_columns(count):
+    """The number of panels in a row of `draw_panels`: 5 of 5, but 3 of 6."""
+    rows = math.ceil(count / 5)
+    return math.ceil(count / rows)
+
+
 def show_images(ax, title, images, columns=10, **font):
     """Show images (n, 784) or (n, C, H, W) as tiles in this number of columns."""
     from torchvision.utils import make_grid
@@ -89,9 +109,45 @@ def show_images(ax, title, images, columns=10, **font):
     ax.axis("off")
 
 
+def legend_outside(ax):
+    """Add a legend at the right of the axes, where it covers no curve."""
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+def set_log_axis(ax, name, values):
+    """Make the axis "x" or "y" logarithmic, and label it with plain numbers such as 0.2, 0.5 and 1.
+
+    values are the positive numbers that it shows. The fewer decades they span, the more numbers per
+    decade are labelled.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    decades = math.log10(max(values) / min(values))
+    digits = (1,)
+    if decades < 3:
+        digits = (1, 2, 5)
+    if decades < 0.5:
+        digits = range(1, 10)
+    ax.set(**{f"{name}scale": "log"})
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[name]
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def latent_name(level):
     """The name of the latent variable of a level: "z" for "", "z1" for "_1"."""
     return "z" + level.removeprefix("_")
+
+
+def context_level(model):
+    """The suffix of the level that is not learned but computed from x, such as "_5", or None.
+
+    Such a level is the context of MNIST_HVAE_DCT.py and MNIST_HVAE_DVP.py. It is the top level.
+    """
+    levels = getattr(model, "levels", None)
+    learned_levels = getattr(model, "learned_levels", levels)
+    return f"_{levels}" if learned_levels != levels else None
 
 
 def first_value(dictionary):
@@ -111,12 +167,16 @@ def draw_run(run, folder):
     caption = f"{files.caption([f], [data])} seed={f.seed}"
     device = data.test[0].device
 
-    draw_collapse(folder / "collapse.png", {"": run.examples}, caption)
+    context = context_level(model)
+    draw_collapse(folder / "collapse.png", {"": run.examples}, caption, context=context)
     if run.result.headroom:
         draw_headroom(folder / "headroom.png", run.result.headroom, caption)
+    curves = {}
+    for name, curve in run.result.curves.items():
+        curves[f"{name} (context)" if name == f"kl{context}" else name] = curve
     draw_panels(
         folder / "training.png",
-        run.result.curves,
+        curves,
         width=3.4,
         height=3,
         caption=caption,
@@ -124,9 +184,7 @@ def draw_run(run, folder):
     )
 
     if hasattr(model, "reconstructions"):
-        # Some models draw their reconstructions at random.
-        with common.seeded(f.seed, "evaluation", device):
-            images = reconstructions(model, f, data, 100)
+        images = reconstructions(model, f, data, 100)
         draw_images(folder / "reconstructions.png", images, caption)
 
     if hasattr(model, "samples"):
@@ -149,6 +207,7 @@ def reconstructions(model, f, data, count):
     There is the same number of examples from each class, and the classes come one after another.
     """
     common.set_precision(f)
+    like = data.test[0]
     classes = data.test_labels.unique()[:count]
     count_per_class = max(1, count // len(classes))
     indices_by_class = []
@@ -157,59 +216,116 @@ def reconstructions(model, f, data, count):
         indices_by_class.append(indices[:count_per_class])
     chosen = torch.cat(indices_by_class)
     batch = [tensor[chosen] for tensor in data.test]
-    return model.reconstructions(*batch, common.on_device(f, data.test[0]))
+    # Some models draw their reconstructions at random.
+    with common.seeded(f.seed, "evaluation", like.device):
+        return model.reconstructions(*batch, common.on_device(f, like))
 
 
 def plot_training(ax, title, curve):
     """Plot a curve of the training, a list with one value per epoch."""
-    ax.plot(range(1, len(curve) + 1), curve)
+    # A line through one point would not be visible.
+    ax.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) == 1 else None)
     ax.set(title=title, xlabel="epoch", ylabel="nats per training example")
+    if len(curve) == 1:
+        ax.set(xticks=[1])
+    else:
+        ax.locator_params(axis="x", integer=True)
 
 
-def draw_collapse(path, runs, caption):
+def draw_collapse(path, runs, caption, context=None):
     """Draw collapse curves, with one panel per level and one curve per run that has the level.
 
-    runs is {label: examples}, where examples has "unit_kl" (n, d) of each level, in nats.
+    runs is {label: examples}, where examples has "unit_kl" (n, d) of each level, in nats. context
+    is the suffix of a level that is the context, see `context_level`. A level of `uniform_levels`
+    has no panel but a sentence in the caption, unless no panel would be left.
     """
     panels = {}
-    for examples in runs.values():
-        for name in examples:
-            if name.startswith("unit_kl"):
-                level = name.removeprefix("unit_kl")
-                panels[f"units of {latent_name(level)}"] = name
+    for name in level_entries(runs):
+        panels[panel_title(name, runs, context)] = name
+
+    uniform = uniform_levels(runs)
+    if len(uniform) < len(panels):
+        panels = {title: name for title, name in panels.items() if name not in uniform}
+        caption = "; ".join([caption, *uniform.values()] if caption else uniform.values())
+
+    columns = panel_columns(len(panels))
+    last_of_first_row = list(panels)[columns - 1]
+    # The legend takes a part of the width.
+    width = 4.6 if len(runs) == 1 else 4.6 + 1.4 / columns
 
     def draw(ax, title, name):
-        plot_collapse(ax, runs, name)
+        plot_collapse(ax, runs, name, legend=title == last_of_first_row)
         ax.set(title=title)
 
-    draw_panels(path, panels, width=4.6, height=3.6, caption=caption, draw=draw)
+    draw_panels(path, panels, width=width, height=3.6, caption=caption, draw=draw)
 
 
-def plot_collapse(ax, runs, name):
-    """Plot the collapse curves of one level, one curve per run.
+def level_entries(runs):
+    """The entries "unit_kl..." of all levels that some of the runs {label: examples} have."""
+    names = []
+    for examples in runs.values():
+        for name in examples:
+            if name.startswith("unit_kl") and name not in names:
+                names.append(name)
+    return names
+
+
+def panel_title(name, runs, context):
+    """The title of the panel of an entry such as "unit_kl_2"."""
+    level = name.removeprefix("unit_kl")
+    if level == context:
+        return "units of the context"
+    if level == "" and len(level_entries(runs)) > 1:
+        return "units of all levels"
+    return f"units of {latent_name(level)}"
+
+
+def uniform_levels(runs):
+    """The levels in which all runs agree that no unit collapses, or that all do: a dict.
+
+    It is {entry such as "unit_kl_1": sentence}. A unit collapses if its KL is below 0.01 nats for
+    95 % of the examples. Collapse curves of such a level show no more than the sentence.
+    """
+    sentences = {}
+    for name in level_entries(runs):
+        latent = latent_name(name.removeprefix("unit_kl"))
+        shares = set()
+        for examples in runs.values():
+            if name in examples:
+                shares.update(collapse_curve(examples[name], np.array([theory.ACTIVE])))
+        if shares == {0}:
+            sentences[name] = f"no unit of {latent} collapses (ε = {theory.ACTIVE} nats)"
+        if shares == {1}:
+            sentences[name] = f"all units of {latent} collapse (ε = {theory.ACTIVE} nats)"
+    return sentences
+
+
+def plot_collapse(ax, runs, name, legend=True):
+    """Plot the collapse curves of one level, one curve per run, with a legend beside the axes.
 
     runs is {label: examples}, and name is the level's entry of the examples, such as "unit_kl_2".
+    The colours follow the order of the runs. With many runs, the legend lists only some of them.
+    legend=False leaves it out, for panels that share the legend of another one.
     """
     from matplotlib import colormaps
 
-    # Only every n-th run has a label, since a legend must not be taller than its axes.
-    label_every = math.ceil(len(runs) / 12)
+    label_every = math.ceil(len(runs) / MAX_LABELS)
+    # Later curves are thinner, so that equal curves can be seen beside each other.
+    widths = np.linspace(2.8, 1.4, len(runs)) if 1 < len(runs) <= MAX_LABELS else [1.8] * len(runs)
     for k, (label, examples) in enumerate(runs.items()):
-        if name not in examples:
-            continue
+        # A run without this level still has its colour in a legend that panels share.
+        kl = examples.get(name)
         ax.step(
             EPSILON,
-            100 * collapse_curve(examples[name], EPSILON),
+            100 * collapse_curve(kl, EPSILON) if kl is not None else np.full(len(EPSILON), np.nan),
             where="post",
             label=label if k % label_every == 0 else None,
-            color=colormaps["viridis"](0.8 * k / max(1, len(runs) - 1)),
-            linewidth=1.8,
-            linestyle=("-", "--", "-.", ":")[k % 4],
+            color=colormaps["viridis"](0.9 * k / max(1, len(runs) - 1)),
+            linewidth=widths[k],
         )
     ax.set(xscale="log", xlabel="ε (nats)", ylabel="collapsed units (%), δ = 0.05", ylim=(-3, 103))
-    if len(runs) > 1:
-        # The handles are long enough to show the line styles.
-        ax.legend(fontsize=7, handlelength=4)
+    if legend and len(runs) > 1:
+        legend_outside(ax)
 
 
 def collapse_curve(unit_kl, epsilon, delta=0.05):
@@ -230,7 +346,7 @@ def draw_headroom(path, levels, caption):
     panels = {}
     for latent, level in levels.items():
         panels[f"{latent}: {level.verdict()}"] = level
-    draw_panels(path, panels, width=4.6, height=3.6, caption=caption, draw=plot_headroom)
+    draw_panels(path, panels, width=4.6, height=4.2, caption=caption, draw=plot_headroom)
 
 
 def plot_headroom(ax, title, measured):
@@ -242,7 +358,7 @@ def plot_headroom(ax, title, measured):
     active = len(measured.theta)
     if active:
         units = range(1, 1 + active)
-        ax.plot(units, measured.theta, "o", label="active units: θ², by their KL")
+        ax.plot(units, measured.theta, "o", label="variance described by active units")
     further_units = range(1 + active, 1 + active + len(measured.tau))
     ax.plot(
         further_units,
@@ -250,8 +366,9 @@ def plot_headroom(ax, title, measured):
         np.maximum(measured.tau, 1e-300),
         "x",
         color="C1",
-        label="what is left: τ, of more units",
+        label="variance that further units could describe",
     )
+    ax.set(yscale="log", xlabel="unit", ylabel="variance")
     threshold = measured.level
     if threshold:
         ax.axhline(
@@ -259,17 +376,17 @@ def plot_headroom(ax, title, measured):
             color="0.5",
             linestyle="--",
             linewidth=1,
-            label="level: above it a unit pays",
+            label="threshold: a linear unit above it lowers the loss",
         )
         # Just before a model diverges, the KL of a unit can make its theta infinite.
-        variances = [threshold, *measured.theta, *measured.tau]
-        largest = max(variance for variance in variances if math.isfinite(variance))
-        ax.set(ylim=(threshold / 100, 2 * largest))
-    ax.axvline(measured.units + 0.5, color="0.8", linewidth=1, label="the model's units")
-    ax.set(yscale="log", xlabel="unit", ylabel="variance")
-    # "... collapsed by training: idle units would ..." is too wide for one line.
-    ax.set_title(title.replace(": idle", ":\nidle"), fontsize=9)
-    ax.legend(fontsize=7)
+        variances = np.array([threshold, *measured.theta, *measured.tau])
+        shown = variances[np.isfinite(variances) & (variances >= threshold / 100)]
+        set_log_axis(ax, "y", shown)
+        ax.set(ylim=(shown.min() / 2, 2 * shown.max()))
+    ax.axvline(measured.units + 0.5, color="0.8", linewidth=1, label="number of units")
+    ax.locator_params(axis="x", integer=True)
+    ax.set_title(textwrap.fill(title, 60), fontsize=9)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
 
 
 # --------------------------------------------------------------------------- the pictures of a grid
@@ -373,10 +490,12 @@ def draw_grid(evaluated_runs):
     A grid over one flag also has:
 
     collapse.png  the collapse curves of all settings
+    theory.npz    the arrays that theory.png shows, see `unit_curves`
 
     A grid over two flags also has:
 
-    reconstructions_<k>.png    the test images, and each kind of reconstruction
+    reconstructions_<k>.png    each kind of reconstruction, with the test images above them
+    reconstructions.npz        the arrays that they show, see `sheet_arrays`
     metrics.png                a heat map for each metric
     """
     grid = make_grid(evaluated_runs)
@@ -390,7 +509,9 @@ def draw_grid(evaluated_runs):
     one_flag = len(grid.flags) == 1
     has_theory = grid.are_linear_models()
     if has_theory and one_flag:
-        draw_units_over(folder / "theory.png", grid)
+        arrays = unit_curves(grid)
+        draw_unit_curves(folder / "theory.png", arrays, grid.caption)
+        write_arrays(folder / "theory.npz", arrays)
     elif has_theory and grid.is_dense():
         draw_active_map(folder / "theory.png", grid)
 
@@ -403,7 +524,11 @@ def draw_grid(evaluated_runs):
     if one_flag:
         draw_collapse_over(folder / "collapse.png", grid)
     else:
-        draw_sheets(folder, grid)
+        arrays = sheet_arrays(grid)
+        for kind in sheet_kinds(arrays):
+            draw_sheet(folder / f"reconstructions_{kind}.png", arrays, grid.caption, kind)
+        if arrays:
+            write_arrays(folder / "reconstructions.npz", arrays)
         draw_heat_maps(folder / "metrics.png", grid)
     print(f"files: {folder}", file=sys.stderr)
 
@@ -416,70 +541,150 @@ def draw_collapse_over(path, grid):
         # The file of another process may not be whole.
         if run.examples is not None:
             examples[f"{flag_name} = {value}"] = run.examples
-    draw_collapse(path, examples, grid.caption)
+
+    # The level of the context, where all models agree on it.
+    contexts = {context_level(run.model) for run in grid.cells.values() if run.model is not None}
+    context = contexts.pop() if len(contexts) == 1 else None
+    draw_collapse(path, examples, grid.caption, context=context)
 
 
-def draw_units_over(path, grid):
-    """Draw the units of a linear model over one flag, predicted and trained, one row per level.
+def write_arrays(path, arrays):
+    """Write {name: array} to a compressed .npz file. Raises OSError."""
+    files.write(path, lambda file: np.savez_compressed(file, **arrays))
 
-    On the left is the information of each unit, predicted as a line and trained as dots. On the
-    right is the number of active units, predicted as a staircase and trained as dots.
+
+def unit_curves(grid):
+    """All that theory.png shows of linear models over one flag: {name: array}.
+
+    flag                    the name of the flag, text
+    levels                  the suffixes of the levels, texts: "", or "_1" and "_2"
+    x                       (m,), the values of the flag at which the closed form is computed
+    trained_x               (n,), the values of the trained settings
+    dense                   whether x also has values between the trained settings
+    predicted<level>        (m, d), the predicted information of each unit, in nats
+    trained<level>          (n, d), the trained information of each unit, in nats
+    collapse<level>         the values of the flag at which a unit is predicted to collapse, within
+                            the range of the settings; empty where the closed form has none
+
+    Values that are not numbers are texts.
     """
     [(flag_name, values)] = grid.flags.items()
     comparisons = list(grid.comparisons.values())
     levels = theory.levels_of(comparisons[0].predicted)
     dense = grid.is_dense()
-    x, predicted = predicted_information(grid, levels)
-    trained_x = [value for (value,) in grid.cells]
+    trained_x = flag_array([value for (value,) in grid.cells])
+    x = dense_values(values) if dense else trained_x
 
-    def draw(axes):
-        for (left, right), level in zip(axes, levels):
-            name = f"information{level}"
-            latent = latent_name(level)
-            lines = predicted[name]
-            dots = stack_units([comparison.trained[name] for comparison in comparisons])
-
-            plot_information(left, (x, lines), (trained_x, dots), "-" if dense else ":")
-            # The closed form gives the betas at which units collapse.
-            if dense and flag_name in ("beta", "beta_2"):
-                thresholds = comparisons[0].predicted[f"collapse{level}"]
-                plot_thresholds(left, thresholds, min(values), max(values))
-            left.set(xlabel=flag_name, ylabel=f"information of each unit of {latent} (nats)")
-            left.legend(fontsize=7)
-
-            plot_active_counts(right, (x, lines), (trained_x, dots))
-            right.set(xlabel=flag_name, ylabel=f"active units of {latent}")
-            right.legend(fontsize=7)
-
-    save_figure(
-        path, columns=2, rows=len(levels), width=4.8, height=3.4, caption=grid.caption, draw=draw
-    )
-
-
-def predicted_information(grid, levels):
-    """The predicted information of each unit over one flag: the flag's values x, and a dict.
-
-    The dict has "information" (len(x), d) of each level, in nats. In a dense grid x has 600 values,
-    else only those of the trained settings.
-    """
-    [(flag_name, values)] = grid.flags.items()
-    if grid.is_dense():
-        x = torch.linspace(min(values), max(values), 600, dtype=torch.float64)
-        return x, grid.predicted(**{flag_name: x})
-
-    x = [value for (value,) in grid.cells]
-    predicted = {}
+    arrays = {
+        "flag": np.array(flag_name),
+        "levels": np.array(levels),
+        "x": x,
+        "trained_x": trained_x,
+        "dense": np.array(dense),
+    }
+    predicted = grid.predicted(**{flag_name: torch.tensor(x)}) if dense else None
     for level in levels:
         name = f"information{level}"
-        rows = [comparison.predicted[name] for comparison in grid.comparisons.values()]
-        predicted[name] = stack_units(rows)
-    return x, predicted
+        if dense:
+            arrays[f"predicted{level}"] = predicted[name].numpy()
+        else:
+            arrays[f"predicted{level}"] = stack_units([c.predicted[name] for c in comparisons])
+        arrays[f"trained{level}"] = stack_units([c.trained[name] for c in comparisons])
+
+        # The closed form gives the betas at which units collapse, None for never.
+        inside = []
+        if dense and flag_name in ("beta", "beta_2"):
+            for threshold in comparisons[0].predicted[f"collapse{level}"]:
+                if threshold is not None and min(values) < threshold < max(values):
+                    inside.append(threshold)
+        arrays[f"collapse{level}"] = np.array(inside)
+    return arrays
+
+
+def flag_array(values):
+    """The values of a flag as an array of numbers, or of texts where one is not a number."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return np.array(values, dtype=float)
+    return np.array([str(value) for value in values])
+
+
+def dense_values(values):
+    """600 numbers from the smallest to the largest of some values, (600,).
+
+    They are dense enough for an axis of either scale: half of them are evenly spaced, and half of
+    them evenly spaced in their logarithm, from the smallest positive value on.
+    """
+    even = np.linspace(min(values), max(values), 300)
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return even
+    return np.sort(np.append(even, np.geomspace(min(positive), max(positive), 300)))
 
 
 def stack_units(rows):
-    """Lists of values per unit as a tensor (settings, units), 0 for units that a setting lacks."""
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    """Lists of values per unit as an array (settings, units), 0 for units that a setting lacks."""
+    stacked = np.zeros((len(rows), max(map(len, rows))))
+    for values, row in zip(stacked, rows):
+        values[:len(row)] = row
+    return stacked
+
+
+def draw_unit_curves(path, arrays, caption):
+    """Draw the units of linear models over one flag, predicted and trained, one row per level.
+
+    arrays are those of `unit_curves`. On the left is the information of each unit, predicted as a
+    line and trained as dots. On the right is the number of active units, predicted as a staircase
+    and trained as dots.
+    """
+    levels = arrays["levels"].tolist()
+    flag_name = str(arrays["flag"])
+    x = arrays["x"]
+    trained_x = arrays["trained_x"]
+    is_log = has_log_axis(arrays)
+
+    def draw(axes):
+        for (left, right), level in zip(axes, levels):
+            latent = latent_name(level)
+            predicted = (x, arrays[f"predicted{level}"])
+            trained = (trained_x, arrays[f"trained{level}"])
+
+            plot_information(left, predicted, trained, "-" if arrays["dense"] else ":")
+            plot_thresholds(left, arrays[f"collapse{level}"])
+            left.set(xlabel=flag_name, ylabel=f"information of each unit of {latent} (nats)")
+
+            plot_active_counts(right, predicted, trained)
+            units = arrays[f"predicted{level}"].shape[1]
+            right.set(xlabel=flag_name, ylabel=f"active units of {latent} (of {units})")
+            for ax in (left, right):
+                if is_log:
+                    set_log_axis(ax, "x", trained_x)
+                ax.legend(fontsize=7)
+
+    save_figure(
+        path, columns=2, rows=len(levels), width=4.8, height=3.4, caption=caption, draw=draw
+    )
+
+
+def has_log_axis(arrays):
+    """Whether a logarithmic axis shows the flag of `unit_curves` better than a linear one.
+
+    It does if the values span a decade or more. There is one exception: if they are evenly spaced
+    and half of the units collapse beyond the lowest fifth of their range, a linear axis has more
+    space for the collapse.
+    """
+    trained_x = np.sort(arrays["trained_x"])
+    if trained_x.dtype.kind != "f" or trained_x[0] <= 0 or trained_x[-1] < 10 * trained_x[0]:
+        return False
+    steps = np.diff(trained_x)
+    if not np.allclose(steps, steps[0]):
+        return True
+
+    counts = 0
+    for level in arrays["levels"]:
+        counts = counts + (arrays[f"predicted{level}"] > 0).sum(1)
+    changes = np.repeat(arrays["x"][1:], np.abs(np.diff(counts)))
+    lowest_fifth = trained_x[0] + (trained_x[-1] - trained_x[0]) / 5
+    return not len(changes) or np.median(changes) < lowest_fifth
 
 
 def plot_information(ax, predicted, trained, linestyle):
@@ -523,17 +728,21 @@ def plot_active_counts(ax, predicted, trained):
     trained_count = (dots > theory.ACTIVE).sum(1)
     ax.step(x, predicted_count, where="mid", color="0.5", label="predicted")
     ax.plot(trained_x, trained_count, ".", color="C3", markersize=5, label="trained")
-    ax.set(ylim=(-0.5, lines.shape[1] + 0.5))
+    ax.set(ylim=(-0.5, max(predicted_count.max(), trained_count.max(), 1) + 0.5))
+    ax.locator_params(axis="y", integer=True)
 
 
-def plot_thresholds(ax, thresholds, lowest, highest):
-    """Mark the thresholds (None for never) at which units collapse, within a range of beta."""
-    inside = []
-    for threshold in thresholds:
-        if threshold is not None and lowest < threshold < highest:
-            inside.append(threshold)
-    label = "predicted collapse" if inside else None
-    ax.plot(inside, [0] * len(inside), "|", color="red", markersize=9, label=label)
+def plot_thresholds(ax, thresholds):
+    """Mark the thresholds (k,) at which units are predicted to collapse."""
+    if len(thresholds):
+        ax.plot(
+            thresholds,
+            np.zeros(len(thresholds)),
+            "|",
+            color="red",
+            markersize=9,
+            label="predicted collapse",
+        )
 
 
 def draw_active_map(path, grid):
@@ -612,61 +821,187 @@ def draw_beside_linear(path, grid):
     """Draw trained values over those that a closed form predicts, one row per level.
 
     On the left is the KL, on the right is the number of active units. Each setting is a point. The
-    legend has the rank correlation over the settings.
+    titles have the rank correlations over the settings. A panel in which all settings have the same
+    point is a sentence instead.
     """
     results = {}
     for key, result in grid.results.items():
         if verify.closed_form(result):
-            label = ", ".join(map(str, key))
-            results[label] = result
+            results[key] = result
     correlations = verify.rank_correlations(list(results.values()))
     levels = theory.levels_of(verify.closed_form(first_value(results)))
 
-    def plot_metric(ax, metric, marker, side):
-        label = with_rank(metric, correlations.get(metric))
-        points = predicted_and_trained(results.values(), metric)
-        ax.plot(points[:, 0], points[:, 1], marker, label=label)
-        label_points(ax, points, list(results), side)
-
-    def finish(ax, metric, title):
-        # The diagonal, on which the trained value is the predicted one. Any of its points will do.
-        predicted = predicted_and_trained(results.values(), metric)[0, 0]
-        ax.margins(0.1)
-        ax.axline((predicted, predicted), slope=1, color="0.7", linewidth=0.8, zorder=0)
-        ax.set(xlabel="predicted of the linear model", ylabel="trained", title=title)
-        ax.legend(fontsize=7, title=f"a point a {', '.join(grid.flags)}", title_fontsize=7)
+    def draw_panel(ax, metrics, title):
+        points = {}
+        for metric in metrics:
+            points[metric] = predicted_and_trained(results.values(), metric)
+        ax.set_title(with_rank(title, correlations.get(metrics[0])), fontsize=9)
+        if all((values == values[0]).all() for values in points.values()):
+            write_equal_values(ax, points)
+        else:
+            plot_beside_linear(ax, points, list(results), grid.flags)
 
     def draw(axes):
         for (left, right), level in zip(axes, levels):
-            plot_metric(left, f"kl{level}", "o", "left")
-            plot_metric(right, f"AU{level}", "o", "left")
-            plot_metric(right, f"AU_kl{level}", "x", "right")
-            finish(left, f"kl{level}", f"{latent_name(level)}: KL (nats)")
-            finish(right, f"AU{level}", f"{latent_name(level)}: active units")
+            latent = latent_name(level)
+            draw_panel(left, [f"kl{level}"], f"{latent}: KL (nats)")
+            draw_panel(right, [f"AU{level}", f"AU_kl{level}"], f"{latent}: active units")
 
     save_figure(
-        path, columns=2, rows=len(levels), width=4.8, height=3.8, caption=grid.caption, draw=draw
+        path, columns=2, rows=len(levels), width=4.8, height=4.2, caption=grid.caption, draw=draw
     )
 
 
-def label_points(ax, points, labels, side):
-    """Write a label beside each of the points (n, 2). Equal points share a label.
+def write_equal_values(ax, points):
+    """Write the predicted and the trained value of metrics that are the same in all settings.
 
-    side is the end of the label that is at the point, "left" or "right".
+    points is {metric: (settings, 2)}.
     """
-    for point in np.unique(points, axis=0):
-        labels_of_point = []
-        for label, other in zip(labels, points):
-            if (other == point).all():
-                labels_of_point.append(label)
+    lines = ["The same in all settings:"]
+    for metric, values in points.items():
+        predicted, trained = values[0]
+        lines.append(f"{metric}: predicted {predicted:.4g}, trained {trained:.4g}")
+    ax.axis("off")
+    ax.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", transform=ax.transAxes)
+
+
+def plot_beside_linear(ax, points, keys, flags):
+    """Plot trained over predicted values of one or two metrics on equal axes.
+
+    points is {metric: (settings, 2)}. keys are the settings' values of the flags {name: values}.
+    With few settings over one flag, each point has a label. Else its colour is the value of the
+    first flag, and its size that of the second one.
+    """
+    has_labels = len(flags) == 1 and len(keys) <= MAX_LABELS
+    for (metric, values), marker, color in zip(points.items(), "ox", ("C0", "C1")):
+        style = {"color": color} if has_labels else flag_style(keys, flags)
+        ax.scatter(values[:, 0], values[:, 1], marker=marker, label=metric, **style)
+
+    # 1. Equal axes, with the diagonal on which the trained value is the predicted one.
+    every_value = np.concatenate(list(points.values()))
+    lowest, highest = every_value.min(), every_value.max()
+    margin = 0.08 * (highest - lowest)
+    limits = (lowest - margin, highest + margin)
+    ax.axline((lowest, lowest), slope=1, color="0.7", linewidth=0.8, zorder=0)
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    ax.set(xlabel="predicted for the linear model", ylabel="trained")
+
+    # 2. Counts are whole numbers.
+    is_count = next(iter(points)).startswith("AU")
+    for axis in ("x", "y"):
+        ax.locator_params(axis=axis, nbins=8, integer=is_count)
+
+    # 3. Which point is which setting.
+    if has_labels:
+        labels = [str(key[0]) for key in keys]
+        label_points(ax, first_value(points), labels, obstacles=every_value)
+    else:
+        add_color_bar(ax, flags)
+    ax.set_title(f"{ax.get_title()}\n{style_in_words(flags, has_labels)}".strip(), fontsize=9)
+    if len(points) > 1:
+        ax.legend(fontsize=7)
+
+
+def flag_style(keys, flags):
+    """Arguments of matplotlib for points whose colour is the first flag's value: a dict.
+
+    With a second flag, the size of the points grows with its value. Both follow the order of the
+    values, which may be texts.
+    """
+    from matplotlib import colormaps
+
+    first_values, *second_values = flags.values()
+    style = {
+        "c": [first_values.index(key[0]) for key in keys],
+        "cmap": colormaps["viridis"].resampled(len(first_values)),
+        "vmin": -0.5,
+        "vmax": len(first_values) - 0.5,
+    }
+    if second_values:
+        [values] = second_values
+        sizes = np.linspace(12, 90, len(values))
+        style["s"] = [sizes[values.index(key[1])] for key in keys]
+    return style
+
+
+def style_in_words(flags, has_labels):
+    """How labels or sizes show the values of the flags. A colour bar explains itself."""
+    first_name, *second_name = flags
+    if has_labels:
+        return f"labels: {first_name}"
+    if not second_name:
+        return ""
+    [name] = second_name
+    return f"sizes: {name}, from {flags[name][0]} to {flags[name][-1]}"
+
+
+def add_color_bar(ax, flags):
+    """Add a bar with the colours of `flag_style`, with labels at MAX_LABELS values at most."""
+    flag_name, values = next(iter(flags.items()))
+    ticks = range(0, len(values), math.ceil(len(values) / MAX_LABELS))
+    bar = ax.figure.colorbar(ax.collections[0], ax=ax, ticks=ticks, label=flag_name)
+    bar.ax.set_yticklabels([str(values[k]) for k in ticks], fontsize=7)
+
+
+def label_points(ax, points, labels, obstacles):
+    """Write a label beside each of the points (n, 2) so that no label covers another or a point.
+
+    Points that touch each other share a label. obstacles (m, 2) are all points of the axes, which
+    are square.
+    """
+    # All lengths here are in points of the font's size: the side of the axes, the radius of a
+    # point, the width of a character and the height of a line.
+    side, radius, character, line = 235, 4, 4.3, 9
+    lowest, highest = ax.get_xlim()
+    scale = side / (highest - lowest)
+
+    # Each label is beside its point, as near as space allows. Boxes are (left, low, right, high).
+    taken = []
+    for x, y in obstacles * scale:
+        taken.append((x - radius, y - radius, x + radius, y + radius))
+    for point, group in close_points(points, labels, 2 * radius / scale):
+        text = "; ".join(group)
+        width = character * len(text)
+        x, y = point * scale
+        for is_left, lines in itertools.product((False, True), (0, 1, -1, 2, -2, 3, -3)):
+            left = x - width - radius - 2 if is_left else x + radius + 2
+            middle = y + lines * line
+            box = (left, middle - line / 2, left + width, middle + line / 2)
+            is_inside = box[0] > lowest * scale and box[2] < highest * scale
+            if is_inside and not any(overlap(box, other) for other in taken):
+                break
+        taken.append(box)
         ax.annotate(
-            "; ".join(labels_of_point),
+            text,
             point,
-            xytext=(5, 5) if side == "left" else (-5, 5),
-            ha=side,
+            xytext=(box[0] - x, lines * line),
             textcoords="offset points",
+            va="center_baseline",
             fontsize=7,
         )
+
+
+def close_points(points, labels, distance):
+    """Points (n, 2) with their labels: a list of (point, list of labels).
+
+    A point whose distance from an earlier one is below `distance` adds its label to that one.
+    """
+    groups = []
+    for point, label in zip(points, labels):
+        for first_point, group in groups:
+            if np.hypot(*(point - first_point)) < distance:
+                group.append(label)
+                break
+        else:
+            groups.append((point, [label]))
+    return groups
+
+
+def overlap(box, other):
+    """Whether two boxes (left, low, right, high) overlap."""
+    return (
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+    )
 
 
 def predicted_and_trained(results, metric):
@@ -686,47 +1021,167 @@ def with_rank(label, correlation):
     return f"{label}, rank correlation {correlation:.2f}"
 
 
-def draw_sheets(folder, grid):
-    """Draw contact sheets: tables of settings over two flags, with about 20 images in each cell.
+def sheet_arrays(grid):
+    """All that the contact sheets of a grid over two flags show: {name: array}, {} if nothing.
 
-    reconstructions_0.png has the test images. Each further sheet has one kind of reconstruction.
+    A contact sheet is a table of settings, one row per value of the first flag and one column per
+    value of the second one, with about 20 images of one kind in each cell.
+
+    row_flag, column_flag       the names of the flags, texts
+    row_values, column_values   their values, texts
+    title_<kind>                the title of a kind of images, text
+    images_<kind>               (rows, columns, n, C, H, W), uint8: its images
+    shown_<kind>                (rows, columns), whether a setting has them
+    originals                   (n, C, H, W), uint8: the test images, where they are the same in all
+                                settings. Their title is title_0. Else they are images_0.
+
+    Smaller images, or fewer of them, are filled with black.
     """
-    sheets = {}
-    for key, run in grid.cells.items():
-        if hasattr(run.model, "reconstructions"):
-            images = reconstructions(run.model, run.f, run.data, 20)
-            sheets[key] = list(images.items())
-
-    kinds = max(map(len, sheets.values()), default=0)
-    for k in range(kinds):
-        tiles = {key: sheet[k] for key, sheet in sheets.items() if k < len(sheet)}
-        draw_sheet(folder / f"reconstructions_{k}.png", grid, tiles)
-
-
-def draw_sheet(path, grid, tiles):
-    """Draw one contact sheet. tiles is {(row value, column value): (title, images)}."""
     (row_flag, row_values), (column_flag, column_values) = grid.flags.items()
-    sheet_title, _ = list(tiles.values())[-1]
+    tiles = {}
+    for (row, column), run in grid.cells.items():
+        if hasattr(run.model, "reconstructions"):
+            images = reconstructions(run.model, run.f, run.data, SHEET_IMAGES)
+            cell = row_values.index(row), column_values.index(column)
+            tiles[cell] = {title: as_bytes(batch) for title, batch in images.items()}
+    if not tiles:
+        return {}
+
+    arrays = {
+        "row_flag": np.array(row_flag),
+        "column_flag": np.array(column_flag),
+        "row_values": np.array([str(value) for value in row_values]),
+        "column_values": np.array([str(value) for value in column_values]),
+    }
+    shape = len(row_values), len(column_values)
+    for kind, title in enumerate(kinds_of_images(tiles)):
+        arrays[f"title_{kind}"] = np.array(title)
+        batches = {cell: images[title] for cell, images in tiles.items() if title in images}
+        first = first_value(batches)
+        if kind == 0 and all(np.array_equal(batch, first) for batch in batches.values()):
+            arrays["originals"] = first
+        else:
+            images, shown = stack_images(batches, shape)
+            arrays[f"images_{kind}"] = images
+            arrays[f"shown_{kind}"] = shown
+    return arrays
+
+
+def as_bytes(images):
+    """Images (n, 784) or (n, C, H, W) with values in [0, 1] as uint8 (n, C, H, W), 0 to 255.
+
+    They are rounded to SHADES values.
+    """
+    if images.ndim == 2:
+        images = images.view(-1, 1, 28, 28)
+    images = images.detach().float().nan_to_num().clamp(0, 1)
+    shades = (images * (SHADES - 1)).round()
+    return (shades * 255 / (SHADES - 1)).round().byte().cpu().numpy()
+
+
+def kinds_of_images(tiles):
+    """The titles of all kinds of images, in order. tiles is {cell: {title: images}}."""
+    titles = []
+    for images in tiles.values():
+        for title in images:
+            if title not in titles:
+                titles.append(title)
+    return titles
+
+
+def stack_images(batches, shape):
+    """Images of cells as one array (rows, columns, n, C, H, W), and which cells have some.
+
+    batches is {(row, column): uint8 (n, C, H, W)}, and shape is (rows, columns).
+    """
+    largest = np.max([batch.shape for batch in batches.values()], axis=0)
+    stacked = np.zeros((*shape, *largest), dtype=np.uint8)
+    shown = np.zeros(shape, dtype=bool)
+    for cell, batch in batches.items():
+        n, _, height, width = batch.shape
+        # A grey image fills all colour channels.
+        stacked[cell][:n, :, :height, :width] = batch
+        shown[cell] = True
+    return stacked, shown
+
+
+def sheet_kinds(arrays):
+    """The kinds of images of `sheet_arrays` that have a contact sheet: numbers in order."""
+    kinds = []
+    for name in arrays:
+        if name.startswith("images_"):
+            kinds.append(int(name.removeprefix("images_")))
+    return sorted(kinds)
+
+
+def draw_sheet(path, arrays, caption, kind=None):
+    """Draw one contact sheet from the arrays of `sheet_arrays`, by default that of the last kind.
+
+    The values of the flags are on the margins. The test images are above the table, where they are
+    the same in all settings.
+    """
+    if kind is None:
+        kind = sheet_kinds(arrays)[-1]
+    images, shown = arrays[f"images_{kind}"], arrays[f"shown_{kind}"]
+    rows, columns = shown.shape
+    height_ratios = [1.0] * rows
+
+    # The strip of test images has lines of equal length, and the scale of the images in the cells.
+    originals = arrays.get("originals")
+    if originals is not None:
+        lines = math.ceil(len(originals) / (SHEET_COLUMNS * columns))
+        height_ratios.insert(0, 0.21 * lines + 0.15)
 
     def draw(axes):
-        for i, row in enumerate(row_values):
-            for j, column in enumerate(column_values):
-                axes[i][j].axis("off")
-                if (row, column) in tiles:
-                    _, images = tiles[row, column]
-                    title = f"{row_flag} = {row}, {column_flag} = {column}"
-                    show_images(axes[i][j], title, images, columns=5, fontsize=8)
-        axes[0][0].figure.suptitle(sheet_title, fontsize=9)
+        figure = axes[0][0].figure
+        figure.suptitle(str(arrays[f"title_{kind}"]), fontsize=10)
+        if originals is not None:
+            strip = merge_first_row(axes)
+            show_bytes(strip, originals, math.ceil(len(originals) / lines))
+            strip.set_title(str(arrays["title_0"]), fontsize=8)
+            axes = axes[1:]
+
+        for i, j in np.argwhere(shown):
+            show_bytes(axes[i][j], images[i, j], SHEET_COLUMNS)
+        for ax in axes.flat:
+            hide_frame(ax)
+        for ax, value in zip(axes[0], arrays["column_values"]):
+            ax.set_title(f"{arrays['column_flag']} = {value}", fontsize=8)
+        for ax, value in zip(axes[:, 0], arrays["row_values"]):
+            ax.set_ylabel(f"{arrays['row_flag']} = {value}", fontsize=8)
 
     save_figure(
         path,
-        columns=len(column_values),
-        rows=len(row_values),
+        columns=columns,
+        rows=len(height_ratios),
         width=1.9,
-        height=1.8,
-        caption=grid.caption,
+        height=1.6,
+        caption=caption,
         draw=draw,
+        height_ratios=height_ratios,
     )
+
+
+def merge_first_row(axes):
+    """Replace the first row of axes by axes that take its whole width, and return them."""
+    grid_spec = axes[0][0].get_gridspec()
+    whole = axes[0][0].figure.add_subplot(grid_spec[0, :])
+    for ax in axes[0]:
+        ax.remove()
+    return whole
+
+
+def show_bytes(ax, images, columns):
+    """Show images (n, C, H, W), uint8, as tiles in this number of columns."""
+    show_images(ax, "", torch.from_numpy(images).float() / 255, columns)
+
+
+def hide_frame(ax):
+    """Hide all of the axes except their title and labels."""
+    ax.axis("on")
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def draw_heat_maps(path, grid):

@@ -10,7 +10,10 @@
         the main job, MNIST_HVAE_Relu.py, from start to table, beside plain scripts
 
     python -m tests.benchmark growth
-        how time and memory of the main job grow, with a picture
+        how time and memory of the main job grow: results/data/growth.csv and results/growth.png
+
+    python -m tests.benchmark growth-picture
+        draws results/growth.png again from results/data/growth.csv
 
     python -m tests.benchmark cuda
         what only a GPU can show
@@ -38,6 +41,7 @@ deep scripts do so, and on a CPU those with convolutions.
 """
 import collections
 import contextlib
+import csv
 import dataclasses
 import importlib
 import io
@@ -59,6 +63,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import deep
+import files
 import pictures
 import report
 import training
@@ -111,6 +116,15 @@ GROWTH = {
     "draws": (10, 100, 1_000, 10_000),
 }
 GROWTH_PNG = small.ROOT / "results" / "growth.png"
+GROWTH_CSV = small.ROOT / "results" / "data" / "growth.csv"
+
+# What the sizes in `growth` count.
+GROWTH_LABELS = {
+    "rows": "training images",
+    "settings": "settings side by side",
+    "d_hidden": "hidden units",
+    "draws": "draws of z per image",
+}
 
 
 # ------------------------------------------------------------------------------------------ timing
@@ -746,52 +760,103 @@ def measure_growth(quantity, size, rows, repetitions):
 
 
 def growth():
-    """Print a table of time and memory over each quantity, and draw it on logarithmic axes."""
+    """Print a table of time and memory over each quantity, save it, and draw its picture."""
     device = common.select_device(MNIST_HVAE_Relu.Flags())
     print(
         f"{common.device_name(device)}, torch {torch.__version__}; {EXAMPLES:,} rows but where "
         f"they grow; the least of {EPOCHS} times; a process each"
     )
-    rows = [["what", "size", "seconds", "GiB"]]
-    curves = []
+    measurements = []
     for quantity, sizes in GROWTH.items():
         arguments = [(quantity, size, EXAMPLES, EPOCHS) for size in sizes]
         with small.CHILDREN.Pool(1, maxtasksperchild=1) as pool:
-            measurements = pool.starmap(measure_growth, arguments, chunksize=1)
-        for size, (duration, memory) in zip(sizes, measurements):
-            rows.append([quantity, f"{size:,}", f"{duration:.4f}", f"{memory:.3f}"])
-        durations = [duration for duration, _ in measurements]
-        memories = [memory for _, memory in measurements]
+            results = pool.starmap(measure_growth, arguments, chunksize=1)
+        for size, (duration, memory) in zip(sizes, results):
+            measurements.append((quantity, size, duration, memory))
+
+    table = [["what", "size", "seconds", "GiB"]]
+    for quantity, size, duration, memory in measurements:
+        table.append([quantity, f"{size:,}", f"{duration:.4f}", f"{memory:.3f}"])
+    common.print_table(table)
+    for curve in growth_curves(measurements):
+        print(f"{curve.measure} over {curve.quantity}: exponent {curve.exponent:.2f}")
+    write_growth(GROWTH_CSV, measurements)
+    draw_growth()
+
+
+def growth_curves(measurements):
+    """The `GrowthCurve`s of a list of (quantity, size, seconds, GiB): two for each quantity."""
+    curves = []
+    for quantity in dict.fromkeys(quantity for quantity, *_ in measurements):
+        of_quantity = [row[1:] for row in measurements if row[0] == quantity]
+        sizes, durations, memories = zip(*of_quantity)
         curves.append(GrowthCurve(quantity, "seconds", sizes, durations))
         curves.append(GrowthCurve(quantity, "GiB", sizes, memories))
-
-    common.print_table(rows)
-    for curve in curves:
-        print(f"{curve.measure} over {curve.quantity}: exponent {curve.exponent:.2f}")
-    draw_growth(curves)
+    return curves
 
 
-def draw_growth(curves):
-    """Draw the picture of `growth`: a column for each quantity, a row for each measure."""
+def write_growth(path, measurements):
+    """Write a list of (quantity, size, seconds, GiB) as a .csv file, from which it is drawn."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["what", "size", "seconds", "GiB"])
+    for quantity, size, duration, memory in measurements:
+        writer.writerow([quantity, size, f"{duration:.6g}", f"{memory:.6g}"])
+    files.write_text(path, text.getvalue())
+
+
+def read_growth(path):
+    """The list of (quantity, size, seconds, GiB) in a .csv file of `write_growth`."""
+    measurements = []
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            duration, memory = float(row["seconds"]), float(row["GiB"])
+            measurements.append((row["what"], int(row["size"]), duration, memory))
+    return measurements
+
+
+def draw_growth():
+    """Draw growth.png from growth.csv: a column for each quantity, a row for each measure."""
+    if not GROWTH_CSV.exists():
+        sys.exit(f"{GROWTH_CSV} does not exist; python -m tests.benchmark growth makes it")
+    curves = growth_curves(read_growth(GROWTH_CSV))
 
     def draw(axes):
         for ax, curve in zip(axes.T.flat, curves):
-            ax.loglog(curve.sizes, curve.values, "o-", label=f"exponent {curve.exponent:.2f}")
-            ax.set_yticks(curve.values, [f"{value:.2g}" for value in curve.values])
-            ax.set_yticks([], minor=True)
-            work = "an evaluation" if curve.quantity == "draws" else "an epoch"
-            ax.set(xlabel=curve.quantity, ylabel=f"{curve.measure} of {work}")
-            ax.legend(fontsize=7)
+            plot_growth(ax, curve)
 
     pictures.save_figure(
         GROWTH_PNG,
-        columns=len(GROWTH),
+        columns=len(curves) // 2,
         rows=2,
         width=3.2,
         height=2.6,
         caption="",
         draw=draw,
     )
+
+
+def plot_growth(ax, curve):
+    """Plot a `GrowthCurve` on logarithmic axes, with the measured sizes below it."""
+    ax.plot(curve.sizes, curve.values, "o-")
+    pictures.set_log_axis(ax, "x", curve.sizes)
+    pictures.set_log_axis(ax, "y", curve.values)
+    ax.set_xticks(curve.sizes, [short_number(size) for size in curve.sizes])
+    ax.minorticks_off()
+
+    work = "an evaluation" if curve.quantity == "draws" else "an epoch"
+    measure = "memory" if curve.measure == "GiB" else "time"
+    unit = "GiB" if curve.measure == "GiB" else "s"
+    ax.set(
+        xlabel=GROWTH_LABELS[curve.quantity],
+        ylabel=f"{measure} of {work} ({unit})",
+        title=f"exponent {curve.exponent:.2f}",
+    )
+
+
+def short_number(number):
+    """A whole number for a narrow axis: "30k" for 30,000."""
+    return f"{number // 1000}k" if number % 1000 == 0 else str(number)
 
 
 # --------------------------------------------------------------------------------------------- cuda
@@ -937,6 +1002,7 @@ COMMANDS = {
     "whole": lambda argv: time_whole_job(argv),
     "plain": lambda argv: run_plain(argv),
     "growth": lambda argv: growth(),
+    "growth-picture": lambda argv: draw_growth(),
     "cuda": lambda argv: on_cuda(),
 }
 

@@ -9,6 +9,8 @@ from unittest import mock
 import training
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from tests import benchmark, small
 
@@ -145,9 +147,7 @@ class Commands(small.InFolder):
             "d_hidden": (8, 16),
             "draws": (1, 10, 100, 1000),
         }
-        picture = self.folder / "growth.png"
-        with mock.patch.object(benchmark, "GROWTH", sizes), \
-                mock.patch.object(benchmark, "GROWTH_PNG", picture):
+        with mock.patch.object(benchmark, "GROWTH", sizes), self.growth_files():
             _, names, *rows = self.printed("growth")
         self.assertEqual(names.split(), ["what", "size", "seconds", "GiB"])
 
@@ -166,7 +166,55 @@ class Commands(small.InFolder):
         expected = np.polyfit(np.log([10, 100, 1000]), np.log(seconds), 1)[0]
         # The times are printed in tenths of a millisecond.
         self.assertAlmostEqual(float(match[1]), expected, delta=0.1)
-        self.assertTrue(picture.read_bytes().startswith(b"\x89PNG"))
+
+        # The numbers are saved, and the picture can be drawn again from them.
+        lines = self.growth_csv.read_text(encoding="utf-8").splitlines()
+        saved = [line.split(",") for line in lines]
+        self.assertEqual(saved[0], ["what", "size", "seconds", "GiB"])
+        for saved_row, row in zip(saved[1:], table, strict=True):
+            self.assertEqual(saved_row[:2], [row[0], row[1].replace(",", "")])
+            self.assertAlmostEqual(float(saved_row[2]), float(row[2]), delta=0.0001)
+            self.assertAlmostEqual(float(saved_row[3]), float(row[3]), delta=0.001)
+        picture = self.growth_png.read_bytes()
+        self.assertTrue(picture.startswith(b"\x89PNG"))
+        self.growth_png.unlink()
+        with self.growth_files():
+            self.printed("growth-picture")
+        self.assertEqual(self.growth_png.read_bytes(), picture)
+
+    @contextlib.contextmanager
+    def growth_files(self):
+        """Within this context, `growth` writes its files into the folder of the test."""
+        self.growth_png = self.folder / "growth.png"
+        self.growth_csv = self.folder / "data" / "growth.csv"
+        with mock.patch.object(benchmark, "GROWTH_PNG", self.growth_png), \
+                mock.patch.object(benchmark, "GROWTH_CSV", self.growth_csv):
+            yield
+
+    def test_growth_that_was_not_measured_cannot_be_drawn(self):
+        with self.growth_files():
+            status, out, _ = small.call(benchmark.main, "growth-picture")
+        expected = (
+            f"{self.growth_csv} does not exist; python -m tests.benchmark growth makes it"
+        )
+        self.assertEqual((status, out), (expected, ""))
+
+    def test_the_axes_of_growth_have_plain_numbers(self):
+        """Below are the measured sizes. Two decades of seconds have 1, 2 and 5 in each."""
+        curve = benchmark.GrowthCurve("rows", "seconds", (1_000, 30_000), (0.015, 1.5))
+        figure = Figure()
+        ax = figure.subplots()
+        benchmark.plot_growth(ax, curve)
+        FigureCanvasAgg(figure).draw()
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        self.assertEqual(labels, ["1k", "30k"])
+        shown = []
+        for tick in ax.yaxis.get_major_ticks():
+            if 0.015 <= tick.get_loc() <= 1.5:
+                shown.append(tick.label1.get_text())
+        self.assertEqual(shown, ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
+        self.assertEqual(ax.get_ylabel(), "time of an epoch (s)")
+        self.assertEqual(benchmark.short_number(1024), "1024")
 
     def test_cuda_on_any_device(self):
         with mock.patch.object(benchmark, "MNIST", (32, 8)), \
@@ -207,7 +255,7 @@ class Commands(small.InFolder):
         self.assertEqual(
             status,
             "python -m tests.benchmark speed: wants one of "
-            "ratios, scripts, whole, plain, growth, cuda",
+            "ratios, scripts, whole, plain, growth, growth-picture, cuda",
         )
         self.assertEqual(out, "")
 
