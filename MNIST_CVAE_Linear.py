@@ -38,11 +38,11 @@ import verify
 
 @dataclass
 class Flags(common.LinearFlags):
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", above=0)
-    eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
-    eta_dec: float = common.scalar(1.0, "std of p(y|x,z)", above=0)
-    dim_z: int = common.flag(64, "units of z", low=1)
-    num_epochs: int = common.flag(30, "passes over the training set", low=1)
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x)) in the loss", above=0)
+    eta_enc: float = common.scalar(1.0, "standard deviation of the prior p(z|x)", above=0)
+    eta_dec: float = common.scalar(1.0, "standard deviation of the decoder p(y|x,z)", above=0)
+    dim_z: int = common.flag(64, "number of units of z", low=1)
+    num_epochs: int = common.flag(30, "number of passes over the training set", low=1)
 
 
 class CVAE(nn.Module):

@@ -41,16 +41,19 @@ import verify
 
 @dataclass
 class Flags(common.LinearFlags):
-    digit: int = common.flag(1, "the digit to train on", low=0, high=9)
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", above=0)
-    eta_enc: float = common.scalar(0.5, "std of the prior p(z|x)", above=0)
-    eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    digit: int = common.flag(1, "digit whose images are used", low=0, high=9)
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x)) in the loss", above=0)
+    eta_enc: float = common.scalar(0.5, "standard deviation of the prior p(z|x)", above=0)
+    eta_dec: float = common.scalar(0.5, "standard deviation of the decoder p(y|x,z)", above=0)
     start_std: float = common.scalar(
-        1.0, "initial std of q(z|x,y), relative to the prior's std", low=0.01, high=10
+        1.0,
+        "initial standard deviation of the encoder q(z|x,y), divided by the prior's",
+        low=0.01,
+        high=10,
     )
-    dim_z: int = common.flag(16, "units of z", low=1)
-    d_hidden: int = common.flag(196, "units between the two layers of each map", low=1)
-    num_epochs: int = common.flag(300, "passes over the training set", low=1)
+    dim_z: int = common.flag(16, "number of units of z", low=1)
+    d_hidden: int = common.flag(196, "number of units between the two layers of each map", low=1)
+    num_epochs: int = common.flag(300, "number of passes over the training set", low=1)
 
 
 class CVAE(nn.Module):

@@ -4,8 +4,8 @@
     python MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 0.1,0.5,1.0,2.0
     python MNIST_CVAE_Relu.py --beta 1.0 --eta_dec 0.25,0.5,1.0,2.0
 
-x is the lower left quarter of the image. y consists of the other three quarters. z describes what
-x does not determine of y.
+x is the lower left quarter of the image. y consists of the other three quarters. z describes
+the part of y that x does not determine.
 
 How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
 with one draw of z per image. The learning rate is 1e-3 throughout. Each setting's gradient is
@@ -39,20 +39,25 @@ import training
 
 @dataclass
 class Flags(common.RemedyFlags, common.TrainFlags):
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
-    eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
-    eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x)) in the loss", low=0)
+    eta_enc: float = common.scalar(1.0, "standard deviation of the prior p(z|x)", above=0)
+    eta_dec: float = common.scalar(0.5, "standard deviation of the decoder p(y|x,z)", above=0)
     start_std: float = common.scalar(
-        0.1, "initial std of q(z|x,y), relative to the prior's std", low=0.01, high=10
+        0.1,
+        "initial standard deviation of the encoder q(z|x,y), divided by the prior's",
+        low=0.01,
+        high=10,
     )
-    dim_z: int = common.flag(16, "units of z", low=1)
-    d_hidden: int = common.flag(16, "units of each hidden layer", low=1)
+    dim_z: int = common.flag(16, "number of units of z", low=1)
+    d_hidden: int = common.flag(16, "number of units in each hidden layer", low=1)
     dropout: float = common.flag(
-        0.0, "probability with which training drops a pixel of x", low=0, high=1
+        0.0, "probability that training sets a pixel of x to 0", low=0, high=1
     )
-    grad_clip: float = common.flag(0.01, "largest gradient norm of a setting", above=0)
+    grad_clip: float = common.flag(
+        0.01, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
     released_objective: bool = common.flag(
-        False, "count the reconstruction twice, as the authors' released code does"
+        False, "count the reconstruction twice in the loss, as the authors' released code does"
     )
 
 

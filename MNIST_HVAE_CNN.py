@@ -27,19 +27,24 @@ import training
 
 @dataclass
 class Flags(common.RemedyFlags, common.TrainFlags):
-    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2))", low=0)
-    beta_2: float = common.scalar(1.0, "weight of KL(q(z2|z1) || p(z2))", low=0)
-    eta_enc: float = common.scalar(0.5, "std of the prior p(z2)", above=0)
-    eta_dec: float = common.scalar(0.5, "std of p(z1|z2) and of p(x|z1)", above=0)
-    sigma_1: float = common.scalar(0.5, "std of q(z1|x)", above=0)
-    start_std: float = common.scalar(
-        1.0, "initial std of q(z2|z1), relative to the prior's std", low=0.01, high=10
+    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", low=0)
+    beta_2: float = common.scalar(1.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", low=0)
+    eta_enc: float = common.scalar(0.5, "standard deviation of the prior p(z2)", above=0)
+    eta_dec: float = common.scalar(
+        0.5, "standard deviation of the decoders p(x|z1) and p(z1|z2)", above=0
     )
-    d_1: int = common.flag(16, "units of z1", low=1)
-    d_2: int = common.flag(16, "units of z2", low=1)
-    d_hidden: int = common.flag(64, "units of each hidden layer between z1 and z2", low=1)
+    sigma_1: float = common.scalar(0.5, "standard deviation of the encoder q(z1|x)", above=0)
+    start_std: float = common.scalar(
+        1.0,
+        "initial standard deviation of the encoder q(z2|z1), divided by the prior's",
+        low=0.01,
+        high=10,
+    )
+    d_1: int = common.flag(16, "number of units of z1", low=1)
+    d_2: int = common.flag(16, "number of units of z2", low=1)
+    d_hidden: int = common.flag(64, "number of units in each hidden layer between z1 and z2", low=1)
     released_objective: bool = common.flag(
-        False, "count the reconstruction twice, as the authors' released code does"
+        False, "count the reconstruction twice in the loss, as the authors' released code does"
     )
 
 
@@ -61,7 +66,8 @@ class HVAE(nn.Module):
     layer. The two halves of z1_to_z2's outputs give m(z1) and s(z1).
     """
 
-    # The widest layer has 64 channels of side 14. It limits the chunks of the evaluation.
+    # The number of values of one image in the widest layer, which has 64 channels of side 14. From
+    # it the evaluation chooses how many images to take at a time.
     widest_layer = 64 * 14 * 14
 
     def __init__(self, f):

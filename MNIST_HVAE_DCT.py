@@ -1,4 +1,4 @@
-"""DCT-VAE on MNIST: does a context that cannot collapse, being computed from x, help a ladder VAE?
+"""DCT-VAE on MNIST: does a context computed from x, which cannot collapse, help a ladder VAE?
 
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DCT.py
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DCT.py --dataset cifar10 --bits 5 --latents 2,2,2
@@ -36,33 +36,51 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # Two CPU cores train this in minutes. The defaults are the published setting, for a GPU.
+    # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
+    # below are the published setting, for a GPU.
     small = (
         "--latents 2,2 --num_ch 16 --diffusion_ch 8 --decoder aggregate --batch_size 100 "
         "--num_epochs 12 --num_samples 100 --num_test 1000"
     )
 
-    batch_size: int = common.flag(128, "examples per gradient step and process", low=1)
-    num_epochs: int = common.flag(600, "passes over the training set", low=1)
-    optimizer: str = common.flag("adamw", "optimiser of the weights", choices=("adamax", "adamw"))
-    lr: float = common.flag(1e-3, "the optimiser's learning rate", above=0)
-    lr_schedule: str = common.flag("constant", "after the warm-up", choices=("constant", "cosine"))
-    warmup_epochs: float = common.flag(0.0, "epochs in which the learning rate rises from 0", low=0)
-    weight_decay: float = common.flag(1e-2, "the optimiser's weight decay", low=0)
-    grad_clip: float = common.flag(543.0, "largest gradient norm", above=0)
+    batch_size: int = common.flag(128, "number of examples per training step and process", low=1)
+    num_epochs: int = common.flag(600, "number of passes over the training set", low=1)
+    optimizer: str = common.flag(
+        "adamw", "optimiser that trains the weights", choices=("adamax", "adamw")
+    )
+    lr: float = common.flag(1e-3, "learning rate of the optimiser", above=0)
+    lr_schedule: str = common.flag(
+        "constant",
+        "how the learning rate changes after the warm-up: constant keeps it, cosine lowers it to "
+        "--lr_end",
+        choices=("constant", "cosine"),
+    )
+    warmup_epochs: float = common.flag(
+        0.0, "number of epochs over which the learning rate rises from 0", low=0
+    )
+    weight_decay: float = common.flag(1e-2, "weight decay of the optimiser", low=0)
+    grad_clip: float = common.flag(
+        543.0, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
     ema: float = common.flag(
         0.0,
-        "weight of the past in the average of the weights that is evaluated",
+        "decay of the exponential average of the weights; the averaged model is evaluated",
         low=0,
         high=0.999999,
     )
-    context_size: int = common.flag(7, "frequencies of the context along each axis", low=1, high=28)
+    context_size: int = common.flag(
+        7, "number of frequencies of the context along each axis", low=1, high=28
+    )
     bits: int = common.flag(
-        0, "bits of each coefficient of the context; 0 is 2, for cifar10 5", low=0, high=12
+        0,
+        "bits of each coefficient of the context; 0 stands for 2, and for 5 with cifar10",
+        low=0,
+        high=12,
     )
     step_variance: str = common.flag(
         "learned",
-        "variance of each step of the diffusion model: learned, or fixed to the smallest",
+        "variance of each reverse step of the diffusion model: learned, or fixed to its smallest "
+        "value",
         choices=("learned", "fixed"),
     )
     diffusion_ch: int = common.flag(
@@ -70,25 +88,33 @@ class Flags(deep.DeepFlags):
     )
     decoder: str = common.flag(
         "state",
-        "what p(x|z) reads: the state that all latents went into, or the sum of all latents",
+        "input of the decoder p(x|z): state is the last state of the top-down pass, aggregate is "
+        "the sum of all latents",
         choices=("state", "aggregate"),
     )
     latents: str = common.flag(
         "3,4",
-        "number of latents at each scale, the coarsest first; the last scale has half the image's "
-        "side, or for cifar10 the whole side; 3,4 means 3 latents of 7x7 and 4 of 14x14",
+        "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
+        "the side of the image, or with cifar10 the whole side; 3,4 means 3 maps of 7x7 and 4 of "
+        "14x14",
     )
-    d_z: int = common.flag(0, "channels of a latent; 0 is 1, for cifar10 8", low=0, high=4096)
-    num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
+    d_z: int = common.flag(
+        0, "channels of each latent map; 0 stands for 1, and for 8 with cifar10", low=0, high=4096
+    )
+    num_ch: int = common.flag(32, "channels of the encoder and the decoder", low=1, high=4096)
     d_hidden: int = common.flag(
-        0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096
+        0, "channels inside a block; 0 stands for the value of --num_ch", low=0, high=4096
     )
     linear_path: bool = common.flag(
-        True, "add a 1x1 convolution to the block of each prior and posterior"
+        True, "add a 1x1 convolution beside the block of each prior and posterior"
     )
-    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
+    preset: str = common.flag(
+        "published",
+        f"published keeps the defaults; small stands for {small}",
+        choices=("published", "small"),
+    )
     evaluate: str = common.flag(
-        "", "further measurements: compression, attack or both, joined by a comma"
+        "", "further measurements after training: compression, attack, or both joined by a comma"
     )
 
     def __post_init__(self):
@@ -366,7 +392,7 @@ class UNetBlock(nn.Module):
         inner = self.conv_1(F.silu(self.norm_1(h)))
         inner = F.silu(self.norm_2(inner) * (1 + scale) + shift)
         if self.training:
-            # Dropout of a tenth, by noise that several processes share out.
+            # Dropout with probability 0.1. Several processes each draw their own rows of its noise.
             inner = inner * (processes.uniform_like(inner.float()) >= 0.1) / 0.9
         return h + self.conv_2(inner)
 
@@ -420,8 +446,8 @@ class Diffusion(nn.Module):
     T = 7
     BLOCKS = 3
 
-    # With a smaller beta_1 the T steps are too far apart for their Gaussians. With a larger one too
-    # much is left to p(c|c_1), in which the coefficients are independent.
+    # With a smaller beta_1 the T steps are too far apart for their Gaussians. With a larger one,
+    # p(c|c_1) has to describe too much, although its coefficients are independent.
     BETA_1 = 0.1
     BETA_T = 0.6
 
@@ -434,7 +460,7 @@ class Diffusion(nn.Module):
         A = (1 - beta).cumprod(0)
         A_before = torch.cat([torch.ones_like(A[:1]), A[:-1]])  # A_{t-1}
 
-        # R_{t-1} - R_t. The first step has another likelihood and does not use it.
+        # R_{t-1} - R_t. The first step has a different likelihood and does not use it.
         drop = A_before / (1 - A_before) - A / (1 - A)
         drop[0] = 0
 
@@ -772,21 +798,23 @@ class DCTVAE(nn.Module):
         L = self.learned_levels
         panels = {
             "test images": x,
-            "contexts": self.dct.image(self.dct(x)),
+            "contexts of the test images": self.dct.image(self.dct(x)),
             "reconstructed through all levels": self.reconstruct(x, f, self.levels),
         }
         for l in sorted({math.ceil(L * third / 3) for third in (1, 2, 3)}):
-            title = f"levels {l} down drawn from the prior"
-            panels[title] = self.reconstruct(x, f, self.levels - l, deep.draw)
+            panels[deep.drawn_levels(l)] = self.reconstruct(x, f, self.levels - l, deep.draw)
         return panels
 
     def samples(self, n, f):
-        """{title: images}: n draws of the context from p(c), and the mean of p(x|z) for each."""
+        """{title: images}: n draws of the context from p(c), and the mean of p(x|z) for each.
+
+        The latents z below the context are drawn from their priors, too.
+        """
         c = self.dct.quantise(self.p_c.sample(n))
         _, decoder_input = self.top_down(c, None, lambda l, p, q: deep.draw(p, f.temperature))
         return {
-            "contexts": self.dct.image(c),
-            "what comes of them": self.p_x(decoder_input).mean,
+            "contexts drawn from their prior": self.dct.image(c),
+            "images decoded from these contexts": self.p_x(decoder_input).mean,
         }
 
 

@@ -56,42 +56,55 @@ class Flags(deep.DeepFlags):
 
     prior: str = common.flag(
         "diffusion",
-        "prior of the top level: diffusion for the DVP-VAE, or vamp for a VampPrior, whose "
-        "pseudoinputs are trained",
+        "prior of the top level: diffusion gives the DVP-VAE, vamp a VampPrior whose pseudoinputs "
+        "are trained",
         choices=("diffusion", "vamp"),
     )
-    pseudoinputs: int = common.flag(500, "pseudoinputs of --prior vamp", low=1, high=100_000)
+    pseudoinputs: int = common.flag(
+        500, "number of pseudoinputs of --prior vamp", low=1, high=100_000
+    )
     context: str = common.flag(
         "dct",
-        "the map f from x to its pseudoinput: low frequencies, means over squares, or the "
-        "principal components of the training images",
+        "map from x to its pseudoinput: dct takes low frequencies, downsample takes means over "
+        "squares, linear takes the principal components of the training images",
         choices=("dct", "downsample", "linear"),
     )
     context_size: int = common.flag(
-        7, "height and width of a pseudoinput, in numbers", low=1, high=28
+        7, "height and width of a pseudoinput, in pixels or coefficients", low=1, high=28
     )
     num_steps: int = common.flag(
-        25, "steps of the diffusion model in sampling", low=1, high=10_000, evaluation=True
+        25,
+        "number of steps of the diffusion model for each sample",
+        low=1,
+        high=10_000,
+        evaluation=True,
     )
     diffusion_ch: int = common.flag(
         16, "channels of the diffusion model's network", low=1, high=4096
     )
     latents: str = common.flag(
         "4,4",
-        "number of latents at each scale, the coarsest first; the last scale has half the image's "
-        "side, or for cifar10 the whole side; 4,4 means 4 latents of 7x7 and 4 of 14x14",
+        "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
+        "the side of the image, or with cifar10 the whole side; 4,4 means 4 maps of 7x7 and 4 of "
+        "14x14",
     )
-    d_z: int = common.flag(0, "channels of a latent; 0 is 1, for cifar10 3", low=0, high=4096)
-    num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
+    d_z: int = common.flag(
+        0, "channels of each latent map; 0 stands for 1, and for 3 with cifar10", low=0, high=4096
+    )
+    num_ch: int = common.flag(32, "channels of the encoder and the decoder", low=1, high=4096)
     d_hidden: int = common.flag(
-        0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096
+        0, "channels inside a block; 0 stands for the value of --num_ch", low=0, high=4096
     )
     linear_path: bool = common.flag(
-        True, "add a 1x1 convolution to the block of each prior and posterior"
+        True, "add a 1x1 convolution beside the block of each prior and posterior"
     )
-    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
+    preset: str = common.flag(
+        "published",
+        f"published keeps the defaults; small stands for {small}",
+        choices=("published", "small"),
+    )
     evaluate: str = common.flag(
-        "", "further measurements: compression, attack or both, joined by a comma"
+        "", "further measurements after training: compression, attack, or both joined by a comma"
     )
 
     def __post_init__(self):
@@ -362,7 +375,7 @@ class UNetBlock(nn.Module):
         inner = self.conv_1(F.silu(self.norm_1(h)))
         inner = F.silu(self.norm_2(inner) * (1 + scale) + shift)
         if self.training:
-            # Dropout of a tenth, by noise that several processes share out.
+            # Dropout with probability 0.1. Several processes each draw their own rows of its noise.
             inner = inner * (processes.uniform_like(inner.float()) >= 0.1) / 0.9
         return h + self.conv_2(inner)
 
@@ -472,8 +485,8 @@ class Diffusion(nn.Module):
 
         The times are stratified: [0, 1] has one part for each pair, and the pair's time is random
         within it. The mean is in nats per coefficient, like u. The standard error (N,) is that of
-        the mean's sum over the coefficients. It ignores the stratification, which makes it rather
-        too large than too small.
+        the mean's sum over the coefficients. It ignores the stratification, so it is too large
+        rather than too small.
         """
         at_once = max(1, ROWS_AT_ONCE // len(u))
         total = 0
@@ -754,22 +767,27 @@ class DVPVAE(nn.Module):
         L = self.learned_levels
         panels = {
             "test images": x,
-            "pseudoinputs": self.context.image(self.context(x)),
+            "pseudoinputs of the test images": self.context.image(self.context(x)),
             "reconstructed through all levels": self.reconstruct(x, f, self.levels),
         }
         # The number of levels that are drawn. With fewer than three levels, some are equal.
         counts = {math.ceil(L * thirds / 3) for thirds in (1, 2, 3)}
         for l in sorted(counts):
-            title = f"levels {l} down drawn from the prior"
-            panels[title] = self.reconstruct(x, f, self.levels - l, deep.draw)
+            panels[deep.drawn_levels(l)] = self.reconstruct(x, f, self.levels - l, deep.draw)
         return panels
 
     def samples(self, n, f):
-        """{title: images}: n draws of u from r(u), and the mean of p(x|z) for each."""
+        """{title: images}: n draws of u from r(u), and the mean of p(x|z) for each.
+
+        The latents z are drawn from their priors given u, too.
+        """
         u = self.r.sample(self.context.mean.expand(n, -1, -1, -1), f.num_steps)
         latents = self.top_down(u, None, lambda l, p, q: deep.draw(p, f.temperature))
         images = self.p_x([z for p, q, z in latents]).mean
-        return {"pseudoinputs": self.context.image(u), "what comes of them": images}
+        return {
+            "pseudoinputs drawn from their prior": self.context.image(u),
+            "images decoded from these pseudoinputs": images,
+        }
 
 
 class VampPrior(MixtureSameFamily):
@@ -1001,8 +1019,7 @@ class VampLadder(nn.Module):
         panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
         quarter = math.ceil(L / 4)
         for l in range(quarter, L, quarter):
-            title = f"levels {l} down drawn from the prior"
-            panels[title] = self.reconstruct(x, f, L - l, deep.draw)
+            panels[deep.drawn_levels(l)] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):
@@ -1014,7 +1031,10 @@ class VampLadder(nn.Module):
             return deep.draw(p, f.temperature)
 
         images = self.p_x([z for p, q, z in self.top_down(n, None, choose)]).mean
-        return {"pseudoinputs": self.pseudoinputs()[:n], "what is drawn": images}
+        return {
+            "trained pseudoinputs": self.pseudoinputs()[:n],
+            "images decoded from draws of all latents": images,
+        }
 
 
 def model_of(f):

@@ -33,7 +33,8 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # Two CPU cores train this in minutes. The defaults are the published setting, for a GPU.
+    # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
+    # below are the published setting, for a GPU.
     small = (
         "--latents 2,2 --num_ch 16 --batch_size 100 --num_epochs 12 --warmup_epochs 0.5 --ema 0.99 "
         "--num_samples 100 --num_test 1000"
@@ -41,20 +42,27 @@ class Flags(deep.DeepFlags):
 
     latents: str = common.flag(
         "4,4",
-        "number of latents at each scale, the coarsest first; the last scale has half the image's "
-        "side, or for cifar10 the whole side; 4,4 means 4 latents of 7x7 and 4 of 14x14",
+        "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
+        "the side of the image, or with cifar10 the whole side; 4,4 means 4 maps of 7x7 and 4 of "
+        "14x14",
     )
-    d_z: int = common.flag(0, "channels of a latent; 0 is 1, for cifar10 3", low=0, high=4096)
-    num_ch: int = common.flag(32, "channels of encoder and decoder", low=1, high=4096)
+    d_z: int = common.flag(
+        0, "channels of each latent map; 0 stands for 1, and for 3 with cifar10", low=0, high=4096
+    )
+    num_ch: int = common.flag(32, "channels of the encoder and the decoder", low=1, high=4096)
     d_hidden: int = common.flag(
-        0, "channels within a block; 0 is as many as --num_ch", low=0, high=4096
+        0, "channels inside a block; 0 stands for the value of --num_ch", low=0, high=4096
     )
     linear_path: bool = common.flag(
-        True, "add a 1x1 convolution to the block of each prior and posterior"
+        True, "add a 1x1 convolution beside the block of each prior and posterior"
     )
-    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
+    preset: str = common.flag(
+        "published",
+        f"published keeps the defaults; small stands for {small}",
+        choices=("published", "small"),
+    )
     evaluate: str = common.flag(
-        "", "further measurements: compression, attack or both, joined by a comma"
+        "", "further measurements after training: compression, attack, or both joined by a comma"
     )
 
     def __post_init__(self):
@@ -320,8 +328,7 @@ class LadderVAE(nn.Module):
         panels = {"test images": x, "reconstructed through all levels": self.reconstruct(x, f, L)}
         quarter = math.ceil(L / 4)
         for l in range(quarter, L, quarter):
-            title = f"levels {l} down drawn from the prior"
-            panels[title] = self.reconstruct(x, f, L - l, deep.draw)
+            panels[deep.drawn_levels(l)] = self.reconstruct(x, f, L - l, deep.draw)
         return panels
 
     def samples(self, n, f):

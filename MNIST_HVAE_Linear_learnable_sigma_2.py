@@ -50,13 +50,15 @@ import verify
 
 @dataclass
 class Flags(common.LinearFlags):
-    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2))", above=0)
-    beta_2: float = common.scalar(2.0, "weight of KL(q(z2|z1) || p(z2))", above=0)
-    eta_enc: float = common.scalar(0.5, "std of the prior p(z2)", above=0)
-    eta_dec: float = common.scalar(0.5, "std of p(z1|z2) and of p(x|z1)", above=0)
-    sigma_1: float = common.scalar(0.5, "std of q(z1|x)", above=0)
-    d_1: int = common.flag(10, "units of z1", low=1)
-    d_2: int = common.flag(10, "units of z2", low=1)
+    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", above=0)
+    beta_2: float = common.scalar(2.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", above=0)
+    eta_enc: float = common.scalar(0.5, "standard deviation of the prior p(z2)", above=0)
+    eta_dec: float = common.scalar(
+        0.5, "standard deviation of the decoders p(x|z1) and p(z1|z2)", above=0
+    )
+    sigma_1: float = common.scalar(0.5, "standard deviation of the encoder q(z1|x)", above=0)
+    d_1: int = common.flag(10, "number of units of z1", low=1)
+    d_2: int = common.flag(10, "number of units of z2", low=1)
 
 
 class HVAE(nn.Module):

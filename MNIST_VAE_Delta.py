@@ -17,8 +17,9 @@ the KL between them is at least δ nats, and the user chooses δ.
 
 The decoder is autoregressive over pixels (gated masked convolutions, van den Oord et al. 2016,
 arXiv 1606.05328). It can do without latents, and does so with `--prior standard`, where p(z) is
-N(0, I). The autoregressive auxiliary prior shows what the latents cost with a code that fits them:
-the metric `rate_auxiliary`, in nats. `smallest_rate` is δ, or 0 with --prior standard.
+N(0, I). The metric `rate_auxiliary` is the KL from the auxiliary prior, in nats. This prior is
+autoregressive and fitted to the posterior, so it is the rate of a code that suits the latents. The
+metric `smallest_rate` is δ, or 0 with --prior standard.
 """
 import math
 from dataclasses import dataclass
@@ -38,40 +39,52 @@ import training
 
 @dataclass
 class Flags(deep.DeepFlags):
-    # Two CPU cores train this in minutes. The defaults are for a GPU.
+    # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
+    # below are for a GPU.
     small = (
         "--num_epochs 4 --warmup_epochs 0.4 --batch_size 100 --ema 0.99 --auxiliary_epochs 2 "
         "--num_samples 100 --num_test 500"
     )
 
     delta: float = common.flag(
-        5.0, "nats below which the rate of the AR(1) prior cannot fall", above=0
+        5.0, "smallest KL, in nats, that the AR(1) prior allows", above=0
     )
     prior: str = common.flag(
-        "ar1", "ar1, or standard for the ordinary VAE, p(z) = N(0, I)", choices=("ar1", "standard")
+        "ar1",
+        "prior of z: ar1 gives the delta-VAE, standard gives the ordinary VAE with p(z) = N(0, I)",
+        choices=("ar1", "standard"),
     )
     start_std: float = common.flag(
         1.0,
-        "std of q(z|x) that training starts from, as a share of the one nearest to the AR(1) prior",
+        "initial standard deviation of q(z|x), divided by the one that is nearest to the AR(1) "
+        "prior",
         low=0.01,
         high=10,
     )
-    dim_z: int = common.flag(4, "latent units of each image row", low=1)
+    dim_z: int = common.flag(4, "number of units of z for each row of the image", low=1)
     num_ch: int = common.flag(16, "channels of the decoder's convolutions", low=1)
     num_layers: int = common.flag(
         5,
-        "gated layers of the decoder; with 5 or more, each pixel sees all pixels before it",
+        "number of gated layers of the decoder; with 5 or more, each pixel sees all pixels before "
+        "it",
         low=1,
     )
     d_hidden: int = common.flag(
-        128, "units of the recurrent layers: encoder, auxiliary prior", low=1
+        128, "number of units in the recurrent layers of the encoder and the auxiliary prior", low=1
     )
-    auxiliary_epochs: int = common.flag(10, "epochs in which the auxiliary prior is fitted", low=1)
-    num_epochs: int = common.flag(50, "passes over the training set", low=1)
-    preset: str = common.flag("published", f"small is {small}", choices=("published", "small"))
+    auxiliary_epochs: int = common.flag(
+        10, "number of epochs in which the auxiliary prior is fitted after training", low=1
+    )
+    num_epochs: int = common.flag(50, "number of passes over the training set", low=1)
+    preset: str = common.flag(
+        "published",
+        f"published keeps the defaults; small stands for {small}",
+        choices=("published", "small"),
+    )
     dataset: str = common.flag(
         "auto",
-        "auto is mnist if on disk or to be fetched, else the embedded digits",
+        "data set of images; auto chooses mnist if it is on disk or can be downloaded, and the "
+        "embedded digits otherwise",
         choices=("auto", "mnist", "fashion", "digits", "omniglot"),
     )
 
@@ -353,13 +366,16 @@ class DeltaVAE(nn.Module):
     def reconstructions(self, x, f):
         """{title: images}: x, and a draw of p(x|z) at a draw of q(z|x)."""
         drawn = self.decoder.sample(draw(self.q_z(x)))
-        return {"test images": x, "drawn from p(x|z), z from q(z|x)": drawn}
+        return {"test images": x, "draws of p(x|z), with z from q(z|x)": drawn}
 
     def samples(self, n, f):
         """{title: images}: draws of p(x|z) at n draws of both priors."""
         own = self.decoder.sample(self.sample_z(n, f.temperature))
         auxiliary = self.decoder.sample(self.auxiliary.sample(n, f.temperature))
-        return {"z from the model's own prior": own, "z from the auxiliary prior": auxiliary}
+        return {
+            "draws of p(x|z), with z from the model's prior": own,
+            "draws of p(x|z), with z from the auxiliary prior": auxiliary,
+        }
 
 
 def draw(q_z, sample_shape=()):
@@ -446,7 +462,7 @@ def main(argv=None):
         largest = smallest_rate(math.log(MIN_VARIANCE), f.dim_z, DeltaVAE.n)
         if f.prior == "ar1" and f.delta > largest:
             common.stop(
-                f, f"--delta: got {f.delta}, wants at most {largest:.1f} of --dim_z {f.dim_z}"
+                f, f"--delta: got {f.delta}, wants at most {largest:.1f} for --dim_z {f.dim_z}"
             )
     data = datasets.load_images(settings)
     runs = training.fit(DeltaVAE, settings, data, train=train)

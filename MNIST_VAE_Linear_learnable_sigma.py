@@ -34,13 +34,17 @@ import verify
 
 @dataclass
 class Flags(common.LinearFlags):
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x) || p(z))", above=0)
-    eta_dec: float = common.scalar(1.0, "std of p(x|z)", above=0)
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x) || p(z)) in the loss", above=0)
+    eta_dec: float = common.scalar(1.0, "standard deviation of the decoder p(x|z)", above=0)
     c: float = common.scalar(
-        1.0, "eta_dec / eta_enc, where eta_enc is the std of the prior p(z)", above=0
+        1.0,
+        "ratio eta_dec / eta_enc, where eta_enc is the standard deviation of the prior p(z)",
+        above=0,
     )
-    sigma: float = common.scalar(1.0, "initial std of q(z|x)", above=0, vector=True)
-    d_1: int = common.flag(5, "units of z", low=1)
+    sigma: float = common.scalar(
+        1.0, "initial standard deviation of the encoder q(z|x)", above=0, vector=True
+    )
+    d_1: int = common.flag(5, "number of units of z", low=1)
 
 
 class VAE(nn.Module):

@@ -1,4 +1,4 @@
-"""ReLU VAE on MNIST: what does a fixed encoder variance gain, and lose, against a learnable one?
+"""ReLU VAE on MNIST: what does a fixed encoder variance change, compared with a learnable one?
 
     python MNIST_VAE_Relu_nonlearnable_sigma.py --eta_dec 1.0 --c 1.0 --beta 1.0 --sigma 0.5
     python MNIST_VAE_Relu_nonlearnable_sigma.py --beta 0.1,0.5,1.0,2.0
@@ -34,17 +34,19 @@ import training
 
 @dataclass
 class Flags(common.RemedyFlags, common.TrainFlags):
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x) || p(z))", low=0)
-    eta_dec: float = common.scalar(1.0, "std of p(x|z)", above=0)
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x) || p(z)) in the loss", low=0)
+    eta_dec: float = common.scalar(1.0, "standard deviation of the decoder p(x|z)", above=0)
     c: float = common.scalar(
-        1.0, "eta_dec / eta_enc, where eta_enc is the std of the prior p(z)", above=0
+        1.0,
+        "ratio eta_dec / eta_enc, where eta_enc is the standard deviation of the prior p(z)",
+        above=0,
     )
-    sigma: float = common.scalar(0.5, "std of q(z|x)", above=0)
-    d_1: int = common.flag(16, "units of z", low=1)
-    d_hidden: int = common.flag(256, "units of each hidden layer", low=1)
-    lr: float = common.flag(1e-4, "Adam's learning rate", above=0)
+    sigma: float = common.scalar(0.5, "standard deviation of the encoder q(z|x)", above=0)
+    d_1: int = common.flag(16, "number of units of z", low=1)
+    d_hidden: int = common.flag(256, "number of units in each hidden layer", low=1)
+    lr: float = common.flag(1e-4, "learning rate of Adam", above=0)
     released_objective: bool = common.flag(
-        False, "count the reconstruction twice, as the authors' released code does"
+        False, "count the reconstruction twice in the loss, as the authors' released code does"
     )
 
 

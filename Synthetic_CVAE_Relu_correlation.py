@@ -48,26 +48,39 @@ RHO = {
 
 @dataclass
 class Flags(common.RemedyFlags, common.FitFlags):
-    corr_type: str = common.flag("Identical", "how x and y are correlated", choices=tuple(RHO))
-    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x))", low=0)
-    eta_enc: float = common.scalar(1.0, "std of the prior p(z|x)", above=0)
-    eta_dec: float = common.scalar(0.5, "std of p(y|x,z)", above=0)
+    corr_type: str = common.flag(
+        "Identical",
+        "correlation rho of x and y: 1 for Identical, 0 for Random, and the fraction in the name "
+        "for the others",
+        choices=tuple(RHO),
+    )
+    beta: float = common.scalar(1.0, "weight of KL(q(z|x,y) || p(z|x)) in the loss", low=0)
+    eta_enc: float = common.scalar(1.0, "standard deviation of the prior p(z|x)", above=0)
+    eta_dec: float = common.scalar(0.5, "standard deviation of the decoder p(y|x,z)", above=0)
     start_std: float = common.scalar(
-        1.0, "initial std of q(z|x,y), relative to the prior's std", low=0.01, high=10
+        1.0,
+        "initial standard deviation of the encoder q(z|x,y), divided by the prior's",
+        low=0.01,
+        high=10,
     )
-    dim_x: int = common.flag(128, "dimension of x, which must equal --dim_y", low=1)
-    dim_y: int = common.flag(128, "dimension of y", low=1)
-    dim_z: int = common.flag(128, "units of z", low=1)
-    d_hidden: int = common.flag(128, "units of each hidden layer", low=1)
-    num_samples: int = common.flag(1000, "training rows, and as many fresh test rows", low=2)
+    dim_x: int = common.flag(128, "number of columns of x, which must equal --dim_y", low=1)
+    dim_y: int = common.flag(128, "number of columns of y", low=1)
+    dim_z: int = common.flag(128, "number of units of z", low=1)
+    d_hidden: int = common.flag(128, "number of units in each hidden layer", low=1)
+    num_samples: int = common.flag(1000, "number of training examples, and of test examples", low=2)
     num_draws: int = common.flag(
-        1000, "draws per row for the log-likelihood; 0 leaves it out", low=0, evaluation=True
+        1000,
+        "number of draws per example that estimate the log-likelihood; 0 skips it",
+        low=0,
+        evaluation=True,
     )
-    batch_size: int = common.flag(16, "rows per gradient step", low=1)
-    num_epochs: int = common.flag(1000, "passes over the training rows", low=1)
-    grad_clip: float = common.flag(0.01, "largest gradient norm of a setting", above=0)
+    batch_size: int = common.flag(16, "number of examples per training step", low=1)
+    num_epochs: int = common.flag(1000, "number of passes over the training set", low=1)
+    grad_clip: float = common.flag(
+        0.01, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
     released_objective: bool = common.flag(
-        False, "count the reconstruction twice, as the authors' released code does"
+        False, "count the reconstruction twice in the loss, as the authors' released code does"
     )
 
 

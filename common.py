@@ -104,6 +104,7 @@ def flag(
     scalar=False,
     vector=False,
     evaluation=False,
+    single=False,
     metavar=None,
 ):
     """A field of a flags class.
@@ -119,6 +120,8 @@ def flag(
                    is then that text
     evaluation:    whether this flag affects the evaluation only; runs that differ in such flags
                    only share their training
+    single:        whether a command line gives only one value, since the flag does not change the
+                   result of a setting
     metavar:       the word for the value in --help, such as FILE
     """
     if type(default) is int and high is None:
@@ -132,6 +135,7 @@ def flag(
         "scalar": scalar,
         "vector": vector,
         "evaluation": evaluation,
+        "single": single,
         "metavar": metavar,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -168,7 +172,8 @@ class RunFlags(BaseFlags):
     seed: int = flag(0, "seed of all random numbers", low=0)
     device: str = flag(
         "auto",
-        "auto, cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU, else the CPU",
+        "device that computes: cpu, cuda, cuda:1 and so on; auto chooses CUDA if there is a GPU, "
+        "and the CPU otherwise",
         metavar="DEVICE",
     )
     out_dir: str = flag("runs", "folder for the results", metavar="FOLDER")
@@ -180,33 +185,44 @@ class MatrixFlags(RunFlags):
 
     device: str = flag(
         "cpu",
-        "auto, cpu, cuda, ...; matrices as small as these gain nothing from a GPU",
+        "device that computes: auto, cpu, cuda, cuda:1 and so on; the matrices are so small that "
+        "a GPU is no faster",
         metavar="DEVICE",
     )
-    num_samples: int = flag(1000, "rows of data", low=1)
+    num_samples: int = flag(1000, "number of rows of the synthetic data", low=1)
 
 
 @dataclasses.dataclass
 class FitFlags(RunFlags):
     """The flags of every experiment that trains a model."""
 
-    batch_size: int = flag(128, "examples per gradient step", low=1)
-    num_epochs: int = flag(100, "passes over the training set", low=1)
-    lr: float = flag(1e-3, "Adam's learning rate", above=0)
+    batch_size: int = flag(128, "number of examples per training step", low=1)
+    num_epochs: int = flag(100, "number of passes over the training set", low=1)
+    lr: float = flag(1e-3, "learning rate of Adam", above=0)
     lr_schedule: str = flag(
         "constant",
-        "cosine lets the learning rate fall to 0",
+        "how the learning rate changes: constant keeps it, cosine lowers it to 0",
         choices=("constant", "cosine"),
     )
-    grad_clip: float = flag(0.1, "largest gradient norm of a setting", above=0)
+    grad_clip: float = flag(
+        0.1, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
     matmul: str = flag(
         "float32",
-        "precision of matrix products, and of convolutions on CUDA; where the hardware supports "
-        "it, tf32 is faster on CUDA and bf16 on a CPU",
+        "precision of matrix products and, on CUDA, of convolutions; where the hardware supports "
+        "it, tf32 is faster on CUDA and bf16 is faster on a CPU",
         choices=("float32", "tf32", "bf16"),
     )
-    checkpoint_seconds: float = flag(60.0, "seconds of training between checkpoints", low=0)
-    overwrite: bool = flag(False, "train finished runs again")
+    checkpoint_seconds: float = flag(
+        60.0, "seconds of training between two checkpoints", low=0, single=True
+    )
+    overwrite: bool = flag(False, "train finished runs again", single=True)
+    columns: str = flag(
+        "main",
+        "columns of the table on screen; result.json always has all of them",
+        choices=("main", "all"),
+        single=True,
+    )
 
 
 @dataclasses.dataclass
@@ -215,16 +231,17 @@ class TrainFlags(FitFlags):
 
     num_samples: int = flag(
         1000,
-        "draws per example for the log-likelihood; 0 leaves it out",
+        "number of draws per test example that estimate the log-likelihood; 0 skips it",
         low=0,
         evaluation=True,
     )
     dataset: str = flag(
         "auto",
-        "auto is mnist if it is on disk or can be fetched, else the embedded digits",
+        "data set of images; auto chooses mnist if it is on disk or can be downloaded, and the "
+        "embedded digits otherwise",
         choices=("auto", "mnist", "fashion", "digits"),
     )
-    data_dir: str = flag("data", "folder of the data sets", metavar="FOLDER")
+    data_dir: str = flag("data", "folder that holds the data sets", metavar="FOLDER")
 
 
 @dataclasses.dataclass
@@ -235,13 +252,15 @@ class LinearFlags(TrainFlags):
     gradients would bias the point that training reaches.
     """
 
-    lr: float = flag(3e-3, "Adam's learning rate", above=0)
+    lr: float = flag(3e-3, "learning rate of Adam", above=0)
     lr_schedule: str = flag(
         "cosine",
-        "cosine lets the learning rate fall to 0",
+        "how the learning rate changes: constant keeps it, cosine lowers it to 0",
         choices=("constant", "cosine"),
     )
-    grad_clip: float = flag(100.0, "largest gradient norm of a setting", above=0)
+    grad_clip: float = flag(
+        100.0, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
 
 
 @dataclasses.dataclass
@@ -250,20 +269,20 @@ class RemedyFlags(BaseFlags):
 
     beta_warmup: float = flag(
         0.0,
-        "epochs in which every beta rises from 0, as in Bowman et al. 2016 and Sonderby et al. "
-        "2016",
+        "number of epochs over which every beta rises from 0 to its value (Bowman et al. 2016, "
+        "Sonderby et al. 2016); 0 for no warm-up",
         low=0,
     )
     beta_cycles: int = flag(
         1,
-        "number of times that every beta rises, as in Fu et al. 2019; each rise takes half of a "
-        "cycle if --beta_warmup is 0",
+        "number of cycles, in each of which every beta rises anew (Fu et al. 2019); if "
+        "--beta_warmup is 0, the rise takes the first half of a cycle",
         low=1,
     )
     free_bits: float = scalar(
         0.0,
-        "nats of mean KL that cost a unit nothing, as in Kingma et al. 2016; they do not apply to "
-        "z1 of an HVAE",
+        "mean KL, in nats, that each unit has free of cost (Kingma et al. 2016); z1 of an HVAE "
+        "has none",
         low=0,
     )
 
@@ -325,7 +344,7 @@ def parse_flags(Flags, argv=None):
     words = _check_words(parser, fields, argv)
     options, rest = parser.parse_args(words)
     if rest:
-        parser.error(f"{rest[0]!r}: a value without a flag")
+        parser.error(f"{rest[0]!r} follows no flag; write --flag value")
     values = _read_values(parser, fields, options)
     settings = _combine(parser, Flags, values)
 
@@ -392,20 +411,30 @@ def _allowed(field, state_max_whole=True):
     if field.metadata["choices"]:
         return "one of " + ", ".join(field.metadata["choices"])
 
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    bounds = _bounds(field, state_max_whole)
+    words = f"{kinds[type(field.default)]} {bounds}".strip()
+    if field.metadata["vector"]:
+        words += ", or one such number per unit, joined by /"
+    return words
+
+
+def _bounds(field, state_max_whole):
+    """The limits of a number in words, such as "from 0 to 9". They may be empty."""
     low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
+    if high == MAX_WHOLE and not state_max_whole:
+        high = None
+
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
     bounds = []
     if low is not None:
-        bounds.append(f"at least {low}")
+        bounds.append(f"of at least {low}")
     if above is not None:
         bounds.append(f"above {above}")
-    if high is not None and (high != MAX_WHOLE or state_max_whole):
-        bounds.append(f"at most {high}")
-
-    words = f"{kinds[type(field.default)]} {' and '.join(bounds)}".strip()
-    if field.metadata["vector"]:
-        words += ", or one a unit, joined by /"
-    return words
+    if high is not None:
+        bounds.append(f"of at most {high}" if above is None else f"at most {high}")
+    return " and ".join(bounds)
 
 
 def _check_words(parser, fields, argv):
@@ -445,8 +474,12 @@ def _read_values(parser, fields, options):
             values[name] = _parse_values(field, text)
         except ValueError as error:
             part = str(error)
-            reason = "an empty or endless range, wants" if ":" in part else "wants"
-            parser.error(f"--{name}: got {part!r}, {reason} {_allowed(field)}")
+            wanted = _allowed(field)
+            if ":" in part and type(field.default) in (int, float):
+                wanted = f"first:last:step with first <= last and step > 0, each value {wanted}"
+            parser.error(f"--{name}: got {part!r}, wants {wanted}")
+        if field.metadata["single"] and len(values[name]) > 1:
+            parser.error(f"--{name}: got {text!r}, wants a single value, {_allowed(field)}")
     return values
 
 
@@ -529,7 +562,8 @@ def _combine(parser, Flags, values):
     if count > MAX_SETTINGS:
         longest = max(values, key=lambda name: len(values[name]))
         parser.error(
-            f"--{longest}: the lists multiply to {count} settings, wants at most {MAX_SETTINGS}"
+            f"--{longest}: the lists and ranges give {count:,} settings, wants at most "
+            f"{MAX_SETTINGS:,}"
         )
     settings = []
     for combination in itertools.product(*values.values()):
@@ -544,7 +578,7 @@ def _check_out_dir(parser, out_dir):
         tempfile.TemporaryFile(dir=out_dir).close()
     except OSError as error:
         parser.error(
-            f"--out_dir: got {out_dir!r} ({error.strerror}), wants a folder that can be written"
+            f"--out_dir: got {out_dir!r} ({error.strerror}), wants a folder to write the results to"
         )
 
 
@@ -571,7 +605,7 @@ def select_device(f):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         names = ["auto", "cpu"] + [f"cuda:{i}" for i in range(gpus)]
-        stop(f, f"--device: got {f.device!r}, there is {', '.join(names)} here")
+        stop(f, f"--device: got {f.device!r}, wants one of {', '.join(names)} on this computer")
 
     if device.type == "cuda":
         # CUDA streams belong to the device that is current when they are made.
@@ -588,8 +622,8 @@ def _check_device_type(f, device, gpus):
     if device.type == "mps":
         stop(
             f,
-            f"--device: got {f.device!r}, but macOS's GPU is not supported; "
-            "use --device cpu or auto",
+            f"--device: got {f.device!r}, but the GPU of macOS is not supported; "
+            "give --device cpu or --device auto",
         )
     if device.type not in ("cpu", "cuda"):
         raise RuntimeError
@@ -599,8 +633,8 @@ def _check_device_type(f, device, gpus):
     if device.type == "cuda" and gpus > 0 and local_processes > usable_gpus:
         stop(
             f,
-            f"--device: {local_processes} processes for {usable_gpus} GPU(s), wants one each, "
-            "or --device cpu",
+            f"--device: {local_processes} processes cannot share {usable_gpus} GPU(s); start at "
+            "most one process per GPU, or give --device cpu",
         )
 
 
@@ -779,10 +813,16 @@ def batch_means(loss, terms):
 
 
 class Progress:
-    """A line about progress on stderr. A terminal shows one that changes, a log one per 30 s."""
+    """A line about progress on stderr.
+
+    On a terminal each line replaces the one before. Elsewhere a line is printed every 30 seconds.
+    """
 
     def __init__(self, label, total, unit, already_done=0):
-        """`already_done` of the `total` units, such as examples, were done before."""
+        """total is the amount of work in units such as examples.
+
+        already_done is the part of it that an earlier command did.
+        """
         rank, count = processes.rank_and_count()
         self.label = label if count == 1 else f"process {rank}: {label}"
         self.total = total
@@ -793,7 +833,7 @@ class Progress:
         self.on_terminal = sys.stderr.isatty() and count == 1
 
     def update(self, done, note="", end=False):
-        """Say that `done` of all units are done, after a further `note`; `end` ends the line."""
+        """Show that `done` of all units are done. A note precedes it, and `end` ends the line."""
         now = time.monotonic()
         interval = 0.2 if self.on_terminal else 30
         if not end and now - self.last_shown < interval:
@@ -811,11 +851,12 @@ class Progress:
         rate = (done - self.already_done) / seconds
         elapsed = datetime.timedelta(seconds=round(seconds))
         line = (
-            f"{self.label}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, {elapsed}"
+            f"{self.label}: {note}{done / self.total:.0%}, {rate:,.0f} {self.unit}/s, "
+            f"elapsed {elapsed}"
         )
         if rate and not end:
             left = datetime.timedelta(seconds=round((self.total - done) / rate))
-            line += f", {left} left"
+            line += f", remaining {left}"
         return line
 
 
@@ -836,6 +877,11 @@ def format_repeats(values, number_format="{:.2f}"):
     if isinstance(values[0], float):
         return number_format.format(values[0])
     return str(values[0])
+
+
+def format_pair(first, second):
+    """Two texts that belong together, such as "5 -> 5" for a predicted and a trained value."""
+    return f"{first} -> {second}"
 
 
 def print_table(rows):
@@ -916,7 +962,7 @@ def _status_of(main):
     except KeyboardInterrupt as interrupt:
         _ignore_sigterm()
         _print_last_line(
-            "interrupted; what was finished stays, and the same command goes on from there"
+            "interrupted; finished work is kept, and the same command continues from there"
         )
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
@@ -929,13 +975,15 @@ def _status_of(main):
         if _is_closed_output(error):
             return CLOSED_OUTPUT_STATUS
         if error.errno in WRONG_KIND_ERRORS and error.filename is not None:
-            _print_last_line(f"{error.strerror}: {error.filename} is in the way")
+            _print_last_line(
+                f"cannot write the results: {error.filename} is in the way ({error.strerror})"
+            )
             return 2
         if error.errno not in FULL_DISK_ERRORS:
             raise
         _print_last_line(
-            f"{error.strerror}: {error.filename or 'a result'} could not be written; what is "
-            "whole stays, and the same command goes on from there when there is room"
+            f"{error.strerror}: {error.filename or 'a result'} could not be written; finished "
+            "work is kept, and the same command continues from there once there is space"
         )
         return 1
 
@@ -951,13 +999,13 @@ def _explain(error):
     """One line about a MemoryError or RuntimeError that is no fault of the program, else None."""
     if processes.lost_connection(error):
         return (
-            "another process has ended; what was finished stays, and the same command goes on "
+            "another process has ended; finished work is kept, and the same command continues "
             "from there"
         )
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     # The CPU's allocator raises a plain RuntimeError.
     if no_memory or "can't allocate memory" in str(error):
-        return "not enough memory for these sizes, or for so many settings side by side"
+        return "not enough memory; choose smaller sizes, or fewer settings in one command"
     return None
 
 

@@ -3,7 +3,7 @@
 MNIST, Fashion-MNIST, Omniglot and CIFAR-10 come through torchvision. Where nothing can be
 downloaded, the program draws its own data set, the embedded digits.
 
-The file has four parts: the functions that scripts call, how a data set is found or fetched, how
+The file has four parts: the functions that scripts call, how a data set is found or downloaded, how
 its files are read and checked, and how a digit is drawn. Batches are made in training.py.
 """
 import contextlib
@@ -80,11 +80,11 @@ def load_mnist(settings):
     """The data of each setting: a list of `Data`, shared where the settings share --dataset.
 
     Images are float32 in [0, 1], flattened to 784 numbers (CIFAR-10 to 3072). Ends the program if
-    --dataset is neither on disk nor to be fetched, or if a file is corrupt.
+    --dataset is not on disk and cannot be downloaded, or if a file is corrupt.
     """
     rank, _ = processes.rank_and_count()
     if rank > 0:
-        # The first process may have to fetch or draw the files that all processes read.
+        # The first process may have to download or draw the files that all processes read.
         processes.barrier()
 
     loaded = {}
@@ -142,9 +142,9 @@ def image_shape(dataset):
 def load_mnist_quarters(settings):
     """The data of each setting as a CVAE reads it, cut by `quarters`.
 
-    x is the lower left quarter of an image, y the other three. Where a setting has a --digit, only
-    the images of that class are in the data; the program ends if there are none. The data are
-    shared where settings share --dataset and --digit.
+    x is the lower left quarter of an image, y the other three. If a setting has a --digit, the data
+    have only the images of that class, and the program ends if there are none. The data are shared
+    where settings share --dataset and --digit.
     """
     loaded = {}
     keys = [(f.dataset, getattr(f, "digit", None)) for f in settings]
@@ -211,7 +211,7 @@ def _choose_dataset(f):
     """The name of the data set that --dataset asks for; "auto" is MNIST or the embedded digits.
 
     After that the data set is on disk, except for the digits. Ends the program if a data set that
-    --dataset names is neither on disk nor to be fetched.
+    --dataset names is not on disk and cannot be downloaded.
     """
     if f.dataset == "digits":
         return "digits"
@@ -219,16 +219,16 @@ def _choose_dataset(f):
         if _is_on_disk_or_fetched("mnist", f.data_dir):
             return "mnist"
         print(
-            f"warning: MNIST is not in {f.data_dir!r} and cannot be fetched; "
-            "training on the embedded digits, which are not MNIST",
+            f"warning: MNIST is not in {f.data_dir!r} and cannot be downloaded; the embedded "
+            "digits are used instead, so the results are not those of MNIST",
             file=sys.stderr,
         )
         return "digits"
     if not _is_on_disk_or_fetched(f.dataset, f.data_dir):
         common.stop(
             f,
-            f"--dataset: {f.dataset} is not in --data_dir {f.data_dir!r} and cannot be fetched; "
-            "put its files there, or take --dataset digits",
+            f"--dataset: {f.dataset} is not in --data_dir {f.data_dir!r} and cannot be downloaded; "
+            "put its files there, or give --dataset digits",
         )
     return f.dataset
 
@@ -253,7 +253,7 @@ class _Location:
 
     on_disk: whether its unpacked files are in --data_dir.
     packed: whether its whole archives are in --data_dir, so that torchvision needs no network.
-    urls: addresses of which one must answer before torchvision tries to fetch the archives.
+    urls: addresses, one of which must answer before torchvision tries to download the archives.
     """
     on_disk: bool
     packed: bool
@@ -288,14 +288,15 @@ def _locate(name, data_dir):
 
 
 def _is_on_disk_or_fetched(name, data_dir):
-    """Whether the data set is in data_dir, if need be after unpacking or fetching it."""
+    """Whether the data set is in data_dir, after unpacking or downloading it where needed."""
     location = _locate(name, data_dir)
     if location.on_disk:
         return True
     if not location.packed and not _any_answers(location.urls):
         return False
 
-    print(f"{'unpacking' if location.packed else 'fetching'} {name} in {data_dir}", file=sys.stderr)
+    action = "unpacking" if location.packed else "downloading"
+    print(f"{action} {name} in {data_dir}", file=sys.stderr)
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
@@ -305,7 +306,7 @@ def _is_on_disk_or_fetched(name, data_dir):
                 _torchvision_class(name)(data_dir, split, download=True)
     except Exception as error:
         # A broken connection raises many kinds of exceptions.
-        print(f"that failed: {error}", file=sys.stderr)
+        print(f"{action} {name} failed: {error}", file=sys.stderr)
         return False
     finally:
         socket.setdefaulttimeout(previous_timeout)
@@ -376,20 +377,21 @@ def _stop_if_broken(f, path):
         reason = str(error) or type(error).__name__
         common.stop(
             f,
-            f"--data_dir: {path} is truncated or corrupt ({reason}); remove it to fetch it again",
+            f"--data_dir: {path} is truncated or corrupt ({reason}); delete it, and it is "
+            "downloaded again",
         )
 
 
 def _check_images(images):
     """Raise ValueError if these are not images (n, 28, 28)."""
     if images.shape[1:] != (28, 28):
-        raise ValueError("it does not hold images of 28x28 pixels")
+        raise ValueError("it does not contain images of 28x28 pixels")
 
 
 def _check_labels(labels, images):
     """Raise ValueError if these are not the labels of these images, (n,) from 0 to 9."""
     if labels.shape != (len(images),) or labels.max() > 9:
-        raise ValueError("it does not hold one digit per image")
+        raise ValueError("it does not contain one digit per image")
 
 
 def _read_mnist(f, name):
@@ -449,9 +451,8 @@ def _read_cifar10(f):
 def digits(data_dir):
     """The embedded data set in the form of `_read_mnist`.
 
-    It has 60,000 training and 10,000 test digits by `draw_digits`. The digits are kept in
-    data_dir/digits.npz once they are drawn. They are drawn again if that file is broken. They are
-    not kept if it cannot be written.
+    It has 60,000 training and 10,000 test digits by `draw_digits`. Once drawn, they are kept in
+    data_dir/digits.npz, unless that file cannot be written. They are drawn again if it is broken.
     """
     path = Path(data_dir, "digits.npz")
     names = ("train_images", "train_labels", "test_images", "test_labels")

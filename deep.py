@@ -1,4 +1,4 @@
-"""What only the deep models have, in the order in which one of their scripts uses it.
+"""Functions and classes that only the deep models use, in the order in which a script uses them.
 
 1. Flags: `DeepFlags`, and the sizes of the latent maps that `--latents` asks for.
 2. Building a model: initial weights, shapes, and the density of coloured pixels.
@@ -36,34 +36,51 @@ class DeepFlags(common.RemedyFlags, common.TrainFlags):
     has `preset`, and `small`: the command line that `--preset small` abbreviates.
     """
 
-    beta: float = common.scalar(1.0, "weight of all KLs", low=0)
-    batch_size: int = common.flag(250, "examples per gradient step and process", low=1)
-    num_epochs: int = common.flag(300, "passes over the training set", low=1)
-    optimizer: str = common.flag("adamax", "optimiser of the weights", choices=("adamax", "adamw"))
-    lr: float = common.flag(0.01, "the optimiser's learning rate", above=0)
-    lr_end: float = common.flag(1e-5, "the learning rate that a cosine ends at", low=0)
-    lr_schedule: str = common.flag("cosine", "after the warm-up", choices=("constant", "cosine"))
-    warmup_epochs: float = common.flag(2.0, "epochs in which the learning rate rises from 0", low=0)
-    weight_decay: float = common.flag(1e-6, "the optimiser's weight decay", low=0)
-    grad_clip: float = common.flag(5.0, "largest gradient norm", above=0)
+    beta: float = common.scalar(1.0, "weight of every KL in the loss", low=0)
+    batch_size: int = common.flag(250, "number of examples per training step and process", low=1)
+    num_epochs: int = common.flag(300, "number of passes over the training set", low=1)
+    optimizer: str = common.flag(
+        "adamax", "optimiser that trains the weights", choices=("adamax", "adamw")
+    )
+    lr: float = common.flag(0.01, "learning rate of the optimiser", above=0)
+    lr_end: float = common.flag(1e-5, "learning rate at the end of --lr_schedule cosine", low=0)
+    lr_schedule: str = common.flag(
+        "cosine",
+        "how the learning rate changes after the warm-up: constant keeps it, cosine lowers it to "
+        "--lr_end",
+        choices=("constant", "cosine"),
+    )
+    warmup_epochs: float = common.flag(
+        2.0, "number of epochs over which the learning rate rises from 0", low=0
+    )
+    weight_decay: float = common.flag(1e-6, "weight decay of the optimiser", low=0)
+    grad_clip: float = common.flag(
+        5.0, "largest norm of a gradient; larger gradients are scaled down to it", above=0
+    )
     ema: float = common.flag(
         0.999,
-        "weight of the past in the average of the weights that is evaluated",
+        "decay of the exponential average of the weights; the averaged model is evaluated",
         low=0,
         high=0.999999,
     )
     autocast: str = common.flag(
-        "none", "precision of the networks in training", choices=("none", "bf16")
+        "none",
+        "precision of the networks during training; none leaves float32",
+        choices=("none", "bf16"),
     )
     temperature: float = common.flag(
-        1.0, "factor of every prior's std, in pictures of samples", low=0, evaluation=True
+        1.0,
+        "factor on the standard deviation of every prior, in pictures of samples",
+        low=0,
+        evaluation=True,
     )
     num_test: int = common.flag(
-        0, "test examples, the first ones; 0 for all", low=0, evaluation=True
+        0, "number of test examples, taken from the beginning; 0 takes all", low=0, evaluation=True
     )
     dataset: str = common.flag(
         "auto",
-        "auto is mnist if on disk or to be fetched, else the embedded digits",
+        "data set of images; auto chooses mnist if it is on disk or can be downloaded, and the "
+        "embedded digits otherwise",
         choices=("auto", "mnist", "fashion", "digits", "omniglot", "cifar10"),
     )
 
@@ -91,9 +108,9 @@ class DeepFlags(common.RemedyFlags, common.TrainFlags):
 
         for name in getattr(self, "evaluate", "").split(","):
             if name and name not in MEASUREMENTS:
-                choices = ", ".join(MEASUREMENTS)
+                choices = " or ".join(MEASUREMENTS)
                 common.stop(
-                    self, f"--evaluate: got {name!r}, wants some of {choices}, joined by commas"
+                    self, f"--evaluate: got {name!r}, wants {choices}, or both joined by a comma"
                 )
 
 
@@ -122,9 +139,9 @@ def latent_sides(f):
         side = datasets.image_shape(f.dataset)[1]
         common.stop(
             f,
-            f"--latents: got {f.latents!r}, wants one number for each scale, coarsest first, as "
-            f"4,4: for images of {side}x{side} at most {len(scales)} numbers joined by commas, "
-            "each 0 to 99, not all 0",
+            f"--latents: got {f.latents!r}, wants one number per scale, joined by commas, such as "
+            f"4,4; images of {side}x{side} allow at most {len(scales)} numbers, each from 0 to 99 "
+            "and not all 0",
         )
 
     # 3. One side per latent.
@@ -323,6 +340,12 @@ class WeightAverage:
         self.begun = state["begun"]
 
 
+def drawn_levels(count):
+    """The title of reconstructions whose lowest `count` levels are drawn from their priors."""
+    levels = "level 1" if count == 1 else f"levels 1 to {count}"
+    return f"{levels} drawn from the prior"
+
+
 def random_flip(x):
     """Images (B, c_x, H, W), each of them mirrored left to right with probability 1/2."""
     mirrored = processes.uniform_like(x[:, :1, :1, :1]) < 0.5
@@ -385,10 +408,13 @@ def measure(name, run):
     with common.seeded(f.seed, "evaluation", x.device):
         result, images = MEASUREMENTS[name].measure(run.model, common.on_device(f, x), x)
     if not result.is_whole():
-        print(f"{folder}: {name} is left out, since it is not finite", file=sys.stderr)
+        print(f"{folder}: {name} is left out, because its result is not finite", file=sys.stderr)
         return None
 
-    result.draw(images, folder / f"{name}.png", caption(result, f, data))
+    words = caption(result, f, data)
+    if pictures.context_level(run.model):
+        words += "; the top level is the context"
+    result.draw(images, folder / f"{name}.png", words)
     # The .json file comes last: where it is, the picture is, too.
     content = files.description(f, data) | dataclasses.asdict(result)
     files.write_json(folder / f"{name}.json", content)
@@ -413,7 +439,10 @@ def read_measurement(name, f, data):
         result = Measurement(**values)
         if result.is_whole():
             return result
-    print(f"{path} is not a whole result of these settings, measured again", file=sys.stderr)
+    print(
+        f"cannot use {path}, measuring again: it is incomplete, or from different settings",
+        file=sys.stderr,
+    )
     return None
 
 
@@ -483,13 +512,11 @@ class Compression:
             for point, label in self.point_labels().items():
                 curve.annotate(label, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
             curve.set(
-                xlabel="KL of the top k levels (bits per image)",
+                xlabel="KL of the top k levels (bits per image); labels: k",
                 ylabel="mean squared error per pixel",
                 ylim=(0, None),
             )
-            title = f"test images, then with the top 0 to {len(self.bits) - 1} levels"
-            dozens = torch.cat([batch[:12] for batch in images])
-            pictures.show_images(tiles, title, dozens, 12, fontsize=8)
+            self.show_rows(tiles, images)
 
         pictures.save_figure(
             path,
@@ -501,6 +528,21 @@ class Compression:
             draw=draw_panels,
         )
 
+    def show_rows(self, ax, images):
+        """The first dozen of each of the images, one row of tiles per k and one for the tests."""
+        dozens = [batch[:12] for batch in images]
+        title = "reconstructed from the top k levels"
+        pictures.show_images(ax, title, torch.cat(dozens), len(dozens[0]), fontsize=8)
+
+        labels = ["test images", *(f"k = {k}" for k in range(len(self.bits)))]
+        top, bottom = sorted(ax.get_ylim())
+        height = (bottom - top) / len(labels)
+        ax.axis("on")
+        ax.set_xticks([])
+        ax.set_yticks([top + height * (i + 0.5) for i in range(len(labels))], labels, fontsize=8)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+
     def point_labels(self):
         """{point: "0, 1"}: several k share a point, since a collapsed level does not move it."""
         labels = {}
@@ -510,8 +552,8 @@ class Compression:
         return labels
 
     def show(self):
-        print("top levels kept, bits of KL, squared error per pixel")
-        rows = [["levels", "bits", "squared error"]]
+        print("KL (bits per image) and squared error per pixel if only the top levels are sent")
+        rows = [["top levels", "KL (bits)", "squared error"]]
         for k, (bits, error) in enumerate(zip(self.bits, self.squared_error)):
             rows.append([str(k), f"{bits:.2f}", f"{error:.4f}"])
         common.print_table(rows)
@@ -573,9 +615,9 @@ class Attack:
             with torch.no_grad():
                 images = {
                     "test images": x,
-                    "their reconstructions": reconstruction,
-                    f"moved by at most {RADII[-1]}": attacks[-1],
-                    "reconstructions of those": model.reconstruct(
+                    "reconstructions of the test images": reconstruction,
+                    f"attacked images (radius {RADII[-1]})": attacks[-1],
+                    "reconstructions of the attacked images": model.reconstruct(
                         attacks[-1], scalars, model.levels
                     ),
                 }
@@ -603,8 +645,8 @@ class Attack:
             for ax, (name, label) in zip(axes[0], labels.items()):
                 attacked = [row[name] for row in self.rows]
                 random = [row[f"{name}_random"] for row in self.rows]
-                ax.plot(RADII, attacked, "o-", label="attack")
-                ax.plot(RADII, random, "s--", label="random")
+                ax.plot(RADII, attacked, "o-", label="attacked images")
+                ax.plot(RADII, random, "s--", label="random corners of the ball")
                 ax.set(
                     xlabel="radius of the L∞ ball (pixel values)",
                     xticks=RADII,
@@ -612,8 +654,9 @@ class Attack:
                     ylim=(0, None),
                 )
                 ax.legend(fontsize=7)
+            # Seven rows of ten images fill the axes.
             for ax, (title, batch) in zip(axes[1:].flat, images.items()):
-                pictures.show_images(ax, title, batch[:50], fontsize=8)
+                pictures.show_images(ax, title, batch[:70], fontsize=8)
 
         pictures.save_figure(
             path,
@@ -627,8 +670,9 @@ class Attack:
 
     def show(self):
         print(
-            f"mean symmetric KL (nats) of the top {self.levels} learned levels and L2 distance of "
-            "the reconstructions, attacked and moved at random"
+            f"an attack on the top {self.levels} learned levels, compared with a random change of "
+            "the same radius: the symmetric KL of the posteriors (nats) and the L2 distance of the "
+            "reconstructions"
         )
         rows = [list(self.COLUMNS)]
         for row in self.rows:

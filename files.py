@@ -28,14 +28,15 @@ import common
 import numpy as np
 import torch
 
-# Flags that say where and how a run is computed. They do not change its result, so they are not
-# part of its name.
+# Flags that say where and how a run is computed, and how it is shown. They do not change its
+# result, so they are not part of its name.
 LOCATION_FLAGS = (
     "device",
     "data_dir",
     "out_dir",
     "checkpoint_seconds",
     "overwrite",
+    "columns",
     "evaluate",
     "preset",
 )

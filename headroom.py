@@ -88,7 +88,7 @@ def gain_of_units(tau, count, beta, weight, std):
     """G_k for k = count: the gain of k further linear units, in nats per example.
 
     tau (D,) are the eigenvalues of T in descending order, float64. For the other arguments see
-    `pay_level`. A result of 0 means that the objective does not want further linear units.
+    `pay_level`. A result of 0 means that no further linear unit lowers the loss.
     """
     level = pay_level(beta, weight, std)
     tau = tau[:count]
@@ -178,16 +178,28 @@ def verdict(units, collapsed, nats):
     units is the number of all units of the level, or None if unknown. collapsed is the number of
     collapsed ones, and nats is their headroom.
     """
+    words = collapse_in_words(units, collapsed)
     if not collapsed:
-        return f"none of {units} units collapsed"
+        return words
+    if nats > theory.ACTIVE:
+        pronoun = "it" if collapsed == 1 else "them"
+        return (
+            f"{words} because of training: reviving {pronoun} would lower the loss by at least "
+            f"{nats:.2g} nats"
+        )
+    return f"{words} because of the objective"
 
+
+def collapse_in_words(units, collapsed):
+    """How many units of a level collapsed: "2 of 16 units collapsed", or "no unit collapsed".
+
+    Without a number of all units (None) it is "2 units collapsed".
+    """
+    if not collapsed:
+        return "no unit collapsed"
     total = f" of {units}" if units else ""
     noun = "unit" if (units or collapsed) == 1 else "units"
-    if nats > theory.ACTIVE:
-        cause = f"by training: idle units would pay at least {nats:.2g} nats"
-    else:
-        cause = "by the objective"
-    return f"{collapsed}{total} {noun} collapsed, {cause}"
+    return f"{collapsed}{total} {noun} collapsed"
 
 
 # --------------------------------------------------------------- the measurement on a trained model

@@ -1,5 +1,5 @@
-"""Theorem 2 on synthetic data: does a linear CVAE, its exact expected loss minimised, end where the
-closed form says?
+"""Theorem 2 on synthetic data: does the least exact expected loss of a linear CVAE agree with the
+closed form?
 
     python matrix_CVAE.py
     python matrix_CVAE.py --seed 0:9 --beta 0.5,1,2
@@ -7,9 +7,9 @@ closed form says?
 Dang et al. (2024, arXiv 2306.05023, theorem 2): let theta_i be the i-th eigenvalue of the second
 moment of y minus its best linear prediction from x. Unit i collapses if theta_i <= beta eta_dec^2.
 
-Minimisation: the loss is a function of the weights and of the second moment of (x, y) only, so
-nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
-from the best end (see verify.minimise). The errors should then be at most 1e-6.
+The loss depends only on the weights and on the second moment of (x, y), so nothing is sampled.
+L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
+minimum (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ import verify
 
 @dataclass
 class Flags(common.MatrixFlags):
-    beta: float = common.flag(1.0, "weight of KL(q(z|x,y) || p(z|x))", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior p(z|x)", above=0)
-    eta_dec: float = common.flag(1.0, "std of p(y|x,z)", above=0)
-    dim_x: int = common.flag(5, "dimension of x", low=1, high=1_000)
-    dim_y: int = common.flag(5, "dimension of y", low=1, high=1_000)
-    dim_z: int = common.flag(5, "units of z", low=1, high=1_000)
+    beta: float = common.flag(1.0, "weight of KL(q(z|x,y) || p(z|x)) in the loss", above=0)
+    eta_enc: float = common.flag(1.0, "standard deviation of the prior p(z|x)", above=0)
+    eta_dec: float = common.flag(1.0, "standard deviation of the decoder p(y|x,z)", above=0)
+    dim_x: int = common.flag(5, "number of columns of x", low=1, high=1_000)
+    dim_y: int = common.flag(5, "number of columns of y", low=1, high=1_000)
+    dim_z: int = common.flag(5, "number of units of z", low=1, high=1_000)
     seed: int = common.flag(2, "seed of all random numbers", low=0)
 
 

@@ -1,24 +1,24 @@
-"""A linear MHVAE with both encoder variances learnable, which the paper leaves open: what becomes
-of z2?
+"""A linear MHVAE with both encoder variances learnable, a case that the paper leaves open. Does z2
+collapse?
 
     python matrix_HVAE_learnable_sigma_1_2.py --beta_2 0.5,1,2
 
 Dang et al. (2024, arXiv 2306.05023, theorem 3) keep Sigma1 fixed. Here it is learnable, too. Let m
-be the variance of a mode of z1. With all else at its best, the loss is
+be the variance of a mode of z1, and minimise the loss over everything else. The loss is then
 (beta_2 - beta_1) log(m) / 2 + const for m above b = beta_2 eta_dec^2 / beta_1. Three cases follow:
 
     beta_2 > beta_1    Every unit of z2 collapses, and z1 is the z of a VAE (theorem 1) whose prior
-                       has the std eta_dec: VERIFIED.
-    beta_2 = beta_1    The least loss is the same, but any m >= b is as good. So the loss is
-                       VERIFIED, and the units are not unique.
-    beta_2 < beta_1    The loss falls without bound as m grows. The script follows it for a while:
-                       UNBOUNDED.
+                       has the std eta_dec. The script prints VERIFIED.
+    beta_2 = beta_1    The least loss is the same, and every m >= b attains it. The units are not
+                       unique, so only the loss is compared. The script prints VERIFIED.
+    beta_2 < beta_1    The loss falls without bound as m grows. The script follows it for a while,
+                       and prints UNBOUNDED.
 
-So a learnable encoder variance is what kills the top level.
+So a learnable encoder variance of z1 collapses the top level.
 
-Minimisation: the loss is a function of the weights and of the second moment of the data only, so
-nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
-from the best end (see verify.minimise). The errors should then be at most 1e-6.
+The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
+L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
+minimum (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
@@ -37,12 +37,14 @@ UNBOUNDED_TOLERANCE = 1e-3
 
 @dataclass
 class Flags(common.MatrixFlags):
-    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2))", above=0)
-    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2))", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior p(z2)", above=0)
-    eta_dec: float = common.flag(1.0, "std of p(z1|z2) and of p(x|z1)", above=0)
-    d_0: int = common.flag(6, "dimension of x", low=1, high=1_000)
-    d_1: int = common.flag(5, "units of z1, and of z2", low=1, high=1_000)
+    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", above=0)
+    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", above=0)
+    eta_enc: float = common.flag(1.0, "standard deviation of the prior p(z2)", above=0)
+    eta_dec: float = common.flag(
+        1.0, "standard deviation of the decoders p(x|z1) and p(z1|z2)", above=0
+    )
+    d_0: int = common.flag(6, "number of columns of x", low=1, high=1_000)
+    d_1: int = common.flag(5, "number of units of z1, and of z2", low=1, high=1_000)
 
 
 class HVAE:
@@ -196,7 +198,7 @@ def follow_unbounded(f):
     starts = verify.random_starts(hvae, f, device)
 
     # 1. Minimise at each sigma_1, and compare with theorem 3.
-    rows = [["sigma_1", "optimal loss", "found", "error"]]
+    rows = [["sigma_1", "optimal loss", "error"]]
     errors = []
     losses = []
     for factor in (1, 2, 4):
@@ -205,7 +207,8 @@ def follow_unbounded(f):
         optimal_loss = hvae.theorem_3(sigma_1)["loss"].item()
         errors.append(abs(loss - optimal_loss))
         losses.append(loss)
-        rows.append([f"{sigma_1:g}", f"{optimal_loss:.6f}", f"{loss:.6f}", f"{errors[-1]:.1e}"])
+        pair = common.format_pair(f"{optimal_loss:.6f}", f"{loss:.6f}")
+        rows.append([f"{sigma_1:g}", pair, f"{errors[-1]:.1e}"])
         starts = [double_z1(parameters)]
 
     # 2. Release Sigma1. The loss has no minimum, so this stops after a while.
@@ -215,20 +218,21 @@ def follow_unbounded(f):
     # 3. Print the table and the verdict.
     slope = (f.beta_1 - f.beta_2) * f.d_1
     print(
-        f"\nbeta_2 = {f.beta_2} < beta_1 = {f.beta_1}, seed {f.seed}: Sigma1 = sigma_1^2 I held "
-        f"(theorem 3). As sigma_1 grows the loss falls by {slope:g} per unit of log sigma_1 in the "
-        "end."
+        f"\nThe loss has no minimum for beta_2 = {f.beta_2} < beta_1 = {f.beta_1} (seed {f.seed}). "
+        "Each row holds Sigma1 at sigma_1^2 I.\n"
+        f"For large sigma_1, the loss falls by {slope:g} nats as log sigma_1 rises by 1.\n"
+        f"{verify.PAIRS}"
     )
     common.print_table(rows)
-    # The loss falls with sigma_1 only in the end. From the first one to the second it may rise.
+    # The loss falls for large sigma_1. From the first sigma_1 to the second it may rise.
     falls = losses[1] > losses[2] > released_loss
     # The maximum of a tensor, unlike Python's, is nan if one of the errors is.
     max_error = torch.tensor(errors, dtype=torch.float64).max().item()
     verified = max_error <= UNBOUNDED_TOLERANCE and falls
     verdict = "UNBOUNDED" if verified else "FAILED"
     print(
-        f"{verdict} max error {max_error:.1e}; with Sigma1 let go the loss was "
-        f"{released_loss:.6f} when stopped"
+        f"{verdict}: the largest error is {max_error:.1e}; with a learnable Sigma1, the "
+        f"minimisation was stopped at the loss {released_loss:.6f}"
     )
     return verified
 
@@ -273,8 +277,8 @@ def main(argv=None):
     status = verify.verify(HVAE, bounded) if bounded else 0
     if any(f.beta_2 == f.beta_1 for f in bounded):
         print(
-            "where beta_2 = beta_1 the loss alone is compared: the optimum is flat, any "
-            "m >= eta_dec^2 is as good"
+            "Where beta_2 = beta_1, only the loss is compared. The optimum is flat there, because "
+            "every variance of a mode of z1 from eta_dec^2 on has the same loss."
         )
     for f in settings:
         if f.beta_2 < f.beta_1 and not follow_unbounded(f):

@@ -1,16 +1,16 @@
-"""Theorem 3 on synthetic data: does a linear MHVAE with a learnable Sigma2, its exact expected loss
-minimised, end where the closed form says?
+"""Theorem 3 on synthetic data: does the least exact expected loss of a linear MHVAE with a
+learnable Sigma2 agree with the closed form?
 
     python matrix_HVAE_learnable_sigma_2.py
     python matrix_HVAE_learnable_sigma_2.py --seed 0:9 --beta_1 0.5,1 --sigma_1 0.5,1,2
 
-Dang et al. (2024, arXiv 2306.05023, theorem 3): the ratio beta_2 / beta_1 decides what z2 encodes
-of z1. z2 describes a strong mode of the data, together with z1. z1 alone describes a weaker mode,
-and no unit describes the weakest ones.
+Dang et al. (2024, arXiv 2306.05023, theorem 3): the ratio beta_2 / beta_1 decides which modes of
+z1 the level z2 encodes. z1 and z2 together describe the strong modes of the data. z1 alone
+describes the weaker modes, and no unit describes the weakest ones.
 
-Minimisation: the loss is a function of the weights and of the second moment of the data only, so
-nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
-from the best end (see verify.minimise). The errors should then be at most 1e-6.
+The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
+L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
+minimum (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
@@ -24,14 +24,16 @@ import verify
 
 @dataclass
 class Flags(common.MatrixFlags):
-    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2))", above=0)
-    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2))", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior p(z2)", above=0)
-    eta_dec: float = common.flag(1.0, "std of p(z1|z2) and of p(x|z1)", above=0)
-    sigma_1: float = common.flag(1.0, "std of q(z1|x)", above=0)
-    d_0: int = common.flag(6, "dimension of x", low=1, high=1_000)
-    d_1: int = common.flag(5, "units of z1", low=1, high=1_000)
-    d_2: int = common.flag(5, "units of z2", low=1, high=1_000)
+    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", above=0)
+    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", above=0)
+    eta_enc: float = common.flag(1.0, "standard deviation of the prior p(z2)", above=0)
+    eta_dec: float = common.flag(
+        1.0, "standard deviation of the decoders p(x|z1) and p(z1|z2)", above=0
+    )
+    sigma_1: float = common.flag(1.0, "standard deviation of the encoder q(z1|x)", above=0)
+    d_0: int = common.flag(6, "number of columns of x", low=1, high=1_000)
+    d_1: int = common.flag(5, "number of units of z1", low=1, high=1_000)
+    d_2: int = common.flag(5, "number of units of z2", low=1, high=1_000)
 
 
 class HVAE:

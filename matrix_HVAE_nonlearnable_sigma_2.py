@@ -1,16 +1,16 @@
-"""Theorem 5 on synthetic data: does a linear MHVAE with both Sigmas fixed, its exact expected loss
-minimised, end where the closed form says?
+"""Theorem 5 on synthetic data: does the least exact expected loss of a linear MHVAE with both
+Sigmas fixed agree with the closed form?
 
     python matrix_HVAE_nonlearnable_sigma_2.py
     python matrix_HVAE_nonlearnable_sigma_2.py --seed 0:9 --beta_1 0.5,1 --sigma_2 0.5,1,2
 
 Dang et al. (2024, arXiv 2306.05023, theorem 5): z2 describes the strong modes of the data, as with
 a learnable Sigma2 (matrix_HVAE_learnable_sigma_2.py). Here z1 has less variance in a mode that z2
-describes. A unit of z2 whose mean is dead still has a KL, unless sigma_2 = eta_enc.
+describes. A unit of z2 whose mean is constant still has a KL, unless sigma_2 = eta_enc.
 
-Minimisation: the loss is a function of the weights and of the second moment of the data only, so
-nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
-from the best end (see verify.minimise). The errors should then be at most 1e-6.
+The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
+L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
+minimum (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
@@ -24,15 +24,17 @@ import verify
 
 @dataclass
 class Flags(common.MatrixFlags):
-    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2))", above=0)
-    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2))", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior p(z2)", above=0)
-    eta_dec: float = common.flag(1.0, "std of p(z1|z2) and of p(x|z1)", above=0)
-    sigma_1: float = common.flag(1.0, "std of q(z1|x)", above=0)
-    sigma_2: float = common.flag(1.0, "std of q(z2|z1)", above=0)
-    d_0: int = common.flag(5, "dimension of x", low=1, high=1_000)
-    d_1: int = common.flag(5, "units of z1", low=1, high=1_000)
-    d_2: int = common.flag(5, "units of z2", low=1, high=1_000)
+    beta_1: float = common.flag(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", above=0)
+    beta_2: float = common.flag(2.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", above=0)
+    eta_enc: float = common.flag(1.0, "standard deviation of the prior p(z2)", above=0)
+    eta_dec: float = common.flag(
+        1.0, "standard deviation of the decoders p(x|z1) and p(z1|z2)", above=0
+    )
+    sigma_1: float = common.flag(1.0, "standard deviation of the encoder q(z1|x)", above=0)
+    sigma_2: float = common.flag(1.0, "standard deviation of the encoder q(z2|z1)", above=0)
+    d_0: int = common.flag(5, "number of columns of x", low=1, high=1_000)
+    d_1: int = common.flag(5, "number of units of z1", low=1, high=1_000)
+    d_2: int = common.flag(5, "number of units of z2", low=1, high=1_000)
 
 
 class HVAE:

@@ -1,16 +1,16 @@
-"""Theorem 1 on synthetic data: does a linear VAE, its exact expected loss minimised, end where the
-closed form says?
+"""Theorem 1 on synthetic data: does the least exact expected loss of a linear VAE agree with the
+closed form?
 
     python matrix_VAE.py
     python matrix_VAE.py --learnable_sigma true,false --seed 0:9 --beta 0.5,1,2
 
 Dang et al. (2024, arXiv 2306.05023, theorem 1): let theta_i be the i-th singular value of the data.
 With a learnable Sigma, unit i collapses if theta_i <= sqrt(beta) eta_dec. With a fixed Sigma, its
-mean dies if theta_i <= sqrt(beta) sigma_i eta_dec / eta_enc.
+mean is constant if theta_i <= sqrt(beta) sigma_i eta_dec / eta_enc.
 
-Minimisation: the loss is a function of the weights and of the second moment of the data only, so
-nothing is sampled. L-BFGS minimises it in float64 from 8 random starts, and Newton's method goes on
-from the best end (see verify.minimise). The errors should then be at most 1e-6.
+The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
+L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
+minimum (see verify.minimise). The errors should then be at most 1e-6.
 """
 import math
 from dataclasses import dataclass
@@ -24,13 +24,17 @@ import verify
 
 @dataclass
 class Flags(common.MatrixFlags):
-    beta: float = common.flag(1.0, "weight of KL(q(z|x) || p(z))", above=0)
-    eta_enc: float = common.flag(1.0, "std of the prior p(z)", above=0)
-    eta_dec: float = common.flag(1.0, "std of p(x|z)", above=0)
-    learnable_sigma: bool = common.flag(True, "learn Sigma = diag sigma_i^2, or hold it fixed")
-    sigma: float = common.flag(1.0, "std of q(z|x) if fixed", above=0, vector=True)
-    d_0: int = common.flag(6, "dimension of x", low=1, high=1_000)
-    d_1: int = common.flag(5, "units of z", low=1, high=1_000)
+    beta: float = common.flag(1.0, "weight of KL(q(z|x) || p(z)) in the loss", above=0)
+    eta_enc: float = common.flag(1.0, "standard deviation of the prior p(z)", above=0)
+    eta_dec: float = common.flag(1.0, "standard deviation of the decoder p(x|z)", above=0)
+    learnable_sigma: bool = common.flag(
+        True, "whether the standard deviation of the encoder is learned; --sigma fixes it otherwise"
+    )
+    sigma: float = common.flag(
+        1.0, "standard deviation of the encoder q(z|x) if it is fixed", above=0, vector=True
+    )
+    d_0: int = common.flag(6, "number of columns of x", low=1, high=1_000)
+    d_1: int = common.flag(5, "number of units of z", low=1, high=1_000)
 
 
 class VAE:

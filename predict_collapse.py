@@ -74,7 +74,8 @@ class Flags(common.BaseFlags):
 
     x: str = common.flag(
         "",
-        "file with one example per row; rows with more than one dimension are flattened",
+        "file (.npy, .npz, .csv or .pt) with one example per row; examples of more than one "
+        "dimension are flattened",
         metavar="FILE",
     )
     y: str = common.flag(
@@ -82,49 +83,79 @@ class Flags(common.BaseFlags):
     )
     dataset: str = common.flag(
         "none",
-        "training images instead of --x; for a CVAE, x is a quarter of each image and y the rest",
+        "data set whose training images replace --x; for a CVAE, x is a quarter of each image and "
+        "y the rest",
         choices=("none", "mnist", "fashion", "digits"),
     )
-    data_dir: str = common.flag("data", "folder of the data sets", metavar="FOLDER")
-    center: bool = common.flag(False, "subtract the means, as a model with biases could")
-    model: str = common.flag("vae", "the model to predict", choices=("vae", "cvae", "hvae"))
-    beta: float = common.flag(1.0, "vae, cvae: weight of the KL", above=0, high=LARGEST)
-    beta_1: float = common.flag(1.0, "hvae: weight of z1's KL", above=0, high=LARGEST)
-    beta_2: float = common.flag(1.0, "hvae: weight of z2's KL", above=0, high=LARGEST)
-    eta_enc: float = common.flag(1.0, "std of the prior", above=SMALLEST, high=LARGEST)
-    eta_dec: float = common.flag(1.0, "std of the decoder", above=SMALLEST, high=LARGEST)
+    data_dir: str = common.flag("data", "folder that holds the data sets", metavar="FOLDER")
+    center: bool = common.flag(
+        False, "subtract the mean of each column, which a model with biases would learn"
+    )
+    model: str = common.flag("vae", "kind of linear model", choices=("vae", "cvae", "hvae"))
+    beta: float = common.flag(
+        1.0, "weight of the KL in the loss of a VAE or CVAE", above=0, high=LARGEST
+    )
+    beta_1: float = common.flag(
+        1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss of an HVAE", above=0, high=LARGEST
+    )
+    beta_2: float = common.flag(
+        1.0, "weight of KL(q(z2|z1) || p(z2)) in the loss of an HVAE", above=0, high=LARGEST
+    )
+    eta_enc: float = common.flag(
+        1.0, "standard deviation of the prior p(z), in an HVAE p(z2)", above=SMALLEST, high=LARGEST
+    )
+    eta_dec: float = common.flag(
+        1.0,
+        "standard deviation of the decoder, in an HVAE of p(x|z1) and p(z1|z2)",
+        above=SMALLEST,
+        high=LARGEST,
+    )
     sigma: float = common.flag(
-        0.0, "vae, cvae: std of q if it is fixed; 0 if it is learnable", low=0, high=LARGEST_SIGMA
+        0.0,
+        "standard deviation of the encoder of a VAE or CVAE if it is fixed; 0 means that it is "
+        "learnable",
+        low=0,
+        high=LARGEST_SIGMA,
     )
     sigma_1: float = common.flag(
-        0.5, "hvae: std of q(z1|x), which is fixed", above=SMALLEST, high=LARGEST
+        0.5,
+        "standard deviation of the encoder q(z1|x) of an HVAE, which is fixed",
+        above=SMALLEST,
+        high=LARGEST,
     )
     sigma_2: float = common.flag(
-        0.0, "hvae: std of q(z2|z1) if it is fixed; 0 if it is learnable", low=0, high=LARGEST
+        0.0,
+        "standard deviation of the encoder q(z2|z1) of an HVAE if it is fixed; 0 means that it is "
+        "learnable",
+        low=0,
+        high=LARGEST,
     )
     d_1: int = common.flag(
         0,
-        "number of units of z (hvae: of z1); 0 for one unit per mode of the data",
+        "number of units of z, in an HVAE of z1; 0 means one unit for each mode of the data",
         low=0,
         high=MAX_UNITS,
     )
     d_2: int = common.flag(
-        0, "hvae: number of units of z2; 0 for as many as z1 has", low=0, high=MAX_UNITS
+        0, "number of units of z2 of an HVAE; 0 means as many as z1 has", low=0, high=MAX_UNITS
     )
     residual: str = common.flag(
         "",
         "file with the targets of a trained model minus its reconstructions, one row for each row "
-        "of --x, which is then the input of its encoder",
+        "of --x; --x then has the inputs of its encoder",
         metavar="FILE",
     )
     collapsed: int = common.flag(
         0,
-        "with --residual: number of collapsed units of the trained model",
+        "number of collapsed units of the trained model; only with --residual",
         low=0,
         high=MAX_UNITS,
     )
     active: int = common.flag(
-        0, "number of active units (hvae: of z2) to recommend a beta (hvae: beta_2) for", low=0
+        0,
+        "number of active units for which beta is recommended, in an HVAE of z2 and beta_2; 0 asks "
+        "for no recommendation",
+        low=0,
     )
     out_dir: str = common.flag("runs", "folder for the results", metavar="FOLDER")
 
@@ -135,7 +166,7 @@ class Flags(common.BaseFlags):
 class Rows:
     """The rows of a file or of a data set, to be read chunk by chunk.
 
-    flag: the flag that names them, for messages.
+    flag: the flag that names the file, for messages.
     count: the number of rows.
     columns: the number of columns, once each row is flattened.
     read: read(start, stop) gives the rows from start up to stop, an array (rows, ...).
@@ -161,10 +192,11 @@ def open_rows(f, flags):
     for source in sources:
         if source.count != count:
             common.stop(
-                f, f"--{source.flag}: {source.count:,} rows, wants as many as --x: {count:,}"
+                f,
+                f"--{source.flag}: got {source.count:,} rows, wants {count:,} rows like --x",
             )
     if count < 2:
-        common.stop(f, "--x: one row, wants at least 2")
+        common.stop(f, "--x: got one row, wants at least 2 rows")
     return sources
 
 
@@ -186,7 +218,9 @@ def open_file(f, flag):
     path = getattr(f, flag)
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
-        common.stop(f, f"--{flag}: got {path!r}, wants a file that ends in {', '.join(READERS)}")
+        common.stop(
+            f, f"--{flag}: got {path!r}, wants a file whose name ends in {', '.join(READERS)}"
+        )
     if os.path.exists(path) and not os.path.isfile(path):
         common.stop(
             f, f"--{flag}: got {path!r}, wants a regular file, not a folder, device or pipe"
@@ -201,7 +235,7 @@ def open_file(f, flag):
         raise
     except Exception as error:
         # numpy and torch raise many kinds of errors for broken files.
-        reason = getattr(error, "strerror", None) or str(error) or "empty"
+        reason = getattr(error, "strerror", None) or str(error) or "the file is empty"
         common.stop(
             f, f"--{flag}: {path!r} cannot be read as an array: {reason.splitlines()[0]}"
         )
@@ -211,7 +245,7 @@ def read_npy(flag, path):
     """Rows of an .npy file. At most one chunk of it is in memory at any time."""
     array = np.load(path, mmap_mode="r")
     if not isinstance(array, np.ndarray):
-        raise ValueError("its format is not .npy")
+        raise ValueError("it is not in the format .npy")
     rows = rows_of_array(flag, array)
 
     def read(start, stop):
@@ -225,11 +259,13 @@ def read_npz(flag, path):
     """Rows of the only array of an .npz file."""
     arrays = np.load(path)
     if isinstance(arrays, np.ndarray):
-        raise ValueError("its format is not .npz")
+        raise ValueError("it is not in the format .npz")
     with arrays:
         names = arrays.files
         if len(names) != 1:
-            raise ValueError(f"it holds {len(names)} arrays ({', '.join(names)}), wants one")
+            raise ValueError(
+                f"it contains {len(names)} arrays ({', '.join(names)}), wants exactly one"
+            )
         return rows_of_array(flag, arrays[names[0]])
 
 
@@ -237,7 +273,7 @@ def read_pt(flag, path):
     """Rows of the tensor of a .pt file."""
     tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if not torch.is_tensor(tensor):
-        raise ValueError(f"it holds a {type(tensor).__name__}, wants a tensor")
+        raise ValueError(f"it contains a {type(tensor).__name__}, wants a tensor")
     if tensor.dtype == torch.bfloat16:
         # numpy has no bfloat16.
         tensor = tensor.float()
@@ -264,14 +300,14 @@ def read_csv(flag, path):
                 continue
             if numbers and len(cells) != len(numbers[0]):
                 raise ValueError(
-                    f"line {reader.line_num:,}: {len(cells)} cells, wants {len(numbers[0])} as in "
-                    f"line {lines[0]:,}"
+                    f"line {reader.line_num:,} has {len(cells)} cells, wants {len(numbers[0])} as "
+                    f"in line {lines[0]:,}"
                 )
             numbers.append(parse_cells(cells, reader.line_num, names))
             lines.append(reader.line_num)
 
     if not numbers:
-        raise ValueError("it holds no rows of numbers")
+        raise ValueError("it contains no rows of numbers")
 
     def place(row, column):
         return csv_place(lines[row], column, names)
@@ -287,7 +323,7 @@ def parse_cells(cells, line, names):
             numbers.append(float(cell))
         except ValueError:
             place = csv_place(line, column, names)
-            raise ValueError(f"{place} holds {cell[:40]!r}, wants a number") from None
+            raise ValueError(f"{place} is {cell[:40]!r}, wants a number") from None
     return np.array(numbers)
 
 
@@ -313,17 +349,17 @@ READERS = {".npy": read_npy, ".npz": read_npz, ".csv": read_csv, ".pt": read_pt}
 def rows_of_array(flag, array):
     """Rows of an array (rows, ...). Raises ValueError if it holds no rows of numbers."""
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"of type {array.dtype}, wants numbers")
+        raise ValueError(f"its values have the type {array.dtype}, wants real numbers")
     # The targets of a CVAE may be a vector: one number for each row of --x.
     least_dimensions = 2 if flag == "x" else 1
     if array.ndim < least_dimensions or not array.size:
-        raise ValueError(f"of shape {array.shape}, wants rows of numbers")
+        raise ValueError(f"its shape is {array.shape}, wants one row of numbers per example")
 
     def read(start, stop):
         return array[start:stop]
 
     def place(row, column):
-        return f"row {row:,} (from 0)"
+        return f"row {row:,} (counted from 0)"
 
     return Rows(flag=flag, count=len(array), columns=array[0].size, read=read, place=place)
 
@@ -355,12 +391,13 @@ def check_numbers(f, source, rows, start):
     row, column = np.argwhere(is_bad)[0]
     value = rows[row, column]
     if np.isfinite(value):
-        wanted = f"numbers up to {LARGEST:g}, whose squares can be summed"
+        wanted = f"numbers up to {LARGEST:g}, so that their squares can be summed"
     else:
         wanted = "finite numbers"
     common.stop(
         f,
-        f"--{source.flag}: {source.place(start + row, column)} holds {value:.3g}, wants {wanted}",
+        f"--{source.flag}: a number in {source.place(start + row, column)} is {value:.3g}, wants "
+        f"{wanted}",
     )
 
 
@@ -408,17 +445,19 @@ def warn_of_data(f, matrix, mean, count):
 
     zeros = (is_constant & (mean == 0)).sum()
     if zeros:
-        warn(f"{zeros} of {columns} columns are 0 throughout")
+        verb = "is" if zeros == 1 else "are"
+        warn(f"{zeros} of {columns} columns {verb} 0 in every row")
 
     constants = (is_constant & (mean != 0)).sum()
     if constants:
-        remedy = "" if f.center else ": a unit describes them, unless --center takes the means away"
-        warn(f"{constants} of {columns} columns are constant{remedy}")
+        verb = "is" if constants == 1 else "are"
+        remedy = "" if f.center else "; a unit describes the constants, unless you give --center"
+        warn(f"{constants} of {columns} columns {verb} constant{remedy}")
 
     if count < columns:
         warn(
-            f"{count:,} rows are few for {columns:,} columns: there are at most {count:,} modes, "
-            "and on fresh rows they hold less"
+            f"there are fewer rows ({count:,}) than columns ({columns:,}), so there are at most "
+            f"{count:,} modes, and they describe new rows less well than these"
         )
 
 
@@ -436,7 +475,7 @@ class Modes:
     variances: (D,), float64, in descending order. For a CVAE these are the variances of the part
         of y that x does not explain linearly.
     count: the number of rows of the data.
-    explained: for a CVAE, a clause on how much of y is explained by x; else "".
+    explained: for a CVAE, a sentence on how much of y is explained by x; else "".
     """
     variances: torch.Tensor
     count: int
@@ -498,9 +537,13 @@ def measure_modes(f):
 
     variances = theory.spectrum(theory.moment_given_x(moment.matrix, moment.dim_x))
     variance_of_y = moment.matrix[moment.dim_x:, moment.dim_x:].trace()
-    explained = "y is 0; "
+    explained = "y is 0 in every row, so the units have nothing to describe."
     if variance_of_y > 0:
-        explained = f"x explains {1 - variances.sum() / variance_of_y:.1%} of y; "
+        share = 1 - variances.sum() / variance_of_y
+        explained = (
+            f"A linear map of x explains {share:.1%} of the {share_name(f)} of y. The units can "
+            "describe the rest."
+        )
     return Modes(variances=variances, count=moment.count, explained=explained)
 
 
@@ -513,7 +556,9 @@ def predict_group(group, modes):
 
     collapse = predicted[f"collapse{swept_level(f)}"]
     if f.active > len(collapse):
-        common.stop(f, f"--active: got {f.active}, there are {len(collapse)} units")
+        common.stop(
+            f, f"--active: got {f.active}, wants at most {len(collapse)}, the number of units"
+        )
 
     betas_to_draw = curve_betas(collapse)
     betas_to_print = [getattr(g, swept) for g in group]
@@ -556,7 +601,7 @@ def check_finite(settings, results):
             flags = ", ".join(changed_scalars(settings)) or "--x"
             common.stop(
                 settings[0],
-                f"{flags}: {name} is not finite for these values, wants less extreme ones",
+                f"{flags}: {name} is not finite for these values, wants less extreme values",
             )
 
 
@@ -669,12 +714,10 @@ def curve_betas(collapse):
 def report_prediction(prediction):
     """Print, draw and save a prediction."""
     f = prediction.f
-    print_heading(prediction)
+    print_answer(prediction)
     for level in theory.levels_of(prediction.predicted):
         print_units(prediction, level)
-    if f.active:
-        print_recommendation(prediction)
-    print_trade_off(prediction.table)
+    print_trade_off(prediction)
 
     folder = files.run_dir(f, None)
     draw_trade_off(folder / "trade_off.png", prediction)
@@ -682,20 +725,84 @@ def report_prediction(prediction):
     print(f"files: {folder}", file=sys.stderr)
 
 
-def print_heading(prediction):
-    """Print which model and which data the prediction is for."""
+def print_answer(prediction):
+    """Print how many units are active, and for which betas --active of them are, in words."""
     f = prediction.f
-    swept = SWEPT_FLAGS[f.model]
+    counts = []
+    for level in theory.levels_of(prediction.predicted):
+        information = prediction.predicted[f"information{level}"]
+        active = int((information > 0).sum())
+        counts.append(f"{active} of {len(information)} units{of_level(level)}")
+
     print(
-        f"\n{f.model} on {data_name(f)}: {prediction.modes.count:,} rows, "
-        f"{swept} = {getattr(f, swept):g}, eta_enc {f.eta_enc:g}, eta_dec {f.eta_dec:g}; "
-        f"{prediction.modes.explained}KL in nats per row"
+        f"\nThe optimal linear {f.model.upper()} on {data_name(f)} "
+        f"({prediction.modes.count:,} rows) keeps {' and '.join(counts)} active."
     )
+    print(f"Its objective has {objective_in_words(f)}.")
+    if prediction.modes.explained:
+        print(prediction.modes.explained)
+    if f.active:
+        print(recommendation(f, prediction.collapse))
 
 
 def data_name(f):
     """The data set or the file of x."""
     return f.dataset if f.dataset != "none" else f.x
+
+
+def share_name(f):
+    """The name of the matrix whose eigenvalues are the variances of the modes."""
+    return "variance" if f.center else "second moment"
+
+
+def objective_in_words(f):
+    """The scalars of the objective, as in "beta = 1, eta_enc = 1, eta_dec = 1 and ..."."""
+    if f.model == "hvae":
+        names = ["beta_1", "beta_2", "eta_enc", "eta_dec", "sigma_1"]
+        last_name = "sigma_2"
+    else:
+        names = ["beta", "eta_enc", "eta_dec"]
+        last_name = "sigma"
+
+    scalars = ", ".join(f"{name} = {getattr(f, name):g}" for name in names)
+    std = getattr(f, last_name)
+    last = f"a fixed {last_name} = {std:g}" if std else f"a learnable {last_name}"
+    return f"{scalars} and {last}"
+
+
+def recommendation(f, collapse):
+    """A sentence on the values of the swept beta that keep exactly --active units active.
+
+    collapse (d,) are the betas at which the units collapse.
+    """
+    swept = SWEPT_FLAGS[f.model]
+    noun = "unit" if f.active == 1 else "units"
+    units = f"{f.active} {noun}{of_level(swept_level(f))}"
+    betas = recommended_betas(collapse, f.active)
+    if betas is not None:
+        verb = "is" if f.active == 1 else "are"
+        return f"Exactly {units} {verb} active for {interval_in_words(swept, *betas)}."
+
+    most = int((collapse > 0).sum())
+    least = int(collapse.isinf().sum())
+    if f.active > most:
+        reason = f"at most {most} can be active"
+    elif f.active < least:
+        reason = f"{least} units never collapse"
+    else:
+        reason = "modes with equal theta collapse together"
+    return f"No {swept} keeps exactly {units} active, because {reason}."
+
+
+def interval_in_words(name, low, high):
+    """The numbers from low (included) to high (excluded), as in "0.5 <= beta < 2"."""
+    if low == 0 and high == math.inf:
+        return f"every {name}"
+    if low == 0:
+        return f"{name} < {high:.6g}"
+    if high == math.inf:
+        return f"{name} >= {low:.6g}"
+    return f"{low:.6g} <= {name} < {high:.6g}"
 
 
 def print_units(prediction, level):
@@ -715,11 +822,9 @@ def print_units(prediction, level):
     total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
     shares = pad(variances / total, units)
 
-    share_of = "variance" if f.center else "second moment"
     swept = SWEPT_FLAGS[f.model]
-    table = [
-        ["unit", "theta", f"share of {share_of}", f"kl{level}", "state", f"collapses at {swept}"]
-    ]
+    share = f"share of {share_name(f)}"
+    table = [["unit", "theta", share, f"kl{level}", "state", f"collapses at {swept}"]]
     shown = min(units, active + 3)
     for i in range(shown):
         collapse = predicted[f"collapse{level}"][i].item()
@@ -731,12 +836,10 @@ def print_units(prediction, level):
             "active" if information[i] > 0 else "collapsed",
             "never" if collapse == math.inf else f"{collapse:.6g}",
         ])
-    print()
+    print(f"\nUnits{of_level(level) or ' of z'}, with their KL in nats per row")
     common.print_table(table)
-
     if shown < units:
-        print(f"and {units - shown} more, all collapsed; ", end="")
-    print(f"{active} of {units} units{of_level(level)} active")
+        print(f"The other {units - shown} units are collapsed, too.")
 
 
 def pad(values, count):
@@ -749,25 +852,21 @@ def of_level(level):
     return f" of z{level.removeprefix('_')}" if level else ""
 
 
-def print_recommendation(prediction):
-    """Print for which betas --active units are active."""
+def print_trade_off(prediction):
+    """Print the `trade_off` of a prediction, with one row per beta."""
     f = prediction.f
-    swept = SWEPT_FLAGS[f.model]
-    betas = recommended_betas(prediction.collapse, f.active)
-    if betas:
-        words = f"{swept} from {betas[0]:.6g} on and below {betas[1]:.6g}"
-    else:
-        words = f"no {swept} gives just so many, since modes of equal theta collapse together"
-    print(f"\nfor {f.active} active units: {words}")
-
-
-def print_trade_off(columns):
-    """Print a `trade_off`, {column: (m,)}, with one row per beta."""
+    columns = prediction.table
     table = [list(columns)]
     for row in zip(*(values.tolist() for values in columns.values())):
         beta, active, *others = row
         table.append([f"{beta:g}", str(active), *(f"{value:.4f}" for value in others)])
-    print()
+
+    level = swept_level(f)
+    count = f" The column active counts units{of_level(level)}." if level else ""
+    print(
+        f"\nTrade-off over {SWEPT_FLAGS[f.model]}.{count} Rate and loss are in nats per row, and "
+        "distortion is the squared error per row."
+    )
     common.print_table(table)
 
 
@@ -801,6 +900,7 @@ def draw_trade_off(path, prediction):
         lower.plot(point[swept], point["active"], "o", color="C3", label=label)
         units = f"active units{of_level(swept_level(f))}"
         lower.set(xscale="log", xlabel=swept, ylabel=units)
+        lower.locator_params(axis="y", integer=True)
         for ax in (upper, lower):
             ax.legend(fontsize=7)
 
@@ -823,7 +923,7 @@ class PostMortem:
 
     f: the setting.
     count: the number of rows.
-    level: the variance above which a linear unit gains more than its KL costs.
+    level: the threshold, a variance. A linear unit with a larger tau gains more than its KL costs.
     tau: (D,), the eigenvalues of T in descending order.
     gain: the headroom G_k on all rows, in nats per row.
     held_out: the gain on one half of the rows of units that were found on the other half.
@@ -901,8 +1001,10 @@ def examine_one(f, count, moments):
     held_out = max(held_out_gains)
     verdict = headroom.verdict(None, f.collapsed, gain)
     if (gain > theory.ACTIVE) != (held_out > theory.ACTIVE):
-        units_collapsed = verdict.partition(",")[0]
-        verdict = f"{units_collapsed}: too few rows to tell by what"
+        verdict = (
+            f"{headroom.collapse_in_words(None, f.collapsed)}: there are too few rows to decide "
+            "whether because of the objective or of training"
+        )
     return PostMortem(
         f=f,
         count=count,
@@ -917,16 +1019,16 @@ def examine_one(f, count, moments):
 def report_post_mortem(post_mortem):
     """Print, draw and save whether the objective or training collapsed the units."""
     f = post_mortem.f
+    print(f"\nWith beta = {f.beta:g} and eta_dec = {f.eta_dec:g}, {post_mortem.verdict}.")
     print(
-        f"\n{f.x}, {f.residual}: {post_mortem.count:,} rows, beta = {f.beta:g}, "
-        f"eta_dec {f.eta_dec:g}, level {post_mortem.level:g}; nats per row"
+        f"The headroom is {post_mortem.gain:.4f} nats per row, from the {post_mortem.count:,} rows "
+        f"of {f.x} and {f.residual}."
     )
-    print_idle_units(post_mortem)
     print(
-        f"headroom {post_mortem.gain:.4f} nats; of units found on one half of the rows, measured "
-        f"on the other: {post_mortem.held_out:.4f}"
+        f"The held-out headroom is {post_mortem.held_out:.4f} nats per row. Its units are fitted "
+        "on one half of the rows and measured on the other half."
     )
-    print(post_mortem.verdict)
+    print_linear_units(post_mortem)
 
     folder = files.run_dir(f, None)
     draw_post_mortem(folder / "headroom.png", post_mortem)
@@ -934,16 +1036,21 @@ def report_post_mortem(post_mortem):
     print(f"files: {folder}", file=sys.stderr)
 
 
-def print_idle_units(post_mortem):
-    """Print one row for each collapsed unit that would gain, and for the next three."""
+def print_linear_units(post_mortem):
+    """Print one row for each linear unit that would lower the loss, and for the next three."""
     f = post_mortem.f
     tau = post_mortem.tau
     level = post_mortem.level
-    table = [["idle unit", "tau", "tau / level", "would pay"]]
+    table = [["unit", "tau", "tau / threshold", "gain (nats)"]]
     gaining = int((tau[:f.collapsed] > level).sum())
     for i in range(min(f.collapsed, len(tau), gaining + 3)):
         gain = headroom.gain_of_units(tau[i:i + 1], 1, beta=f.beta, weight=1, std=f.eta_dec)
         table.append([str(i + 1), f"{tau[i]:.4f}", f"{tau[i] / level:.4f}", f"{gain:.4f}"])
+
+    print(
+        "\nLinear units in place of the collapsed ones. A unit lowers the loss if its tau exceeds "
+        f"the threshold beta eta_dec^2 = {level:g}."
+    )
     common.print_table(table)
 
 
@@ -961,12 +1068,12 @@ def level_headroom(post_mortem):
 
 
 def draw_post_mortem(path, post_mortem):
-    """Draw tau against the level."""
+    """Draw the variance that each collapsed unit could describe, beside the threshold."""
     pictures.draw_panels(
         path,
         {post_mortem.verdict: level_headroom(post_mortem)},
         width=5.2,
-        height=3.6,
+        height=4.2,
         caption=files.spell(files.changed_settings(post_mortem.f, None)),
         draw=pictures.plot_headroom,
     )
@@ -990,14 +1097,18 @@ def check_prediction_flags(settings):
     f = settings[0]
     if any(g.collapsed for g in settings):
         common.stop(
-            f, "--collapsed: wants --residual, what a trained model leaves of its target"
+            f, "--collapsed: also wants --residual, a file with the residuals of a trained model"
         )
-    if (f.dataset == "none") == (not f.x):
+    if f.dataset == "none" and not f.x:
         common.stop(
-            f, "--x: wants a file with an example a row, or --dataset for images instead"
+            f, "--x: got no file, wants one with an example per row; or give --dataset for images"
         )
-    if (f.model == "cvae") != bool(f.y) and f.dataset == "none":
-        common.stop(f, "--y: wants a file with targets for --model cvae, and for no other")
+    if f.dataset != "none" and f.x:
+        common.stop(f, f"--x: cannot be combined with --dataset {f.dataset}")
+    if f.model == "cvae" and not f.y and f.dataset == "none":
+        common.stop(f, "--y: got no file, wants one with the targets for --model cvae")
+    if f.model != "cvae" and f.y and f.dataset == "none":
+        common.stop(f, f"--y: cannot be combined with --model {f.model}, which has no targets")
 
 
 def check_post_mortem_flags(settings):
@@ -1005,10 +1116,12 @@ def check_post_mortem_flags(settings):
     f = settings[0]
     for name in ("y", "dataset", "model", "center", "sigma", "active"):
         if any(getattr(g, name) != getattr(Flags, name) for g in settings):
-            common.stop(f, f"--{name}: has no meaning beside --residual")
+            common.stop(f, f"--{name}: cannot be combined with --residual")
     if not f.x or not all(g.collapsed for g in settings):
         common.stop(
-            f, "--residual: wants --x, what the encoder reads, and --collapsed, at least 1"
+            f,
+            "--residual: also wants --x, a file with the inputs of the encoder, and --collapsed, a "
+            "whole number of at least 1",
         )
 
 

@@ -104,6 +104,13 @@ CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}
 # A unit counts for AU if the variance of its mean exceeds this share of its prior's variance.
 ACTIVE_VARIANCE = 0.01
 
+# The beginnings and the ends of the names of the metrics that --columns main leaves out.
+HIDDEN_BEGINNINGS = ("reconstruction", "AU_kl", "active_share", "error_")
+HIDDEN_ENDS = ("_train",)
+
+# What the tables of levels show of each level.
+LEVEL_COLUMNS = ("kl", "AU", "AU_kl", "active_share")
+
 
 # ------------------------------------------------------------------------------ the result of a run
 
@@ -164,7 +171,9 @@ class RunResult:
             result.check()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             path = files.run_dir(f, data) / "result.json"
-            print(f"{path} is not whole: evaluated again ({error!r})", file=sys.stderr)
+            print(
+                f"{path} is incomplete, so the run is evaluated again ({error!r})", file=sys.stderr
+            )
             return None
         return result
 
@@ -203,7 +212,7 @@ class RunResult:
         self.check_tables()
 
     def check_tables(self):
-        """Make all that tables show of the optional parts, which fails if a part is wrong."""
+        """Make the cells that tables show of the optional parts. Fails if a part is wrong."""
         if self.headroom:
             verdicts(self)
         if verify.closed_form(self):
@@ -213,7 +222,7 @@ class RunResult:
             self.theory.disagreements()
             self.theory.notes()
             for level in theory.levels_of(self.theory.predicted):
-                verify.unit_rows(self.theory, "trained", level)
+                verify.unit_rows(self.theory, level)
 
     def to_json(self):
         """The result as the dict that is written to its file."""
@@ -243,7 +252,7 @@ class EvaluatedRun:
     f: the setting.
     data: its data set, a datasets.Data.
     model: the trained model. None if it diverged, or if another process has it.
-    result: its RunResult.
+    result: the RunResult.
     loaded_examples: the values per test example, if this process has them in memory.
     """
 
@@ -291,7 +300,7 @@ def evaluate(model, f, data, split="test"):
         log_px          log p(x) by importance sampling with --num_samples draws from q (Burda et
                         al. 2016, arXiv 1509.00519, eq. 8); left out for --num_samples 0
         exact_log_px    log p(x) of a linear model
-        elbo            the ELBO at beta = 1, whatever beta was in training
+        elbo            the ELBO at beta = 1, also if training had another beta
         reconstruction  -E_q[log p(x|z)]
         kl*             KL term of each level
         AU*             units with Var_x(E_q[z|x]) > 0.01 times the prior's variance (Burda et al.)
@@ -371,7 +380,7 @@ def sample_terms(model, f, inputs, draws, with_context):
             max_examples = max(1, max_examples // 2)
             max_pairs = max_pairs // 2
             print(
-                "not enough memory: evaluated in halves from here on, "
+                "not enough memory, so the evaluation continues with "
                 f"{min(max_examples * draws, max_pairs):,} draws at a time",
                 file=sys.stderr,
             )
@@ -573,11 +582,17 @@ def read_run(run):
 
     folder = files.run_dir(run.f, run.data)
     if not has_all_parts(result, run):
-        print(f"{folder / 'result.json'} lacks a part: evaluated again", file=sys.stderr)
+        print(
+            f"{folder / 'result.json'} lacks a part, so the run is evaluated again",
+            file=sys.stderr,
+        )
         return None
     examples = read_examples(folder)
     if not are_examples_of(examples, result, run.data):
-        print(f"{folder / 'units.npz'} is missing or not whole: evaluated again", file=sys.stderr)
+        print(
+            f"{folder / 'units.npz'} is missing or incomplete, so the run is evaluated again",
+            file=sys.stderr,
+        )
         return None
     return EvaluatedRun(run.f, run.data, run.model, result, examples)
 
@@ -683,7 +698,10 @@ def mark_as_diverged(run, result, metrics):
     result.loss_change = None
     folder = files.run_dir(run.f, run.data)
     names = ", ".join(not_finite(metrics))
-    print(f"{folder}: counts as diverged; these metrics are not finite: {names}", file=sys.stderr)
+    print(
+        f"{folder} counts as diverged, because these metrics are not finite: {names}",
+        file=sys.stderr,
+    )
 
 
 def run_of_another_process(run):
@@ -691,7 +709,7 @@ def run_of_another_process(run):
     result = RunResult.read(run.f, run.data)
     if result is None:
         folder = files.run_dir(run.f, run.data)
-        print(f"{folder}: no result; the same command makes it again", file=sys.stderr)
+        print(f"{folder} has no result. The same command makes it again.", file=sys.stderr)
         return None
     return EvaluatedRun(run.f, run.data, run.model, result)
 
@@ -705,7 +723,8 @@ def draw_beside_counterpart(run, counterpart):
     counterpart_examples = read_examples(counterpart_folder)
     if counterpart_examples is None:
         if (counterpart_folder / "units.npz").exists():
-            print(f"{counterpart_folder / 'units.npz'} is not whole: not drawn", file=sys.stderr)
+            path = counterpart_folder / "units.npz"
+            print(f"{path} is incomplete, so it is not drawn", file=sys.stderr)
         return
     # The caption is "<script> on <data set> <flags>". This picture has two scripts.
     _, _, flags = files.caption([run.f], [run.data]).partition(" on ")
@@ -740,17 +759,19 @@ def print_metrics(runs):
     """Print the metrics with one row per setting, then a note for each setting that diverged.
 
     Rows that differ only in the seed form one row, with mean ± standard deviation. A model with
-    many levels gets a second table with one row per setting and level.
+    many levels gets a second table with one row per setting and level. If --columns hides columns,
+    a line under the tables says so.
     """
     flags = varying_flags(runs)
     results = [run.result for run in runs]
     by_setting = metrics_by_setting(results, flags)
     names = metric_names(results)
+    shown = shown_columns(names, runs[0].f.columns)
 
     # Metrics of levels with rows of their own are not in the first table.
     levels = levels_with_rows(names)
     shared_names = []
-    for name in names:
+    for name in shown:
         if not any(name.endswith(level) for level in levels):
             shared_names.append(name)
 
@@ -760,14 +781,28 @@ def print_metrics(runs):
         if result.diverged:
             print(divergence_note(result, flags))
     if levels:
+        kinds = shown_columns(LEVEL_COLUMNS, runs[0].f.columns)
         print()
-        common.print_table(levels_table(by_setting, flags, levels))
+        common.print_table(levels_table(by_setting, flags, levels, kinds))
+    if len(shown) < len(names):
+        print("more columns: --columns all")
+
+
+def shown_columns(names, columns):
+    """The names of the metrics that a table has, for a value of --columns: "main" or "all"."""
+    if columns == "all":
+        return list(names)
+    shown = []
+    for name in names:
+        if not (name.startswith(HIDDEN_BEGINNINGS) or name.endswith(HIDDEN_ENDS)):
+            shown.append(name)
+    return shown
 
 
 def levels_with_rows(names):
     """The suffixes of the levels that have rows of their own, the top level first.
 
-    These are all levels of a model with many levels, else none.
+    A model with many levels has such rows for each of its levels. Other models have none.
     """
     # The suffix "" stands for all levels together.
     levels = [level for level in common.levels(names) if level]
@@ -788,7 +823,7 @@ def metrics_by_setting(results, flags):
 
 
 def metric_names(results):
-    """The names of all metrics, in the order of the results that have most of them."""
+    """The names of all metrics, in the order of the results that have the most of them."""
     names = {}
     finished = [result.metrics for result in results if result.metrics]
     for metrics in sorted(finished, key=len, reverse=True):
@@ -835,9 +870,8 @@ def metrics_table(by_setting, flags, names):
     return table
 
 
-def levels_table(by_setting, flags, levels):
-    """The rows of the table of levels, the top level first."""
-    kinds = ["kl", "AU", "AU_kl", "active_share"]
+def levels_table(by_setting, flags, levels, kinds):
+    """The rows of the table of levels, the top level first. kinds are some of LEVEL_COLUMNS."""
     table = [[*flags, "level", *kinds]]
     for values, repeats in by_setting.items():
         for level in levels:
@@ -910,7 +944,7 @@ def verdicts(result):
         sentence = f"{latent}: {level.verdict()}"
         if level.headroom > theory.ACTIVE:
             if dead:
-                sentence += f"; {dead} are dead"
+                sentence += f"; {dead} never fire"
             if fall > theory.ACTIVE:
                 sentence += (
                     f"; the loss still fell by {fall:.2g} nats in the last tenth of the epochs"
@@ -920,13 +954,14 @@ def verdicts(result):
 
 
 def dead_units_in_words(dead_units):
-    """The ReLU units that never fire: "13 of 16 hidden units of f_y, 2 of 16 of g_z", or ""."""
+    """The ReLU units that never fire: "13 of 16 hidden units of f_y and 2 of 16 of g_z", or ""."""
     parts = []
     for network, (dead, total) in dead_units.items():
         if dead:
             hidden_units = "" if parts else " hidden units"
             parts.append(f"{dead} of {total}{hidden_units} of {network}")
-    return ", ".join(parts)
+    *first_parts, last_part = parts or [""]
+    return f"{', '.join(first_parts)} and {last_part}" if first_parts else last_part
 
 
 def print_theory(runs):
@@ -934,12 +969,17 @@ def print_theory(runs):
     compared = [run.result for run in runs if run.result.theory is not None]
     if not compared:
         return
+    print(
+        '\nIn a pair "predicted -> trained", the closed form predicts the first value, and the '
+        "trained model has the second."
+    )
 
     # 1. A single setting: the units of each level.
     if len(runs) == 1:
-        verify.print_units(compared[0].theory, "trained")
+        verify.print_units(compared[0].theory)
         for note in compared[0].theory.notes():
             print(note)
+        print()
 
     # 2. One row per setting.
     flags = varying_flags(runs, with_seed=True)
@@ -953,8 +993,8 @@ def print_theory(runs):
             differences.append(labelled(label, disagreement))
 
     print(
-        "\npredicted (trained): active units; largest error of a singular value over the largest "
-        "predicted one; nats per training example"
+        "The loss is in nats per training example. The error of singular values is the largest "
+        "one,\nrelative to the largest predicted singular value."
     )
     # Settings without importance sampling lack the last column, so the longest row has all of them.
     columns = list(max(rows, key=len))
@@ -967,20 +1007,18 @@ def print_theory(runs):
     for difference in differences:
         print(f"DIFFERS {difference}")
     if not differences:
-        print("trained as predicted")
+        models = "The model" if len(compared) == 1 else f"All {len(compared)} models"
+        print(f"{models} reached the predicted optimum.")
 
 
 def theory_row(comparison):
     """The cells of one row of the theory's table, {column: text}."""
-    predicted = comparison.active_units()
-    trained = comparison.active_units("trained")
-    row = {}
-    for level, count in predicted.items():
-        row[f"active{level}"] = f"{count} ({trained[level]})"
-    row["singular values"] = f"{comparison.singular_value_error():.2%}"
-    row["optimal loss"] = f"{comparison.optimal_loss:.4f}"
-    row["trained"] = f"{comparison.loss:.4f}"
+    row = verify.active_units_row(comparison)
+    row["optimal loss"] = common.format_pair(
+        f"{comparison.optimal_loss:.4f}", f"{comparison.loss:.4f}"
+    )
     row["gap"] = f"{comparison.gap:.4f}"
+    row["error of singular values"] = f"{comparison.singular_value_error():.2%}"
 
     sampling = comparison.importance_sampling
     if sampling is not None:
@@ -990,7 +1028,7 @@ def theory_row(comparison):
 
 
 def print_linear(runs):
-    """Print the closed form of the linear twin beside the trained values of each setting.
+    """Print the linear twin's values and the trained values of each setting, in pairs.
 
     Where there are enough settings, a rank correlation measures whether both order them alike.
     """
@@ -999,8 +1037,8 @@ def print_linear(runs):
         flags = varying_flags(runs, with_seed=True)
         rows = [flag_values(result, flags) | linear_row(result) for result in results]
         print(
-            "\nlinear: what the closed form of the linear model predicts from the same training "
-            "data, beside what was trained"
+            '\nIn a pair "linear twin -> trained", the closed form of the linear twin predicts the '
+            "first value from the training data,\nand the trained model has the second."
         )
         table = [list(rows[0])]
         for row in rows:
@@ -1008,10 +1046,11 @@ def print_linear(runs):
         common.print_table(table)
 
     if verify.can_be_ranked(results):
-        correlations = verify.rank_correlations_in_words(results)
+        # The tables have no AU_kl, either.
+        correlations = verify.rank_correlations_in_words(results, left_out=("AU_kl",))
         print(
-            f"rank correlation of predicted and trained over {len(results)} settings: "
-            f"{correlations}"
+            "Spearman's rank correlation between predicted and trained values over "
+            f"{len(results)} settings: {correlations}"
         )
 
 
@@ -1019,8 +1058,9 @@ def linear_row(result):
     """The cells of one row of the linear twin's table, {column: text}."""
     row = {}
     for metric, predicted, trained in verify.linear_pairs(result):
-        # AU and AU_kl share a column, since the same units are predicted active for both.
-        predicted_name = metric.replace("AU_kl", "AU")
-        row[f"linear {predicted_name}"] = common.format_metric(predicted)
-        row[metric] = common.format_metric(trained)
+        # The same units are predicted active for AU and AU_kl, so one of them is enough.
+        if not metric.startswith("AU_kl"):
+            row[metric] = common.format_pair(
+                common.format_metric(predicted), common.format_metric(trained)
+            )
     return row

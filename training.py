@@ -198,7 +198,7 @@ class Replayed:
         if self.capturable:
             self.stream = torch.cuda.Stream()
         if self.capturable and together:
-            self._give_up("many processes take it together")
+            self._give_up("several processes take it together")
 
     def __call__(self, rows):
         if not self.capturable or len(rows) != len(self.rows):
@@ -237,8 +237,8 @@ class Replayed:
     def _give_up(self, reason):
         self.capturable = False
         print(
-            "the training step cannot be captured as a CUDA graph, it is launched anew each time: "
-            f"{reason}",
+            "the training step cannot be captured as a CUDA graph, so its kernels are launched "
+            f"one by one: {reason}",
             file=sys.stderr,
         )
 
@@ -311,7 +311,7 @@ def _checked(values, name, kinds):
     if name not in values:
         raise ValueError(f"{name!r} is missing")
     if not isinstance(values[name], kinds):
-        raise ValueError(f"{name!r} is of a wrong type, {type(values[name]).__name__}")
+        raise ValueError(f"{name!r} has the wrong type {type(values[name]).__name__}")
     return values[name]
 
 
@@ -372,9 +372,9 @@ class Phase:
     tally: Tally = None
     # The seconds of training so far.
     seconds: float = 0.0
-    # What a later command needs to go on from here, None before the first checkpoint:
-    # "parts": {name: state_dict}, "order": the state of the generator of the batches when the epoch
-    # began, "noise": the `random_states`.
+    # The state from which a later command resumes, None before the first checkpoint. It has
+    # "parts": {name: state_dict}, "order": the state of the batches' generator when the epoch
+    # began, and "noise": the `random_states`.
     restart: dict = None
 
     def state_dict(self):
@@ -449,8 +449,9 @@ class Training:
         if self.examples_per_step > self.num_examples:
             common.stop(
                 self.f,
-                f"--batch_size: got {self.f.batch_size} for {self.process_count} process(es), "
-                f"wants at most the {self.num_examples:,} training examples in all",
+                f"--batch_size: got {self.f.batch_size} for each of {self.process_count} "
+                f"process(es), wants at most {self.num_examples:,} in all, the number of training "
+                "examples",
             )
         steps = self.num_examples // self.examples_per_step
         self.examples_per_epoch = steps * self.examples_per_step
@@ -527,8 +528,8 @@ class Training:
             # Training goes on in the last phase. It has finished those before it.
             if phase is list(self.phases.values())[-1]:
                 print(
-                    f"going on after {phase.epoch - 1} of {epochs} epochs, "
-                    f"from {self.checkpoint.path}",
+                    f"resuming after {phase.epoch - 1} of {epochs} epochs from the checkpoint "
+                    f"{self.checkpoint.path}",
                     file=sys.stderr,
                 )
         self.start = time.monotonic() - phase.seconds
@@ -673,7 +674,7 @@ class Training:
         if self.checkpoint is not None and self.group_size > 1:
             self.checkpoint.write(self._state_dict())
 
-    # What has become of the settings.
+    # The outcome for each setting.
 
     @property
     def diverged(self):
@@ -689,9 +690,9 @@ class Training:
         return None not in self.diverged
 
     def check_weights(self, models):
-        """Count a model with a weight that is not finite as diverged in the last epoch.
+        """Mark a setting as diverged in the last epoch if one of its weights is not finite.
 
-        The last step of the training can do that: no loss follows it.
+        The last step of the training can cause this, because no loss is computed after it.
         """
         finite = []
         for model in models:
@@ -749,7 +750,7 @@ def train_with_adam(models, group, data, loop):
     if beta_share(first, 0) < 1:
         share = torch.zeros_like(like[0, 0])
 
-    # 2. What is trained, its optimiser and its schedule.
+    # 2. The model or the stack of models, its optimiser and its schedule.
     is_grid = len(group) > 1
     trained = StackedModels(models, group, data.train, share) if is_grid else models[0]
     optimizer = make_adam(trained.parameters(), first, like.device)
@@ -910,7 +911,7 @@ def fit_group(Model, group, data, train):
     together = train is not None
     rank, process_count = processes.rank_and_count() if together else (0, 1)
 
-    # 1. What exists already. All processes look before the first one changes anything.
+    # 1. The runs that are finished. All processes look before the first one changes anything.
     folders = trained_folders(group[0], data)
     finished = []
     for f in group:
@@ -1053,7 +1054,9 @@ def read_model(Model, f, data, path):
         raise ValueError(textwrap.shorten(str(error), 150)) from None
     except Exception as error:
         # There are many other kinds of broken files, and each raises an error of its own.
-        raise ValueError(f"it holds no model's weights ({type(error).__name__})") from None
+        raise ValueError(
+            f"it does not contain a model's weights ({type(error).__name__})"
+        ) from None
     return model
 
 
@@ -1100,16 +1103,25 @@ def remove_file(path):
 
 
 class Checkpoint:
-    """A file with the state of the training of a group, from which a later command goes on.
+    """A file with the state of the training of a group, from which a later command resumes.
 
-    `state` is what was written, or None. A file that is not whole is refused, with one line on
+    `state` is the state that was written, or None. An incomplete file is refused, with one line on
     stderr. So is a file from other settings, another version of the script or of torch, another
     kind of device, or another number of processes.
 
-    A training that goes on from a checkpoint ends with the very numbers of an undisturbed run.
+    A training that resumes from a checkpoint ends with exactly the numbers of an undisturbed run.
     This is promised on the CPU, and on CUDA where the backward pass is deterministic. The deep
     models' bilinear interpolation is an operation whose backward pass on CUDA is not.
     """
+
+    # The parts of the identity in words, for the message about a file that is refused.
+    IDENTITY_WORDS = {
+        "processes": "number of processes",
+        "torch": "version of torch",
+        "device": "device",
+        "script": "version of the script",
+        "settings": "list of settings",
+    }
 
     def __init__(self, group, data, process_count=1):
         device = data.train[0].device
@@ -1138,17 +1150,18 @@ class Checkpoint:
             differing = []
             for name, value in self.identity.items():
                 if saved["identity"].get(name) != value:
-                    differing.append(name)
+                    differing.append(f"a different {self.IDENTITY_WORDS[name]}")
             if not differing:
                 return saved["state"]
-            reason = "it is of another " + " and ".join(differing)
+            reason = "it was written with " + " and ".join(differing)
         except FileNotFoundError:
             return None
         except Exception as error:
             # There are many kinds of broken files, and each raises an error of its own.
-            reason = f"it is not whole ({type(error).__name__})"
+            reason = f"it is incomplete or corrupt ({type(error).__name__})"
         print(
-            f"checkpoint {self.path} is refused, training starts over: {reason}", file=sys.stderr
+            f"cannot use the checkpoint {self.path}, training starts over: {reason}",
+            file=sys.stderr,
         )
         return None
 

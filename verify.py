@@ -1,8 +1,14 @@
-"""Trained beside predicted: how far a model is from a closed form of theory.py, and where.
+"""Compare models with the closed forms of theory.py.
 
-In this order: `Comparison`, the record of both; the units of a linear model as it is; a trained
-linear model beside its own closed form; other models beside that of their linear twin; a table of
-units; minimisation by brute force; and `verify`, by which the matrix scripts check a theorem.
+The file has these parts, in this order:
+
+    Trained and predicted     `Comparison`, the record of a model and its closed form
+    Units of a linear model   its singular values, stds and KL terms, measured on its weights
+    A trained linear model    its comparison with its own closed form
+    The linear twin           the comparison of any other model with the closed form of its twin
+    A table of units          what the scripts print about each unit
+    Minimisation              L-BFGS and Newton's method
+    The check of a theorem    `verify`, which the matrix scripts call
 """
 import copy
 import dataclasses
@@ -29,8 +35,8 @@ TOLERANCE = 1e-6
 # Predicted numbers above this have rounding errors larger than TOLERANCE.
 MAX_PREDICTED = TOLERANCE / torch.finfo(torch.float64).eps
 
-# Above this information, in nats, lambda^2 / sigma^2 exceeds MAX_PREDICTED. In the second moment of
-# z, which is lambda^2 + sigma^2, sigma^2 is then lost to rounding.
+# Above this information, in nats, lambda^2 / sigma^2 exceeds MAX_PREDICTED. The second moment of z
+# is lambda^2 + sigma^2. Rounding then removes sigma^2 from this sum.
 MAX_INFORMATION = math.log(MAX_PREDICTED) / 2
 
 # A loss above this, in nats, has rounding errors larger than 1 nat.
@@ -43,19 +49,25 @@ MAX_PARAMETERS = 5_000
 # The largest amount of data of a setting, in numbers of 8 bytes. Drawing it takes three times this.
 MAX_DATA = 50_000_000
 
+# The sentence above the tables of the matrix scripts.
+PAIRS = (
+    'In a pair "theorem -> brute force", the theorem gives the first value, and the minimisation '
+    "finds the second."
+)
+
 # Rows of a split that `in_float64` passes to a model at a time.
 CHUNK_ROWS = 2048
 
 
-# --- Trained beside predicted ---
+# --- Trained and predicted ---
 
 
 @dataclass
 class Comparison:
-    """A linear model beside its closed form.
+    """The comparison of a linear model with its closed form.
 
     predicted:     {name: list with a number per unit} of the closed form, see theory.py. None
-                   stands for a collapse that never comes.
+                   means that the unit never collapses.
     trained:       the same quantities of the model, where it has them, see `compare`
     errors:        {name: the largest |trained - predicted| of a unit}, for each name in trained
     optimal_loss:  the least loss by the closed form, in nats per row
@@ -63,8 +75,8 @@ class Comparison:
     gap:           loss - optimal_loss
     importance_sampling: None, or a dict about p(x) by importance sampling on the test split.
                    "mean_ratio" is the mean of the sampled p(x) / the exact p(x), whose expectation
-                   is 1. "standard_error" is that mean's. "rounding" is the part of the ratio that
-                   rounding can cause.
+                   is 1. "standard_error" is the standard error of this mean. "rounding" is the
+                   part of the ratio that rounding can cause.
 
     dataclasses.asdict gives a dict that JSON can hold, and Comparison(**dict) reads it back.
     """
@@ -105,25 +117,49 @@ class Comparison:
         sentences = []
         if self.singular_value_error() > 0.02:
             sentences.append(
-                f"a singular value is off by {self.singular_value_error():.1%} of the largest, "
-                "wants at most 2 %"
+                "the largest error of a singular value is "
+                f"{self.singular_value_error():.1%} of the largest predicted one, and at most 2% "
+                "is allowed"
             )
-        if not -1e-6 < self.gap < 0.05:
+        if not self.gap > -1e-6:
             sentences.append(
-                f"the loss is {self.gap:.3f} nats above the optimal one, wants 0 to 0.05"
+                f"the loss is {-self.gap:.2g} nats below the optimal loss, which no model can reach"
+            )
+        elif not self.gap < 0.05:
+            sentences.append(
+                f"the loss is {self.gap:.3f} nats above the optimal loss, and at most 0.05 nats "
+                "are allowed"
             )
         for level in theory.levels_of(self.predicted):
-            wrong = self._wrong_units(level)
-            if wrong:
-                units = ", ".join(str(unit) for unit in wrong)
-                z = f"z{level.removeprefix('_')}"
-                sentences.append(f"units {units} of {z} are not as active as predicted")
+            sentences.extend(self._wrong_units_in_words(level))
         if self._sampling_is_off():
             sentences.append(
-                f"sampled p(x) is {self.importance_sampling['mean_ratio']:.4f} of the exact one, "
-                "more than three standard errors off: too few draws for a q that is narrower than "
-                "the posterior"
+                f"the sampled p(x) is {self.importance_sampling['mean_ratio']:.4f} times the exact "
+                "p(x), more than three standard errors away from 1: q is narrower than the true "
+                "posterior, and the draws are too few"
             )
+        return sentences
+
+    def _wrong_units_in_words(self, level):
+        """At most two sentences: which units are active although predicted to be collapsed.
+
+        The other sentence has the units that are collapsed although predicted to be active.
+        """
+        states = {"active": [], "collapsed": []}
+        for unit in self._wrong_units(level):
+            is_active = self.trained[f"information{level}"][unit - 1] > theory.ACTIVE
+            states["active" if is_active else "collapsed"].append(unit)
+
+        sentences = []
+        for state, predicted in (("collapsed", "active"), ("active", "collapsed")):
+            units = states[state]
+            if units:
+                noun, verb = ("unit", "is") if len(units) == 1 else ("units", "are")
+                z = f"z{level.removeprefix('_')}"
+                sentences.append(
+                    f"{noun} {_ranges_in_words(units)} of {z} {verb} {state}, but predicted to be "
+                    f"{predicted}"
+                )
         return sentences
 
     def _wrong_units(self, level):
@@ -150,33 +186,47 @@ class Comparison:
         return abs(sampling["mean_ratio"] - 1) > allowed
 
     def notes(self):
-        """Sentences about what is not unique, or surprising, in the predicted optimum."""
+        """Sentences about parts of the predicted optimum that are not unique, or surprising."""
         sentences = []
         theta = self.predicted["theta"]
         for i in range(len(theta) - 1):
             if theta[i] > 0 and theta[i] - theta[i + 1] < 1e-9 * theta[0]:
                 sentences.append(
-                    f"units {i + 1} and {i + 2} have the same theta: each may describe any mixture "
-                    "of their modes"
+                    f"units {i + 1} and {i + 2} have the same theta, so each may describe any "
+                    "mixture of their two modes"
                 )
         if theta[-1] == 0:
             sentences.append(
-                f"theta is 0 from unit {theta.index(0.0) + 1} on: the data has no more modes"
+                f"theta is 0 from unit {theta.index(0.0) + 1} on, because the data has no more "
+                "modes"
             )
         if "lambda_1" in self.predicted:
             pairs = zip(self.predicted["lambda_1"], self.predicted["omega_2"])
             if any(lambda_1 == 0 < omega_2 for lambda_1, omega_2 in pairs):
                 sentences.append(
-                    "where lambda_1 = 0 < omega_2, z2 describes nothing but the noise of z1"
+                    "where lambda_1 = 0 < omega_2, z2 describes only the noise of z1"
                 )
         return sentences
+
+
+def _ranges_in_words(numbers):
+    """Ascending whole numbers as text, such as "1, 3-5"."""
+    ranges = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in ranges
+    )
 
 
 def compare(predicted, trained, loss):
     """The Comparison of a closed form with a model.
 
     predicted: {name: (d,)} and "loss", a 0-d tensor: a closed form of theory.py for one setting
-    trained:   {name: (d,)}, the same quantities of the model, as of `vae_units`
+    trained:   {name: (d,)}, the same quantities of the model, such as from `vae_units`
     loss:      the model's loss in nats, a number
 
     Which unit of a model describes which mode is arbitrary. So each quantity's trained values are
@@ -206,7 +256,7 @@ def compare(predicted, trained, loss):
 def per_unit(predicted):
     """A closed form's quantities per unit as lists, {name: [...]}, for JSON.
 
-    None takes the place of inf, for a collapse that never comes.
+    None replaces inf, which means that a unit never collapses.
     """
     lists = {}
     for name, values in predicted.items():
@@ -215,11 +265,11 @@ def per_unit(predicted):
     return lists
 
 
-# --- The units of a linear model ---
+# --- Units of a linear model ---
 
 
 def vae_units(U, V, sigma, eta_enc):
-    """The quantities of `theory.vae_optimum` of a linear VAE or CVAE as it is, in float64.
+    """The quantities of `theory.vae_optimum`, measured on a linear VAE or CVAE, in float64.
 
     U:       the decoder, (D, d)
     V:       the encoder on whitened data, (d, D): W R, where R is `theory.root` of the moment
@@ -246,7 +296,7 @@ def vae_units(U, V, sigma, eta_enc):
 
 
 def hvae_units(V1, W2, U2, sigma_1, sigma_2, eta_enc, eta_dec):
-    """The quantities of `theory.hvae_optimum` of a linear two-level HVAE as it is, in float64.
+    """The quantities of `theory.hvae_optimum`, measured on a linear two-level HVAE, in float64.
 
     V1:      the encoder of z1 on whitened data, (d_1, D): W1 R
     W2, U2:  the encoder of z2, (d_2, d_1), and the decoder of z1, (d_1, d_2)
@@ -341,7 +391,7 @@ def check_model(model, f, data, examples):
     return comparison
 
 
-# --- Any model beside the closed form of its linear twin ---
+# --- The linear twin ---
 
 # In this section, a `result` is a report.RunResult.
 
@@ -379,14 +429,14 @@ def linear_pairs(result):
 def can_be_ranked(results):
     """Whether the results have at least three settings, apart from the seed.
 
-    A rank correlation of fewer says nothing.
+    A rank correlation of fewer settings has no meaning.
     """
     settings = {str(result.settings | {"seed": None}) for result in results}
     return len(settings) > 2
 
 
 def rank_correlations(results):
-    """Spearman's rank correlation of predicted and trained over the results: {metric: number}.
+    """Spearman's rank correlations of predicted and trained values, {metric: number}.
 
     Metrics whose predicted or trained values are all equal are left out. Returns {} if the results
     cannot be ranked.
@@ -403,41 +453,53 @@ def rank_correlations(results):
 
     correlations = {}
     for metric in predicted:
-        predicted_ranks = _ranks(predicted[metric])
-        trained_ranks = _ranks(trained[metric])
-        if np.ptp(predicted_ranks) > 0 and np.ptp(trained_ranks) > 0:
-            correlations[metric] = np.corrcoef(predicted_ranks, trained_ranks)[0, 1]
+        correlation = rank_correlation(predicted[metric], trained[metric])
+        if correlation is not None:
+            correlations[metric] = correlation
     return correlations
 
 
+def rank_correlation(predicted, trained):
+    """Spearman's rank correlation of two lists of numbers; None if all of one list are equal."""
+    predicted_ranks = _ranks(predicted)
+    trained_ranks = _ranks(trained)
+    if np.ptp(predicted_ranks) == 0 or np.ptp(trained_ranks) == 0:
+        return None
+    return np.corrcoef(predicted_ranks, trained_ranks)[0, 1]
+
+
 def _ranks(values):
-    """The ranks of values, rounded to two decimals as they are printed. Equal ones share theirs."""
+    """The ranks of values, rounded to two decimals as they are printed. Equal ones share a rank."""
     values = np.round(values, 2)
     smaller = (values[:, None] > values).sum(1)
     equal = (values[:, None] == values).sum(1)
     return smaller + equal / 2
 
 
-def rank_correlations_in_words(results):
-    """`rank_correlations` as the end of a sentence: "kl 0.98, AU 1.00", or "none"."""
-    words = [f"{metric} {value:.2f}" for metric, value in rank_correlations(results).items()]
+def rank_correlations_in_words(results, left_out=()):
+    """`rank_correlations` as the end of a sentence: "kl 0.98, AU 1.00", or "none".
+
+    left_out: the beginnings of the names of metrics that are left out, a tuple
+    """
+    words = []
+    for metric, value in rank_correlations(results).items():
+        if not metric.startswith(left_out):
+            words.append(f"{metric} {value:.2f}")
     return ", ".join(words) or "none"
 
 
 # --- A table of units ---
 
 
-def print_units(comparison, label):
-    """Print a table per level: each unit's theta, its predicted and trained numbers, its state.
-
-    label: the head of the columns with the trained numbers, "trained" or "found"
-    """
-    for level in theory.levels_of(comparison.predicted):
-        print()
-        common.print_table(unit_rows(comparison, label, level))
+def print_units(comparison):
+    """Print a table per level, with pairs "predicted -> trained" of each unit's numbers."""
+    for i, level in enumerate(theory.levels_of(comparison.predicted)):
+        if i > 0:
+            print()
+        common.print_table(unit_rows(comparison, level))
 
 
-def unit_rows(comparison, label, level):
+def unit_rows(comparison, level):
     """The rows of the table of one level, as texts."""
     predicted = comparison.predicted
     trained = comparison.trained
@@ -445,29 +507,53 @@ def unit_rows(comparison, label, level):
     for name in ("lambda", "omega", "sigma", "kl"):
         if f"{name}{level}" in trained:
             names.append(f"{name}{level}")
+    rows = [["unit", "theta", *names, "collapses at", "state"]]
 
-    head = ["unit", "theta"]
-    for name in names:
-        head += [name, label]
-    rows = [[*head, "collapses at", "state"]]
-
-    informations = predicted[f"information{level}"]
+    count = len(predicted[f"information{level}"])
     # Units without a mode have theta 0.
-    theta = predicted["theta"] + [0.0] * len(informations)
-    for i, information in enumerate(informations):
+    theta = predicted["theta"] + [0.0] * count
+    for i in range(count):
         row = [str(i + 1), f"{theta[i]:.4f}"]
         for name in names:
-            row += [f"{predicted[name][i]:.4f}", f"{trained[name][i]:.4f}"]
-
+            pair = common.format_pair(f"{predicted[name][i]:.4f}", f"{trained[name][i]:.4f}")
+            row.append(pair)
         collapse = predicted[f"collapse{level}"][i]
         row.append("never" if collapse is None else f"{collapse:.4g}")
-
-        state = "active" if information > 0 else "collapsed"
-        trained_is_active = trained[f"information{level}"][i] > theory.ACTIVE
-        if trained_is_active != (information > theory.ACTIVE):
-            state += f" but {label} is not"
-        rows.append([*row, state])
+        row.append(
+            state_of_unit(
+                predicted[f"information{level}"][i], trained[f"information{level}"][i]
+            )
+        )
+        rows.append(row)
     return rows
+
+
+def state_of_unit(predicted, trained):
+    """Whether a unit is active or collapsed, from its predicted and its trained information.
+
+    The prediction is exact, so any information above 0 makes it active. A trained unit is active
+    above theory.ACTIVE. The result is a pair such as "active -> collapsed" where both differ.
+    """
+    if not predicted > 0 and trained > theory.ACTIVE:
+        return common.format_pair("collapsed", "active")
+    # A small predicted information may lie below the limit of the trained unit.
+    if predicted > theory.ACTIVE and not trained > theory.ACTIVE:
+        return common.format_pair("active", "collapsed")
+    return "active" if predicted > 0 else "collapsed"
+
+
+def active_units_row(comparison):
+    """The cells with the predicted and the trained number of active units, {column: text}.
+
+    The columns are "active units" for one level, and "active units of z1", ... for two.
+    """
+    predicted = comparison.active_units()
+    trained = comparison.active_units("trained")
+    row = {}
+    for level in predicted:
+        name = f"active units of z{level[1:]}" if level else "active units"
+        row[name] = common.format_pair(predicted[level], trained[level])
+    return row
 
 
 # --- Minimisation ---
@@ -612,8 +698,8 @@ class Check:
     """The result of the check of a theorem for one setting.
 
     f:          the setting
-    comparison: the closed form beside the least loss that was found; None if that loss or its units
-                are not finite
+    comparison: the comparison of the closed form with the minimum; None if the least loss or the
+                units are not finite
     losses:     the losses at which the random starts ended, the least first
     seconds:    the time that the check took
     """
@@ -634,7 +720,7 @@ def verify(Problem, settings):
     """Check a theorem on synthetic data, for each of the settings.
 
     For each setting, minimise the exact expected loss from several random starts. Then print the
-    minimum beside the closed form, and at last VERIFIED or FAILED. Each setting leaves a
+    closed form and the minimum in pairs, and finally VERIFIED or FAILED. Each setting leaves a
     result.json. Returns the exit status: 0 if each error is at most TOLERANCE, else 1.
 
     Problem(f) is the model of one setting. It has
@@ -661,7 +747,7 @@ def verify(Problem, settings):
             _write_result(check)
         checks.append(check)
         if len(settings) > 1:
-            print(f"{len(checks)} of {len(settings)} settings", file=sys.stderr)
+            print(f"checked {len(checks)} of {len(settings)} settings", file=sys.stderr)
     return _print_report(checks)
 
 
@@ -709,7 +795,7 @@ def _check_numbers(problem, f):
     """End the program if the predicted optimum, or the loss at a random start, is too extreme."""
     for name, values in problem.predicted().items():
         if name.startswith("collapse"):
-            # Thresholds are not compared with anything, and inf is one that never comes.
+            # Thresholds are not compared. One that is inf means that the unit never collapses.
             continue
         limit = MAX_INFORMATION if name.startswith("information") else MAX_PREDICTED
         # The negation also finds nan.
@@ -793,10 +879,11 @@ def _write_result(check):
 
 
 def _print_report(checks):
-    """Print what the checks of all settings found, and the verdict. Returns the exit status."""
+    """Print the results of the checks and the verdict. Returns the exit status."""
     settings = [check.f for check in checks]
     varying = list(files.varying_flags(settings, [None] * len(settings)))
     _print_caption(settings, varying)
+    print(PAIRS)
 
     # 1. The units of a single setting.
     if len(checks) == 1 and checks[0].comparison is not None:
@@ -815,12 +902,16 @@ def _print_report(checks):
         if check.comparison is None:
             flags = {name: getattr(check.f, name) for name in (*varying, "seed")}
             print(f"{files.spell(flags)}: the minimisation ended at numbers that are not finite")
-    max_errors = [check.max_error() for check in checks]
     # NumPy's maximum, unlike Python's, is nan if one of the errors is.
-    max_error = np.max(max_errors)
-    verified = max_error <= TOLERANCE
-    print(f"{'VERIFIED' if verified else 'FAILED'} max error {max_error:.1e}")
-    return 0 if verified else 1
+    max_error = np.max([check.max_error() for check in checks])
+    if max_error <= TOLERANCE:
+        print(f"VERIFIED: the largest error is {max_error:.1e}")
+        return 0
+    if math.isnan(max_error):
+        print("FAILED: not every minimum is finite")
+    else:
+        print(f"FAILED: the largest error is {max_error:.1e}, and {TOLERANCE:g} is allowed")
+    return 1
 
 
 def _print_caption(settings, varying):
@@ -830,18 +921,19 @@ def _print_caption(settings, varying):
     for name, value in files.changed_settings(f, None).items():
         if name not in (*varying, "seed"):
             shared[name] = value
-    rows = "" if "num_samples" in varying else f"{f.num_samples:,} rows, "
-    print(f"{common.script_name(f)} {files.spell(shared)}: {rows}nats per row")
+    name = f"{common.script_name(f)} {files.spell(shared)}".strip()
+    rows = "" if "num_samples" in varying else f"{f.num_samples:,} rows of data, "
+    print(f"{name}: {rows}losses in nats per row")
 
 
 def _print_single(check):
-    """Print what is known of a single setting: its units, notes, and the random starts' ends."""
-    print_units(check.comparison, "found")
+    """Print the units of a single setting, notes on them, and where the random starts ended."""
+    print_units(check.comparison)
     for note in check.comparison.notes():
         print(note)
     least_loss = check.losses[0]
     at_minimum = sum(loss - least_loss < 1e-6 for loss in check.losses)
-    print(f"\n{at_minimum} of {len(check.losses)} random starts end at the least loss")
+    print(f"\n{at_minimum} of {len(check.losses)} random starts ended at the least loss")
 
 
 def _table_row(check, varying):
@@ -849,13 +941,10 @@ def _table_row(check, varying):
     row = {name: str(getattr(check.f, name)) for name in (*varying, "seed")}
     comparison = check.comparison
     if comparison is None:
-        return row | {"found": "not finite"}
-    for level in theory.levels_of(comparison.predicted):
-        informations = comparison.predicted[f"information{level}"]
-        active = sum(information > 0 for information in informations)
-        row[f"active{level}"] = str(active)
-        row[f"collapsed{level}"] = str(len(informations) - active)
-    row["optimal loss"] = f"{comparison.optimal_loss:.6f}"
-    row["found"] = f"{comparison.loss:.6f}"
-    row["max error"] = f"{check.max_error():.1e}"
+        return row | {"optimal loss": "not finite"}
+    row |= active_units_row(comparison)
+    row["optimal loss"] = common.format_pair(
+        f"{comparison.optimal_loss:.6f}", f"{comparison.loss:.6f}"
+    )
+    row["largest error"] = f"{check.max_error():.1e}"
     return row

@@ -186,7 +186,12 @@ class Help(unittest.TestCase):
         data = datasets.Data("mnist", (), (), None, None)
         for name in files.run_settings(MNIST_HVAE_Relu.Flags(), data):
             self.assertRegex(text, f"--{name}=[A-Za-z]")
-        self.assertIn("std of the prior p(z2) (a number above 0; default 0.5)", text)
+        self.assertIn(
+            "standard deviation of the prior p(z2) (a number above 0; default 0.5)", text)
+        self.assertIn(
+            "divided by the prior's (a number from 0.01 to 10; default 1.0)", text)
+        self.assertIn(
+            "number of units of z1 (a whole number of at least 1; default 16)", text)
 
     def test_every_program_explains_the_values_of_its_flags(self):
         self.assertGreater(len(programs()), 20)
@@ -235,8 +240,8 @@ class Refused(unittest.TestCase):
 
     def test_not_a_number(self):
         for value in ("many", "", "1,,2", "1:2:x", "1:2:3:4", "0.1;0.5"):
-            self.refuse(["--beta_1", value], "--beta_1", "wants a number at least 0")
-        self.refuse(["--d_1", "1.5"], "--d_1", "'1.5'", "a whole number at least 1")
+            self.refuse(["--beta_1", value], "--beta_1", "a number of at least 0")
+        self.refuse(["--d_1", "1.5"], "--d_1: got '1.5', wants a whole number from 1 to 1000000000")
         self.refuse(["--overwrite", "maybe"], "--overwrite", "'maybe'", "true or false")
 
     def test_not_finite(self):
@@ -251,9 +256,9 @@ class Refused(unittest.TestCase):
         for flag in ("beta_1", "beta_2"):
             self.refuse([f"--{flag}", "-0.1"], f"--{flag}", "-0.1", "at least 0")
         for flag in ("d_1", "d_2", "d_hidden", "batch_size", "num_epochs"):
-            self.refuse([f"--{flag}", "0"], f"--{flag}", "'0'", "at least 1")
+            self.refuse([f"--{flag}", "0"], f"--{flag}", "'0'", "a whole number from 1 to ")
         for flag in ("num_samples", "seed"):
-            self.refuse([f"--{flag}=-1"], f"--{flag}", "'-1'", "at least 0")
+            self.refuse([f"--{flag}=-1"], f"--{flag}", "'-1'", "a whole number from 0 to ")
 
     def test_upper_bound_and_choices(self):
         """Flags of other scripts: a digit, a type of correlation."""
@@ -263,7 +268,15 @@ class Refused(unittest.TestCase):
         for value in ("10", "-1", "5:10"):
             with self.assertRaises(ValueError):
                 common._parse_values(digit, value)
-        self.assertEqual(common._allowed(digit), "a whole number at least 0 and at most 9")
+        self.assertEqual(common._allowed(digit), "a whole number from 0 to 9")
+        share = common.flag(0.5, "a share", above=0, high=1)
+        self.assertEqual(common._allowed(share), "a number above 0 and at most 1")
+        self.assertEqual(common._allowed(common.flag(0.5, "x", high=1)), "a number of at most 1")
+        sigma = common.flag(1.0, "stds", above=0, vector=True)
+        self.assertEqual(
+            common._allowed(sigma),
+            "a number above 0, or one such number per unit, joined by /",
+        )
 
         kind = common.flag("Identical", "correlation", choices=("Identical", "Random"))
         self.assertEqual(common._parse_values(kind, "Random,Identical"), ["Random", "Identical"])
@@ -274,18 +287,25 @@ class Refused(unittest.TestCase):
 
     def test_empty_range(self):
         for value in ("5:1:1", "1:2:0", "1:2:-1", "0:1:1e-9"):
-            self.refuse(["--beta_1", value], "--beta_1", value, "range")
+            self.refuse(
+                ["--beta_1", value],
+                f"--beta_1: got '{value}', wants first:last:step with first <= last and step > 0, "
+                "each value a number of at least 0",
+            )
+        # A text with a colon is no range.
+        self.refuse(["--dataset", "a:b"], "--dataset: got 'a:b', wants one of auto, mnist, ")
 
     def test_too_many_settings(self):
         argv = ["--beta_1", "0:1000", "--beta_2", "0:1000"]
-        self.refuse(argv, "--beta_1", "1002001", "10000")
+        self.refuse(
+            argv, "--beta_1: the lists and ranges give 1,002,001 settings, wants at most 10,000")
 
     def test_value_without_a_flag_and_flag_without_a_value(self):
-        self.refuse(["0.5"], "'0.5'")
-        no_number = "--beta_1: got no value, wants a number at least 0"
+        self.refuse(["0.5"], "'0.5' follows no flag")
+        no_number = "--beta_1: got no value, wants a number of at least 0"
         self.refuse(["--beta_1"], no_number)
         self.refuse(["--beta_1", "--num_epochs", "1"], no_number)
-        self.refuse(["--out_dir", "--overwrite"], "--out_dir: got no value, wants text")
+        self.refuse(["--out_dir", "--overwrite"], "--out_dir: got no value, wants a text")
 
     def test_out_dir_that_cannot_be_written(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +318,7 @@ class Refused(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             for device in ("gpu", "cuda:99", "meta", "cpu:x"):
                 argv = ["--device", device, "--out_dir", folder]
-                self.refuse(argv, "--device", device, "auto, cpu")
+                self.refuse(argv, f"--device: got '{device}', wants one of auto, cpu")
 
     def test_the_gpu_of_macos(self):
         """The line says that it is not supported, even where the computer has one."""
@@ -403,7 +423,7 @@ class CudaDevice(unittest.TestCase):
 
     def test_more_processes_than_gpus(self):
         two = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        line = "--device: 2 processes for 1 GPU(s), wants one each, or --device cpu"
+        line = "--device: 2 processes cannot share 1 GPU(s); start at most one process per GPU"
         for gpus, flags in ((1, {}), (1, {"device": "cuda"}), (4, {"device": "cuda:1"})):
             self.assertIn(line, self.select(gpus, two, **flags))
         self.assertEqual(self.select(1, two, device="cpu"), (torch.device("cpu"), []))
@@ -618,6 +638,78 @@ class Run(small.WithMnist):
         self.assertFalse(common._is_closed_output(error))
         with mock.patch.object(common.os, "name", "nt"):
             self.assertTrue(common._is_closed_output(error))
+
+
+class InteractiveSession(small.WithMnist):
+    """A script's main in a notebook, or in any other session that should go on after it."""
+
+    # The lines that somebody types. A blank line ends a block.
+    LINES = """
+import signal
+import MNIST_CVAE_Relu as m
+import training
+numbers = (signal.SIGINT, signal.SIGTERM)
+handlers = [signal.getsignal(number) for number in numbers]
+
+print("status:", m.main(argv))
+print("handlers kept:", [signal.getsignal(number) for number in numbers] == handlers)
+
+try: m.main(["--bet", "1"])
+except SystemExit as end: print("refused:", end.code)
+
+print("handlers kept:", [signal.getsignal(number) for number in numbers] == handlers)
+
+record = training.Training.record
+def record_and_interrupt(loop, means):
+    record(loop, means)
+    signal.raise_signal(signal.SIGINT)
+
+training.Training.record = record_and_interrupt
+try: m.main(argv + ["--beta", "0.5"])
+except KeyboardInterrupt: print("interrupted")
+
+print("handlers kept:", [signal.getsignal(number) for number in numbers] == handlers)
+training.Training.record = record
+print("status:", m.main(argv + ["--beta", "0.5"]))
+print("handlers kept:", [signal.getsignal(number) for number in numbers] == handlers)
+print("the session goes on")
+"""
+
+    def test_main_leaves_the_session_as_it_was(self):
+        """It returns its status. A wrong flag and an interrupt raise what a session expects."""
+        argv = [
+            "--num_epochs", "1", "--num_samples", "2", "--d_hidden", "4", "--device", "cpu",
+            "--data_dir", str(self.folder / "data"), "--out_dir", str(self.folder / "runs"),
+        ]
+        ended = subprocess.run(
+            [sys.executable, "-i", "-q", "-c", f"argv = {argv}"],
+            input=self.LINES,
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=240,
+        )
+        self.assertEqual(ended.returncode, 0, ended.stderr)
+        self.assertNotIn("Traceback", ended.stderr)
+        said = ("status:", "handlers kept:", "refused:", "interrupted", "the session goes on")
+        answers = [line for line in ended.stdout.split("\n") if line.startswith(said)]
+        self.assertEqual(
+            answers,
+            [
+                "status: 0",
+                "handlers kept: True",
+                "refused: 2",
+                "handlers kept: True",
+                "interrupted",
+                "handlers kept: True",
+                "status: 0",
+                "handlers kept: True",
+                "the session goes on",
+            ],
+        )
+        self.assertIn("--bet: no such flag; the nearest is --beta", ended.stderr)
+        # The call after the interrupt continues from the checkpoint.
+        self.assertIn("resuming after 0 of 1 epochs", ended.stderr)
 
 
 class Noise(unittest.TestCase):

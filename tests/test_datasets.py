@@ -425,7 +425,7 @@ class OtherSets(small.InFolder):
     def test_neither_on_disk_nor_to_be_fetched(self):
         for name in ("omniglot", "cifar10"):
             with mock.patch("datasets._any_answers", return_value=False):
-                message = f"--dataset: {name} is not in --data_dir .* and cannot be fetched"
+                message = f"--dataset: {name} is not in --data_dir .* and cannot be downloaded"
                 self.assertRegex(self.load(name), message)
 
     def test_binary_test_images(self):

@@ -645,8 +645,8 @@ class Context(unittest.TestCase):
             with mock.patch.object(model.p_c, "sample", lambda n: c):
                 samples = model.samples(2, f)
             panels = model.reconstructions(x, f)
-        torch.testing.assert_close(samples["contexts"], model.dct.image(c))
-        torch.testing.assert_close(samples["what comes of them"], images[1])
+        torch.testing.assert_close(samples["contexts drawn from their prior"], model.dct.image(c))
+        torch.testing.assert_close(samples["images decoded from these contexts"], images[1])
         expected = (x, model.dct.image(c), images[3], images[2], images[1])
         self.assertEqual(len(panels), 5)
         for (title, panel), batch in zip(panels.items(), expected):

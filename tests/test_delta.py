@@ -533,10 +533,10 @@ class Auxiliary(small.InFolder):
 class CommandLine(small.InFolder):
     def test_refuses_what_it_cannot_do(self):
         cases = (
-            (["--delta", "1000"], "--delta: got 1000.0, wants at most 72.9 of --dim_z 4"),
+            (["--delta", "1000"], "--delta: got 1000.0, wants at most 72.9 for --dim_z 4"),
             (
                 ["--delta", "5,20", "--dim_z", "1"],
-                "--delta: got 20.0, wants at most 18.2 of --dim_z 1",
+                "--delta: got 20.0, wants at most 18.2 for --dim_z 1",
             ),
             (["--delta", "0"], "--delta: got '0', wants a number above 0"),
             (["--dataset", "cifar10"], "--dataset: got 'cifar10'"),

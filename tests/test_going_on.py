@@ -181,7 +181,7 @@ class Killed(Processes):
                 continue
             self.assertEqual(process.exitcode, 0, self.log(out_dir))
             self.assertEqual(self.left(out_dir), expected)
-            runs_that_went_on += self.log(out_dir).count("going on after ")
+            runs_that_went_on += self.log(out_dir).count("resuming after ")
             runs += 1
             if kills == 20:
                 break
@@ -345,7 +345,7 @@ class Shared(small.InFolder):
         self.assertEqual(small.exit_statuses(pair), [1, -signal.SIGKILL])
         self.assertEqual(outs[0].read_text(encoding="utf-8"), "")
         err = errs[0].read_text(encoding="utf-8")
-        self.assertIn("another process has ended; what was finished stays", err)
+        self.assertIn("another process has ended; finished work is kept", err)
         self.assertNotIn("Traceback", err)
 
         # 3. The same command again.
@@ -355,9 +355,10 @@ class Shared(small.InFolder):
         self.assertEqual(small.exit_statuses(pair), [0, 0])
         err = "".join(path.read_text(encoding="utf-8") for path in errs)
         self.assertEqual(err.count("already trained"), 3)
-        self.assertIn("going on after ", err)
+        self.assertIn("resuming after ", err)
         table = outs[0].read_text(encoding="utf-8").strip().split("\n\n")[0]
-        self.assertEqual(len(table.split("\n")), 2 + 6)
+        # A caption, the head, six settings, and the line about more columns.
+        self.assertEqual(len(table.split("\n")), 2 + 6 + 1)
 
     def test_many_processes_end_at_once(self):
         """With their output and status, but without Python's shutdown.

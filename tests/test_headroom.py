@@ -575,30 +575,54 @@ def result_with(nats=0.5, **changed):
 
 class Verdicts(unittest.TestCase):
     def test_words(self):
-        self.assertEqual(headroom.verdict(16, 0, 0), "none of 16 units collapsed")
+        self.assertEqual(headroom.verdict(16, 0, 0), "no unit collapsed")
         self.assertEqual(
-            headroom.verdict(16, 9, 0.0099), "9 of 16 units collapsed, by the objective")
+            headroom.verdict(16, 9, 0.0099), "9 of 16 units collapsed because of the objective")
         self.assertEqual(
             headroom.verdict(16, 16, 0.0621),
-            "16 of 16 units collapsed, by training: idle units would pay at least 0.062 nats")
+            "16 of 16 units collapsed because of training: reviving them would lower the loss by "
+            "at least 0.062 nats")
+
+    def test_words_for_one_unit_and_for_an_unknown_number(self):
+        self.assertEqual(
+            headroom.verdict(16, 1, 0.5),
+            "1 of 16 units collapsed because of training: reviving it would lower the loss by at "
+            "least 0.5 nats")
+        self.assertEqual(
+            headroom.verdict(1, 1, 0), "1 of 1 unit collapsed because of the objective")
+        self.assertEqual(
+            headroom.verdict(None, 1, 0), "1 unit collapsed because of the objective")
+        self.assertEqual(headroom.collapse_in_words(None, 3), "3 units collapsed")
 
     def test_words_of_a_level(self):
         [level] = result_with().headroom.values()
         self.assertEqual(level.verdict(), headroom.verdict(16, 9, 0.5))
 
     def test_what_points_to_the_cause(self):
-        cause = "z2: 9 of 16 units collapsed, by training: idle units would pay at least 0.5 nats"
+        cause = (
+            "z2: 9 of 16 units collapsed because of training: reviving them would lower the loss "
+            "by at least 0.5 nats"
+        )
         [sentence] = report.verdicts(result_with())
         self.assertEqual(
             sentence,
-            f"{cause}; 13 of 16 hidden units of f_y, 16 of 16 of g_z are dead; the loss still "
-            "fell by 0.2 nats in the last tenth of the epochs")
+            f"{cause}; 13 of 16 hidden units of f_y and 16 of 16 of g_z never fire; the loss "
+            "still fell by 0.2 nats in the last tenth of the epochs")
 
         sentences = list(report.verdicts(result_with(nats=0.0)))
-        self.assertEqual(sentences, ["z2: 9 of 16 units collapsed, by the objective"])
+        self.assertEqual(sentences, ["z2: 9 of 16 units collapsed because of the objective"])
 
         [sentence] = report.verdicts(result_with(dead_units={"g_z": [0, 16]}, loss_change=None))
         self.assertEqual(sentence, cause)
+
+    def test_dead_units(self):
+        networks = {"f_x": [0, 16], "f_y": [13, 16], "g_x": [1, 16], "g_z": [16, 16]}
+        self.assertEqual(
+            report.dead_units_in_words(networks),
+            "13 of 16 hidden units of f_y, 1 of 16 of g_x and 16 of 16 of g_z")
+        self.assertEqual(
+            report.dead_units_in_words({"f_y": [13, 16]}), "13 of 16 hidden units of f_y")
+        self.assertEqual(report.dead_units_in_words({"f_y": [0, 16]}), "")
 
     def test_last_tenth(self):
         self.assertIsNone(headroom.last_change([3.0]))
@@ -637,7 +661,8 @@ class Reports(small.WithMnist):
         result = json.loads((folder / flags / "result.json").read_text(encoding="utf-8"))
 
         self.assertIn("headroom", out.splitlines()[2].split())
-        self.assertIn("\nbeta=1000.0: z: 16 of 16 units collapsed, by the objective\n", out)
+        verdict = "z: 16 of 16 units collapsed because of the objective"
+        self.assertIn(f"\nbeta=1000.0: {verdict}\n", out)
         self.assertEqual(result["metrics"]["headroom"], 0)
         z = result["headroom"]["z"]
         self.assertEqual((z["units"], z["collapsed"]), (16, 16))

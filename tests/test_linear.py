@@ -319,17 +319,93 @@ class Agreement(unittest.TestCase):
         self.assertEqual(changed.disagreements(), [])
 
     def test_differs(self):
+        # The largest omega is sqrt(theta^2 - 1) = sqrt(8).
         [sentence] = self.comparison(omega=(0, 3.0)).disagreements()
-        self.assertIn("singular value", sentence)
-        [sentence] = self.comparison(information=(1, 0.001)).disagreements()
-        self.assertIn("units 2 of z", sentence)
-        for gap in (0.06, -1e-3):
+        error = (3 - 8**0.5) / 8**0.5
+        self.assertEqual(
+            sentence,
+            f"the largest error of a singular value is {error:.1%} of the largest predicted one, "
+            "and at most 2% is allowed")
+        for gap, words in (
+            (0.06, "the loss is 0.060 nats above the optimal loss, and at most 0.05 nats"),
+            (-1e-3, "the loss is 0.001 nats below the optimal loss, which no model can reach"),
+        ):
             [sentence] = dataclasses.replace(self.comparison(), gap=gap).disagreements()
-            self.assertIn("loss", sentence)
+            self.assertIn(words, sentence)
         sampling = {"mean_ratio": 1.01, "standard_error": 0.003, "rounding": 1e-4}
         comparison = dataclasses.replace(self.comparison(), importance_sampling=sampling)
         [sentence] = comparison.disagreements()
         self.assertIn("standard errors", sentence)
+
+    def test_units_that_differ(self):
+        """theta is 3, 2, 1.005 and 0.5, so that the units 1, 2 and 3 are predicted to be active.
+
+        Unit 3 is so near its threshold that it does not count.
+        """
+        [sentence] = self.comparison(information=(1, 0.001)).disagreements()
+        self.assertEqual(sentence, "unit 2 of z is collapsed, but predicted to be active")
+        comparison = self.comparison()
+        comparison.trained["information"][3] = 0.02
+        [sentence] = comparison.disagreements()
+        self.assertEqual(sentence, "unit 4 of z is active, but predicted to be collapsed")
+
+        theta = torch.tensor([4.0, 3.0, 2.5, 2.0, 0.9, 0.5], dtype=torch.float64)
+        optimum = theory.vae_optimum(theta, 6, 1.0, 1.0, 1.0)
+        comparison = verify.compare(
+            optimum, {name: optimum[name] for name in VAE_UNITS}, optimum["loss"].item())
+        comparison.trained["information"] = [0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+        self.assertEqual(comparison.disagreements(), [
+            "units 1, 3-4 of z are collapsed, but predicted to be active",
+            "units 5-6 of z are active, but predicted to be collapsed",
+        ])
+
+    def test_state_of_a_unit(self):
+        """A unit is predicted to be active above 0 nats. A trained one is active above 0.01."""
+        self.assertEqual(verify.state_of_unit(0.5, 0.4), "active")
+        self.assertEqual(verify.state_of_unit(0.0, 0.01), "collapsed")
+        self.assertEqual(verify.state_of_unit(0.5, 0.01), "active -> collapsed")
+        self.assertEqual(verify.state_of_unit(0.0, 0.011), "collapsed -> active")
+        self.assertEqual(verify.state_of_unit(0.005, 0.0), "active")
+        self.assertEqual(verify.state_of_unit(0.005, 0.5), "active")
+
+    def test_tables(self):
+        """With beta = eta_enc = eta_dec = 1 and theta = 2, 1/2, by theorem 1:
+
+        lambda^2 = 1 - 1/theta^2 = 3/4, omega^2 = theta^2 - 1 = 3, sigma = 1/theta = 1/2,
+        KL = log theta = 0.6931. Unit 1 collapses at beta = 4, and unit 2 at beta = 1/4.
+        """
+        theta = torch.tensor([2.0, 0.5], dtype=torch.float64)
+        optimum = theory.vae_optimum(theta, 2, 1.0, 1.0, 1.0)
+        trained = {
+            "lambda": torch.tensor([0.86, 0.0]),
+            "omega": torch.tensor([1.72, 0.0]),
+            "sigma": torch.tensor([0.51, 0.9]),
+            "kl": torch.tensor([0.69, 0.02]),
+            "information": torch.tensor([0.6, 0.02]),
+        }
+        trained = {name: values.double() for name, values in trained.items()}
+        comparison = verify.compare(optimum, trained, optimum["loss"].item() + 0.25)
+        comparison.optimal_loss, comparison.loss = 3.0, 3.25
+
+        head, first, second = verify.unit_rows(comparison, "")
+        names = ["unit", "theta", "lambda", "omega", "sigma", "kl", "collapses at", "state"]
+        self.assertEqual(head, names)
+        self.assertEqual(first, [
+            "1", "2.0000", "0.8660 -> 0.8600", "1.7321 -> 1.7200", "0.5000 -> 0.5100",
+            "0.6931 -> 0.6900", "4", "active",
+        ])
+        self.assertEqual(second, [
+            "2", "0.5000", "0.0000 -> 0.0000", "0.0000 -> 0.0000", "1.0000 -> 0.9000",
+            "0.0000 -> 0.0200", "0.25", "collapsed -> active",
+        ])
+
+        # The error of omega is 1.7321 - 1.72 = 0.0121, which is 0.70 % of 1.7321.
+        self.assertEqual(report.theory_row(comparison), {
+            "active units": "1 -> 2",
+            "optimal loss": "3.0000 -> 3.2500",
+            "gap": "0.2500",
+            "error of singular values": "0.70%",
+        })
 
     def test_ratio_of_sampled_to_exact(self):
         data = small.digit_data(60, 40)
@@ -353,6 +429,12 @@ class Agreement(unittest.TestCase):
         comparison = verify.compare(optimum, trained, 0.0)
         self.assertEqual(set(comparison.errors.values()), {0.0})
         self.assertEqual(comparison.trained["sigma"], optimum["sigma"].tolist())
+
+
+def table_per_setting(out):
+    """The lines below the head of the table that compares each setting with its closed form."""
+    _, below = out.split("relative to the largest predicted singular value.\n")
+    return below.split("\n")[1:]
 
 
 class CommandLines(small.InFolder):
@@ -392,7 +474,7 @@ class CommandLines(small.InFolder):
         pictures = self.grid_pictures(MNIST_CVAE_Linear)
         self.assertEqual(pictures, {"collapse.png", "theory.png"})
 
-        rows = out.split("predicted (trained)")[1].strip().split("\n")[2:6]
+        rows = table_per_setting(out)[:4]
         self.assertEqual([row.split()[0] for row in rows], ["0.5", "1.0", "1.5", "2.0"])
         gaps = {}
         for result in self.results(MNIST_CVAE_Linear).values():
@@ -402,12 +484,12 @@ class CommandLines(small.InFolder):
 
         # Two epochs on 256 images do not reach the optimum.
         self.assertIn("DIFFERS beta=0.5: ", out)
-        self.assertNotIn("trained as predicted", out)
+        self.assertNotIn("reached the predicted optimum", out)
 
     def test_without_draws_in_one_setting(self):
         """That setting has no importance sampling. The estimate of the other one stays."""
         out = self.run_script(MNIST_CVAE_Linear, "--num_samples", "0,20", "--dim_z", 2)
-        rows = out.split("predicted (trained)")[1].split("\n")[2:4]
+        rows = table_per_setting(out)[:2]
         self.assertEqual([row.endswith("-") for row in rows], [True, False])
         self.assertRegex(rows[1], r" \d\.\d{6} ± \S+$")
 

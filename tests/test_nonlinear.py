@@ -636,6 +636,17 @@ class LinearTwin(unittest.TestCase):
         constant = self.results([(1, 0), (2, 0), (3, 0)], [(1, 0), (1, 0), (2, 0)])
         self.assertEqual(verify.rank_correlations_in_words(constant), "none")
 
+    def test_rank_correlations_in_words(self):
+        results = self.results([(1, 1), (2, 2), (3, 3)], [(1, 3), (2, 2), (3, 1)])
+        words = verify.rank_correlations_in_words(results)
+        self.assertEqual(words, "kl 1.00, AU -1.00, AU_kl -1.00")
+        words = verify.rank_correlations_in_words(results, left_out=("AU_kl",))
+        self.assertEqual(words, "kl 1.00, AU -1.00")
+
+    def test_table_of_the_linear_twin(self):
+        [result] = self.results([(3, 2.5)], [(2, 4)])
+        self.assertEqual(report.linear_row(result), {"kl": "3.00 -> 2.50", "AU": "2 -> 4"})
+
     def test_two_settings_or_seeds_of_one_are_not_ranked(self):
         results = self.results([(1, 1), (2, 2), (3, 3)], [(1, 1), (2, 2), (3, 3)])
         self.assertEqual(set(verify.rank_correlations(results)), {"kl", "AU", "AU_kl"})
@@ -729,16 +740,25 @@ class Synthetic(unittest.TestCase):
         self.assertIn("40 training and 40 test examples", out)
         names = out.strip().split("\n")[1].split()
         self.assertEqual(names[0], "corr_type")
+        self.assertEqual(names[1:], ["elbo", "kl", "AU", "headroom"])
+        self.assertIn(
+            "Spearman's rank correlation between predicted and trained values over 3 settings: kl ",
+            out)
+
+        # All columns.
+        all_columns = ("--columns", "all")
+        status, out, err = self.run_script(*argv, "--num_draws", "0", *corr_types, *all_columns)
+        self.assertEqual(status, 0, err)
+        names = out.strip().split("\n")[1].split()
         expected = ["elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"]
         self.assertEqual(names[1:7], expected)
         self.assertEqual(names[7:], [f"{name}_train" for name in expected] + ["headroom"])
-        self.assertIn("rank correlation of predicted and trained over 3 settings: kl ", out)
 
     def check_seeds(self, argv):
         """The seeds of one setting cannot be ranked."""
         status, out, err = self.run_script(*argv, "--num_draws", "0", "--seed", "0,1,2")
         self.assertEqual(status, 0, err)
-        self.assertIn("linear kl", out)
+        self.assertIn('"linear twin -> trained"', out)
         self.assertNotIn("rank correlation", out)
 
     def check_wrong_flags(self, argv):

@@ -106,7 +106,12 @@ class Predictions(Case):
 
             active = (kl > 0).sum()
             self.assertTrue(0 < active < 6)
-            self.assertIn(f"{active} of 6 units active", out)
+            first_line = out.strip().split("\n")[0]
+            self.assertEqual(
+                first_line,
+                f"The optimal linear VAE on {x} (300 rows) keeps {active} of 6 units active.",
+            )
+            self.assertIn("beta = 1.5, eta_enc = 1, eta_dec = 0.7 and a learnable sigma", out)
             for i in range(2):
                 share = theta[i]**2 / (theta**2).sum()
                 row = rf"\n +{i + 1} +{theta[i]:.4f} +{share:.2%} +{kl[i]:.4f} +active"
@@ -122,7 +127,7 @@ class Predictions(Case):
         kl = np.maximum(np.log(theta / 0.81), 0) / 2
         np.testing.assert_allclose(saved["predicted"]["kl"], kl, atol=1e-9)
         explained = 1 - (left**2).sum() / (self.y**2).sum()
-        self.assertIn(f"x explains {explained:.1%} of y", out)
+        self.assertIn(f"of x explains {explained:.1%} of the second moment of y.", out)
         self.assertRegex(out, rf"\n +1 +{theta[0]:.4f} +{theta[0] / theta.sum():.2%}")
 
     def test_cvae_whose_x_determines_y(self):
@@ -132,7 +137,7 @@ class Predictions(Case):
             y = self.save("determined.npy", determined)
             saved, out, _ = self.predict("--model", "cvae", "--x", x, "--y", y)
             self.assertEqual(set(saved["predicted"]["kl"]), {0.0})
-            self.assertIn("x explains 100.0% of y", out)
+            self.assertIn("x explains 100.0% of the second moment of y", out)
 
     def test_like_the_scripts(self):
         """The linear scripts predict the same units for images."""
@@ -226,6 +231,37 @@ class Predictions(Case):
         active = predict_collapse.trade_off(f, variances, inside)["active"].tolist()
         self.assertEqual(active, [wanted] * 3)
 
+    def test_recommendation_in_words(self):
+        """An interval of beta, or the reason why there is none.
+
+        The collapse betas are made up. Where two are equal, their units collapse together.
+        """
+        collapse = torch.tensor([math.inf, 8.0, 5.0, 5.0, 2.0, 0.0], dtype=torch.float64)
+        sentences = {
+            1: "Exactly 1 unit is active for beta >= 8.",
+            2: "Exactly 2 units are active for 5 <= beta < 8.",
+            3: "No beta keeps exactly 3 units active, because modes with equal theta collapse "
+            "together.",
+            4: "Exactly 4 units are active for 2 <= beta < 5.",
+            5: "Exactly 5 units are active for beta < 2.",
+            6: "No beta keeps exactly 6 units active, because at most 5 can be active.",
+        }
+        for active, sentence in sentences.items():
+            f = predict_collapse.Flags(active=active)
+            self.assertEqual(predict_collapse.recommendation(f, collapse), sentence)
+
+        f = predict_collapse.Flags(model="hvae", active=1)
+        never = torch.tensor([math.inf, math.inf, 3.0], dtype=torch.float64)
+        self.assertEqual(
+            predict_collapse.recommendation(f, never),
+            "No beta_2 keeps exactly 1 unit of z2 active, because 2 units never collapse.",
+        )
+        f.active = 2
+        self.assertEqual(
+            predict_collapse.recommendation(f, never[:2]),
+            "Exactly 2 units of z2 are active for every beta_2.",
+        )
+
     def test_trade_off_by_hand(self):
         """The distortion is that of the optimal maps themselves.
 
@@ -262,7 +298,7 @@ class Predictions(Case):
         saved, out, _ = self.predict("--x", x, "--active", 3, "--beta", "0.5,1,2,400000")
         collapse = saved["predicted"]["collapse"]
         self.assertIn(
-            f"for 3 active units: beta from {collapse[3]:.6g} on and below {collapse[2]:.6g}", out)
+            f"Exactly 3 units are active for {collapse[3]:.6g} <= beta < {collapse[2]:.6g}.", out)
         self.assertEqual(saved["trade_off"]["beta"], betas)
 
         rows = out.strip().split("\n")[-4:]
@@ -276,14 +312,14 @@ class Predictions(Case):
         columns = [self.x, np.full((300, 1), 4.0), np.zeros((300, 2))]
         constant = np.concatenate(columns, axis=1)
         saved, _, err = self.predict("--x", self.save("constant.npy", constant))
-        self.assertIn("warning: 1 of 9 columns are constant", err)
-        self.assertIn("warning: 2 of 9 columns are 0 throughout", err)
+        self.assertIn("warning: 1 of 9 columns is constant; ", err)
+        self.assertIn("warning: 2 of 9 columns are 0 in every row", err)
         theta = np.linalg.svd(constant / 300**0.5, compute_uv=False)[:7]
         np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
 
     def test_few_rows(self):
         saved, _, err = self.predict("--x", self.save("few.npy", self.x[:4]))
-        self.assertIn("warning: 4 rows are few for 6 columns", err)
+        self.assertIn("warning: there are fewer rows (4) than columns (6)", err)
         theta = np.linalg.svd(self.x[:4] / 2, compute_uv=False)
         np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
 
@@ -291,7 +327,7 @@ class Predictions(Case):
         x = self.save("zeros.npy", np.zeros((20, 3)))
         for model in ("vae", "hvae"):
             _, out, _ = self.predict("--x", x, "--model", model)
-            self.assertRegex(out, "0 of 1 units.* active")
+            self.assertRegex(out, "keeps 0 of 1 units.* active")
 
     def test_more_units_than_modes(self):
         x = self.save("x.npy", self.x)
@@ -399,7 +435,7 @@ class Files(Case):
         self.refuse(
             ["--x", self.folder / "x.txt"],
             "--x",
-            "wants a file that ends in .npy, .npz, .csv, .pt",
+            "wants a file whose name ends in .npy, .npz, .csv, .pt",
         )
 
     def test_no_file(self):
@@ -410,7 +446,7 @@ class Files(Case):
                 ["--x", self.folder / f"folder{suffix}"], "--x", f"folder{suffix}", "regular file")
             self.refuse_in_one_line(
                 ["--x", self.folder / f"absent{suffix}"], "--x", f"absent{suffix}")
-        self.refuse_in_one_line(["--x", self.folder], "--x", "wants a file that ends in")
+        self.refuse_in_one_line(["--x", self.folder], "--x", "wants a file whose name ends in")
 
     @unittest.skipUnless(os.path.exists("/dev/null"), "there is no /dev/null")
     def test_a_device(self):
@@ -456,7 +492,9 @@ class Files(Case):
         x = self.save("x.npy", self.x)
         short_y = self.save("y.npy", self.y[:-1])
         self.refuse(
-            ["--model", "cvae", "--x", x, "--y", short_y], "--y", "299 rows", "300")
+            ["--model", "cvae", "--x", x, "--y", short_y],
+            "--y: got 299 rows, wants 300 rows like --x",
+        )
         self.refuse(["--x", self.save("one.npy", self.x[:1])], "--x", "at least 2")
         short_r = self.save("r.npy", self.y[1:])
         self.refuse(
@@ -539,7 +577,7 @@ class TextFiles(Case):
             line = self.refuse(
                 ["--x", self.write("x.csv", f"{value},{value}\n1,2\n3,4\n")],
                 "--x", "line 1, column 1", "wants finite numbers")
-            self.assertIn(f"holds {value},", line)
+            self.assertIn(f"is {value}, wants", line)
 
     def test_blank_lines_and_comments(self):
         first = "# measured in May\n\nage,size\n  \n"
@@ -550,7 +588,7 @@ class TextFiles(Case):
         text = "# first\n\nage,size\n1,2\n\n3,4\n# between\n5,nan\n7,8\n"
         path = self.write("x.csv", text)
         self.refuse(
-            ["--x", path], "--x", "line 8, column 2", "'size'", "holds nan", "finite numbers")
+            ["--x", path], "--x", "line 8, column 2", "'size'", "is nan", "finite numbers")
         path = self.write("x.csv", text.replace("nan", "1e200"))
         self.refuse(["--x", path], "--x", "line 8, column 2", "'size'", "1e+200", "up to 1e+100")
         # Chunks do not matter.
@@ -558,7 +596,7 @@ class TextFiles(Case):
             self.refuse(["--x", path], "--x", "line 8, column 2", "'size'", "1e+200")
         # The same number in a file without a header has no name.
         path = self.write("x.csv", "1,2\n\n3,4\n5,nan\n")
-        line = self.refuse(["--x", path], "--x", "line 4, column 2 holds nan")
+        line = self.refuse(["--x", path], "--x", "line 4, column 2 is nan")
         self.assertNotIn("size", line)
 
     def test_columns_of_y_and_residual(self):
@@ -575,16 +613,16 @@ class TextFiles(Case):
             self.check_rows(self.write("x.csv", text, encoding="utf-8-sig"))
             self.check_rows(self.write("x.csv", "age,size" + newline + text, "utf-8-sig"))
         path = self.write("x.csv", "age,size\nx,2\n3,4\n", "utf-8-sig")
-        self.refuse(["--x", path], "line 2, column 1 ('age') holds 'x'")
+        self.refuse(["--x", path], "line 2, column 1 ('age') is 'x'")
 
     def test_accents_in_the_header(self):
         """The file is read as UTF-8, also where the computer's own encoding is another one."""
         header = "Größe,élévation\n"
         self.check_rows(self.write("x.csv", self.text(header)))
         path = self.write("x.csv", header + "1,2\n3,ö\n5,6\n")
-        self.refuse(["--x", path], "line 3, column 2 ('élévation') holds 'ö'")
+        self.refuse(["--x", path], "line 3, column 2 ('élévation') is 'ö'")
         path = self.write("x.csv", header + "1,2\nnan,4\n5,6\n")
-        self.refuse(["--x", path], "line 3, column 1 ('Größe') holds nan")
+        self.refuse(["--x", path], "line 3, column 1 ('Größe') is nan")
 
         def open_in_ascii(path, *args, encoding="ascii", **options):
             return open(path, *args, encoding=encoding, **options)
@@ -605,10 +643,10 @@ class WrongFlags(Case):
         x = self.save("x.npy", self.x)
         y = self.save("y.npy", self.y)
         self.refuse([], "--x")
-        self.refuse(["--x", x, "--dataset", "digits"], "--x")
-        self.refuse(["--model", "cvae", "--x", x], "--y")
-        self.refuse(["--x", x, "--y", y], "--y")
-        self.refuse(["--x", x, "--active", 7], "--active", "7", "6 units")
+        self.refuse(["--x", x, "--dataset", "digits"], "--x: cannot be combined with --dataset")
+        self.refuse(["--model", "cvae", "--x", x], "--y: got no file")
+        self.refuse(["--x", x, "--y", y], "--y: cannot be combined with --model vae")
+        self.refuse(["--x", x, "--active", 7], "--active: got 7, wants at most 6, ")
         self.refuse(["--x", x, "--collapsed", 2], "--collapsed", "--residual")
 
         beside = ["--x", x, "--residual", y]
@@ -623,7 +661,10 @@ class WrongFlags(Case):
             ("--dataset", "digits"),
         )
         for flag, value in meaningless:
-            self.refuse([*beside, "--collapsed", 2, flag, value], flag, "no meaning")
+            self.refuse(
+                [*beside, "--collapsed", 2, flag, value],
+                f"{flag}: cannot be combined with --residual",
+            )
 
     def test_extreme_flags(self):
         """They are refused at once, in one line. Nothing is read, printed or written."""
@@ -737,10 +778,18 @@ class PostMortems(Case):
             held_out.append(sum(gains) / 2)
         self.assertAlmostEqual(saved["held_out"], max(held_out), places=8)
         self.assertGreater(saved["held_out"], 0.01)
-        self.assertIn(
-            "3 units collapsed, by training: idle units would pay at least "
-            f"{saved['headroom']:.2g} nats",
-            out)
+        self.assertTrue(
+            out.startswith(
+                "\nWith beta = 0.6 and eta_dec = 0.7, 3 units collapsed because of training: "
+                f"reviving them would lower the loss by at least {saved['headroom']:.2g} nats."
+            ),
+            out,
+        )
+
+        # 3. The table. The gain of one unit is its term of the sum.
+        self.assertIn("unit tau tau / threshold gain (nats)", " ".join(out.split()))
+        term = beta / 2 * (ratio[0] - 1 - np.log(ratio[0]))
+        self.assertRegex(out, rf"\n +1 +{tau[0]:.4f} +{ratio[0]:.4f} +{term:.4f}")
 
     def gain_on_other_half(self, u, half, ridge, k, beta, eta_dec):
         """The gain of k units that are fitted on the even (0) or odd (1) rows, on the others."""
@@ -782,20 +831,24 @@ class PostMortems(Case):
         saved, out = self.examine("--x", x, "--residual", r, "--eta_dec", 0.3, "--collapsed", 4)
         self.assertGreater(saved["headroom"], 0.01)
         self.assertLess(saved["held_out"], 0.01)
-        self.assertIn("4 units collapsed: too few rows to tell by what", out)
+        self.assertIn(
+            "4 units collapsed: there are too few rows to decide whether because of the objective "
+            "or of training",
+            out,
+        )
 
         # 2. The objective.
         saved, out = self.examine("--x", x, "--residual", r, "--eta_dec", 1, "--collapsed", 4)
         self.assertEqual((saved["headroom"], saved["held_out"]), (0, 0))
-        self.assertIn("4 units collapsed, by the objective", out)
+        self.assertIn("4 units collapsed because of the objective.", out)
 
         # 3. Both causes, in a list of betas.
         r = self.save("r.npy", noise + 3 * u[:, :8])
         _, out = self.examine("--x", x, "--residual", r, "--collapsed", 1, "--beta", "0.5,50")
         self.assertRegex(
             out,
-            r"(?s)beta = 0.5.*\n1 unit collapsed, by training: .*"
-            r"beta = 50.*\n1 unit collapsed, by the objective")
+            r"(?s)With beta = 0.5 and eta_dec = 1, 1 unit collapsed because of training: .*"
+            r"With beta = 50 and eta_dec = 1, 1 unit collapsed because of the objective\.")
 
     def test_rare_columns_are_not_relied_on(self):
         """A column may be tiny in a row of one half, and large in a row of the other.

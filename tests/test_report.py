@@ -95,7 +95,7 @@ class NotEnoughMemory(unittest.TestCase):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 with mock.patch.dict(report.CHUNK_BYTES, cpu=chunk * row_bytes):
                     halved, _ = report.evaluate(model, f, data)
-            messages = err.getvalue().count("not enough memory: evaluated in halves")
+            messages = err.getvalue().count("not enough memory, so the evaluation continues with ")
             self.assertEqual(messages, halvings)
 
             with mock.patch.dict(report.CHUNK_BYTES, cpu=fitting * row_bytes):
@@ -395,10 +395,10 @@ class Interface(small.InFolder):
         self.assertEqual(process.returncode, 0, process.stderr)
 
         # 1. The table.
-        _, head, *lines = process.stdout.strip().split("\n")
+        _, head, *lines, more = process.stdout.strip().split("\n")
         names = head.split()
-        columns = ["beta", "log_px", "elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"]
-        self.assertEqual(names, columns)
+        self.assertEqual(names, ["beta", "log_px", "elbo", "kl", "AU"])
+        self.assertEqual(more, "more columns: --columns all")
         rows = [line.split() for line in lines]
         self.assertEqual([row[0] for row in rows], ["0.5", "50.0"])
         light, heavy = [float(row[names.index("kl")]) for row in rows]
@@ -665,6 +665,49 @@ class UnitsFile(InRunFolder):
         self.check_made_again("a single array")
 
 
+# --------------------------------------------------------------------------------------- columns
+
+class Columns(InRunFolder):
+    def test_shown_columns(self):
+        names = ["log_px", "exact_log_px", "elbo", "reconstruction", "kl_1", "AU_1", "AU_kl_1"]
+        names += ["active_share_1", "headroom", "context_baseline", "error_context", "elbo_train"]
+        names += ["rate_auxiliary", "reconstruction_train"]
+        main = ["log_px", "exact_log_px", "elbo", "kl_1", "AU_1", "headroom", "context_baseline"]
+        self.assertEqual(report.shown_columns(names, "main"), [*main, "rate_auxiliary"])
+        self.assertEqual(report.shown_columns(names, "all"), names)
+        self.assertEqual(report.shown_columns(report.LEVEL_COLUMNS, "main"), ["kl", "AU"])
+
+    def test_a_finished_run_with_either_value(self):
+        """Neither the folder of a run nor its numbers depend on --columns."""
+        out, _, _ = self.print_counting()
+        main = ["log_px", "exact_log_px", "elbo", "kl_1", "kl_2", "AU_1", "AU_2"]
+        self.assertEqual(out.split("\n")[2].split(), ["beta_1", *main])
+        self.assertEqual(out.count("more columns: --columns all"), 1)
+
+        settings = [dataclasses.replace(run.f, columns="all") for run in self.runs]
+        self.assertEqual(files.run_dir(settings[0], self.data), self.run_folder)
+        with mock.patch("training.train_group") as train:
+            runs = fit(small.LinearHVAE, settings, self.data)
+        train.assert_not_called()
+        with mock.patch("report.evaluate") as evaluate_again:
+            _, out_of_all, _ = print_report(runs)
+        evaluate_again.assert_not_called()
+
+        metrics = list(self.saved()["metrics"])
+        self.assertIn("reconstruction", metrics)
+        self.assertEqual(out_of_all.split("\n")[2].split()[1:], metrics)
+        self.assertNotIn("more columns", out_of_all)
+
+    def test_flags_that_take_a_single_value(self):
+        """A list would be several settings with one folder."""
+        lists = {"columns": "main,all", "overwrite": "true,false", "checkpoint_seconds": "1:3"}
+        for flag, value in lists.items():
+            argv = [f"--{flag}", value, "--out_dir", self.folder]
+            status, out, err = small.call(vae_script.main, *argv)
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn(f"--{flag}: got '{value}', wants a single value, ", err)
+
+
 # ---------------------------------------------------------------------------------- not finite
 
 class NanAtBeta3(vae_script.VAE):
@@ -926,7 +969,7 @@ class AtTheSameTime(InRunFolder):
                     (folder / "result.json").write_text(content, encoding="utf-8")
                 status, out_again, err = print_report(runs)
                 self.assertEqual(status, 1)
-                self.assertIn(f"{folder}: no result; ", err)
+                self.assertIn(f"{folder} has no result. ", err)
                 self.assertIn("log_px", out_again)
 
 

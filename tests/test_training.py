@@ -784,7 +784,7 @@ class Signals(InFitFolder):
             [checkpoint] = (self.folder_of(f).parent / "checkpoints").iterdir()
             self.assertTrue(checkpoint.is_file())
         _, _, err = self.fit_with_messages([f])
-        self.assertIn("going on after 0 of 50 epochs", err)
+        self.assertIn("resuming after 0 of 50 epochs", err)
 
     def test_after_the_last_step(self):
         """The results are written before the signal takes effect."""
@@ -897,7 +897,7 @@ class Checkpoints(InCheckpointFolder):
         for stop_after in places:
             self.fit(settings, stop_after)
             runs, err = self.fit(settings)
-            self.assertIn("going on after ", err)
+            self.assertIn("resuming after ", err)
             self.assert_same_weights(expected, runs, (count, stop_after))
             self.assertEqual([saved_record(f, self.data) for f in settings], records)
             self.assertFalse((self.folder / "MNIST_HVAE_Relu" / "checkpoints").exists())
@@ -932,7 +932,7 @@ class Checkpoints(InCheckpointFolder):
         with mock.patch("training.train_group", wraps=training.train_group) as spy:
             runs, err = self.fit(settings)
         self.assertEqual(len(spy.call_args.args[1]), 3)
-        self.assertIn("going on after 3 of 3 epochs", err)
+        self.assertIn("resuming after 3 of 3 epochs", err)
         self.assertEqual(err.count("already trained"), 1)
         self.assert_same_weights(expected, runs)
 
@@ -957,7 +957,7 @@ class Checkpoints(InCheckpointFolder):
                 with self.assertRaises(SystemExit):
                     training.fit(LateNan, [f], [data])
             [run] = training.fit(LateNan, [f], [data])
-        self.assertIn("going on after ", err.getvalue())
+        self.assertIn("resuming after ", err.getvalue())
         self.assertIsNone(run.model)
         self.assertEqual(run.record.diverged.epoch, 2)
         self.assertTrue(math.isfinite(run.record.diverged.last_finite_loss))
@@ -977,26 +977,26 @@ class RefusedCheckpoints(InCheckpointFolder):
             return bytes_of(saved | {"identity": identity | values})
 
         cases = (
-            (whole[:-300], "it is not whole"),
-            (b"", "it is not whole"),
-            (b"no checkpoint", "it is not whole"),
-            (bytes_of([1]), "it is not whole"),
-            (bytes_of({}), "it is not whole"),
-            (bytes_of({"identity": identity}), "it is not whole"),
-            (of_another(torch="1.0"), "it is of another torch"),
-            (of_another(device="cuda (NVIDIA H200)"), "it is of another device"),
-            (of_another(script="0"), "it is of another script"),
-            (of_another(processes=2), "it is of another processes"),
-            (path_elsewhere.read_bytes(), "it is of another settings"),
+            (whole[:-300], "it is incomplete or corrupt"),
+            (b"", "it is incomplete or corrupt"),
+            (b"no checkpoint", "it is incomplete or corrupt"),
+            (bytes_of([1]), "it is incomplete or corrupt"),
+            (bytes_of({}), "it is incomplete or corrupt"),
+            (bytes_of({"identity": identity}), "it is incomplete or corrupt"),
+            (of_another(torch="1.0"), "it was written with a different version of torch"),
+            (of_another(device="cuda (NVIDIA H200)"), "it was written with a different device"),
+            (of_another(script="0"), "it was written with a different version of the script"),
+            (of_another(processes=2), "it was written with a different number of processes"),
+            (path_elsewhere.read_bytes(), "it was written with a different list of settings"),
         )
         for content, reason in cases:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             _, err = self.fit([dataclasses.replace(f, overwrite=True)])
             self.assertIn(
-                f"checkpoint {path} is refused, training starts over: {reason}", err
+                f"cannot use the checkpoint {path}, training starts over: {reason}", err
             )
-            self.assertNotIn("going on", err)
+            self.assertNotIn("resuming", err)
             self.assertFalse(path.exists())
 
     def test_no_pickle_is_executed(self):
@@ -1010,7 +1010,7 @@ class RefusedCheckpoints(InCheckpointFolder):
 
         torch.save({"identity": Harm(), "state": {}}, path)
         _, err = self.fit([f])
-        self.assertIn("is refused", err)
+        self.assertIn("training starts over", err)
         self.assertFalse(harmed.exists())
 
 
@@ -1107,7 +1107,7 @@ class Together(small.InFolder):
         training.Checkpoint([f], data, process_count=2).write({"": {}})
         with contextlib.redirect_stderr(io.StringIO()) as err:
             self.assertIsNone(training.Checkpoint([f], data).state)
-        self.assertIn("it is of another processes", err.getvalue())
+        self.assertIn("it was written with a different number of processes", err.getvalue())
 
     def test_models_are_built_before_the_noise_begins(self):
         """Building reseeds CUDA's generator.

@@ -1,4 +1,4 @@
-"""verify.py: the verdicts of the matrix scripts, and what a comparison says."""
+"""verify.py: the verdicts of the matrix scripts, and the notes of a comparison."""
 import json
 import math
 import unittest
@@ -143,12 +143,12 @@ class Verdicts(small.InFolder):
 
     def assert_verified(self, out, status):
         verdict = out.strip().split("\n")[-1]
-        self.assertRegex(verdict, r"^VERIFIED max error \d\.\de-\d\d$")
+        self.assertRegex(verdict, r"^VERIFIED: the largest error is \d\.\de-\d\d$")
         self.assertLessEqual(float(verdict.split()[-1]), 1e-6)
         self.assertEqual(status, 0)
 
-    def assert_failed(self, out, status):
-        self.assertRegex(out.strip().split("\n")[-1], "^FAILED max error ")
+    def assert_failed(self, out, status, words="the largest error is .* 1e-06 is allowed$"):
+        self.assertRegex(out.strip().split("\n")[-1], f"^FAILED: {words}")
         self.assertEqual(status, 1)
 
     def test_defaults_and_the_printed_tables(self):
@@ -164,7 +164,10 @@ class Verdicts(small.InFolder):
             self.assertEqual(result["script"], script.__name__)
             self.assertEqual(result["dataset"], "synthetic")
             self.assertLess(abs(result["theory"]["gap"]), 1e-9)
-            self.assertIn(f"{result['theory']['optimal_loss']:.6f}", out)
+            theory_of_run = result["theory"]
+            losses = f"{theory_of_run['optimal_loss']:.6f} -> {theory_of_run['loss']:.6f}"
+            self.assertIn(losses, out)
+            self.assertIn('In a pair "theorem -> brute force", ', out)
             for name, predicted in result["theory"]["predicted"].items():
                 if name.startswith(("lambda", "omega", "sigma")):
                     for value in predicted:
@@ -176,8 +179,9 @@ class Verdicts(small.InFolder):
             "--d_0", 3, "--d_1", 2)
         self.assert_verified(out, status)
 
-        head, *rows = [line.split() for line in out.strip().split("\n")[1:-1]]
+        head, *rows = [line.split() for line in out.strip().split("\n")[2:-1]]
         self.assertEqual(head[:3], ["beta", "learnable_sigma", "seed"])
+        self.assertEqual(head[3:], "active units optimal loss largest error".split())
         expected = []
         for beta in ("0.5", "2.0"):
             for learnable in ("True", "False"):
@@ -232,7 +236,7 @@ class Verdicts(small.InFolder):
 
         with mock.patch.object(verify, "minimise", end_at_nan):
             status, out, _ = self.run_script(matrix_VAE)
-        self.assert_failed(out, status)
+        self.assert_failed(out, status, "not every minimum is finite$")
         self.assertIn("numbers that are not finite", out)
         self.assertEqual(list(self.folder.rglob("result.json")), [])
 
@@ -242,11 +246,15 @@ class Verdicts(small.InFolder):
             matrix_HVAE_learnable_sigma_1_2, "--beta_2", "0.5,1", "--d_0", 3, "--d_1", 2)
         self.assertEqual(status, 0)
         self.assertIn("VERIFIED", out)
-        self.assertIn("the optimum is flat", out)
-        self.assertRegex(out.strip().split("\n")[-1], "^UNBOUNDED max error .* when stopped$")
+        self.assertIn("Where beta_2 = beta_1, only the loss is compared.", out)
+        self.assertRegex(
+            out.strip().split("\n")[-1],
+            r"^UNBOUNDED: the largest error is \S+; with a learnable Sigma1, the minimisation was "
+            r"stopped at the loss -?\d+\.\d{6}$")
 
-        table = out.split("Sigma1 = sigma_1^2 I held")[1].split("\n")[2:-2]
-        losses = [float(line.split()[2]) for line in table]
+        # Each row has sigma_1, the pair "optimal loss -> least loss", and the error.
+        table = out.split("holds Sigma1 at sigma_1^2 I")[1].split("\n")[4:-2]
+        losses = [float(line.split()[3]) for line in table]
         self.assertEqual(len(losses), 3)
         # The last step down is (beta_2 - beta_1) d_1 log 2.
         self.assertAlmostEqual(losses[-1] - losses[-2], -0.5 * 2 * math.log(2), delta=1e-3)
@@ -289,7 +297,7 @@ class Notes(unittest.TestCase):
     def test_z2_that_describes_noise(self):
         theta = torch.tensor([2.0, 2.0, 0.5], dtype=torch.float64)
         notes = self.notes(theory.hvae_optimum(theta, 3, 3, 2.0, 1.0, 1.0, 1.0, 1.0))
-        self.assertIn("nothing but the noise of z1", notes[-1])
+        self.assertIn("z2 describes only the noise of z1", notes[-1])
 
 
 if __name__ == "__main__":
