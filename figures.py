@@ -1,222 +1,453 @@
 """The pictures of reproduce.py's results.
 
-The functions that take a path and runs each draw the picture of one result. A run is a
-reproduce.Run: one command line, with the results of its settings.
+A function that takes (path, commands, arrays) draws the picture of one result into a PNG file.
+commands is a list of measurements.Command: the rows of the result's .csv file. arrays is
+{name: array}, the content of results/data/<name>.npz, for the pictures that show more than the
+rows say. So a picture can be drawn again without the runs.
+
+A function named ..._arrays takes the finished runs, each a reproduce.Run, and returns the arrays.
+matplotlib is imported in the functions that need it, so that programs start fast.
 """
-import files
+import math
+
+import numpy as np
+
+import answers
+import measurements
 import pictures
 import theory
-import verify
+
+# The share of test examples that decides whether a unit is collapsed, see pictures.collapse_curve.
+DELTA = 0.05
+
+# The colours of the levels of a model, and of predicted values.
+LEVEL_COLORS = {"": "C0", "_1": "C2", "_2": "C0"}
+PREDICTED_COLOR = "0.45"
+
+# How a picture names flags and values that do not explain themselves.
+FLAG_LABELS = {
+    "beta": "β",
+    "beta_1": "β1",
+    "beta_2": "β2",
+    "eta_dec": "η_dec",
+    "corr_type": "ρ in x = ρ y + noise",
+}
+VALUE_LABELS = {
+    "Identical": "1",
+    "Gaussian_noise_1_2": "1/2",
+    "Gaussian_noise_1_4": "1/4",
+    "Gaussian_noise_1_8": "1/8",
+    "Random": "0",
+}
 
 
-def units_by_level(run):
-    """The mean KL of each unit in the first setting of a run, a list of (d,) with level 1 first."""
-    units = run.units(0)
-    levels = sum(name.startswith("unit_kl_") for name in units)
-    return [units[f"unit_kl_{level}"].mean(0) for level in range(1, 1 + levels)]
+# ------------------------------------------------------------------------- KL and units over a flag
 
+def over_flags(path, commands, arrays):
+    """Draw KL and active units over each flag, predicted and trained, one column per command.
 
-def by_script(runs):
-    """The results that have a closed form, {script: [RunResult]}, each setting once."""
-    scripts = {}
-    for run in runs:
-        for result in run.results:
-            if verify.closed_form(result):
-                results = scripts.setdefault(run.script, {})
-                results[str(result.settings)] = result
-    return {script: list(results.values()) for script, results in scripts.items()}
-
-
-def collapse_curves(path, runs):
-    """Draw collapse curves, with one row of panels per command and one panel per level."""
-    first_units = first_setting_units(runs)
-    names = [name for name in first_units if name.startswith("unit_kl")]
+    Only the commands with the exact objective are shown. A single command has its two panels side
+    by side.
+    """
+    shown = [
+        command for command in commands if not command.is_released and command.by_setting()
+    ]
+    if not shown:
+        return
+    side_by_side = len(shown) == 1
 
     def draw(axes):
-        for row, run in zip(axes, runs):
-            units = units_by_label(run)
-            for ax, name in zip(row, names):
-                pictures.plot_collapse(ax, units, name)
-                latent = f", z{name[-1]}" if len(names) > 1 else ""
-                ax.set(title=run.objective_name() + latent)
+        rows = axes.reshape(2, len(shown))
+        for kl_axes, unit_axes, command in zip(*rows, shown):
+            plot_over_flag(kl_axes, command, "kl", "KL (nats)")
+            plot_over_flag(unit_axes, command, "AU_kl", "active units")
+            unit_axes.locator_params(axis="y", integer=True)
+        for row in rows:
+            share_y(row)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(
+            handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8
+        )
 
     pictures.save_figure(
-        path, columns=len(names), rows=len(runs), width=4.6, height=3.6, caption="", draw=draw
+        path,
+        columns=2 if side_by_side else len(shown),
+        rows=1 if side_by_side else 2,
+        width=4.4 if side_by_side else 3.6,
+        height=3.0 if side_by_side else 2.6,
+        caption="",
+        draw=draw,
     )
 
 
-def first_setting_units(runs):
-    """The values per test example of the first setting that did not diverge."""
-    for run in runs:
-        for units in units_by_label(run).values():
-            return units
-    return {}
+def share_y(axes):
+    """Give several axes one scale, from the lowest to the highest of their y limits."""
+    lowest = min(ax.get_ylim()[0] for ax in axes)
+    highest = max(ax.get_ylim()[1] for ax in axes)
+    for ax in axes:
+        ax.set(ylim=(lowest, highest))
 
 
-def units_by_label(run):
-    """The values per test example of each setting with the first seed, {label: examples}.
+def plot_over_flag(ax, command, metric, ylabel):
+    """Plot a metric of each level over the one flag of a command."""
+    settings = command.by_setting()
+    [flag] = command.flags
+    values = [value for (value,) in settings]
+    is_numeric = all(isinstance(value, (int, float)) for value in values)
+    x = values if is_numeric else list(range(len(values)))
 
-    Settings that diverged are left out.
+    first_rows = next(iter(settings.values()))
+    for level in measurements.levels_of_row(first_rows[0]):
+        plot_level(ax, x, list(settings.values()), metric, level)
+
+    if is_numeric:
+        ax.set(xscale="log")
+    ax.set(xlabel=FLAG_LABELS.get(flag, flag), ylabel=ylabel)
+    ax.set_xticks(x, [VALUE_LABELS.get(value, str(value)) for value in values], fontsize=8)
+    ax.minorticks_off()
+
+
+def plot_level(ax, x, settings, metric, level):
+    """Plot a metric of one level over x, with a list of rows per setting.
+
+    Dots with bars are trained: the mean and the standard deviation over the seeds. The dashed line
+    is the prediction for the linear twin.
     """
-    units = {}
+    name = f"{metric}{level}"
+    latent = pictures.latent_name(level)
+    color = LEVEL_COLORS[level]
+
+    # The same units are predicted active for AU and AU_kl.
+    predicted_name = f"linear {name.replace('AU_kl', 'AU')}"
+    if predicted_name in settings[0][0]:
+        predicted = [measurements.seed_mean(rows, predicted_name) for rows in settings]
+        ax.plot(x, predicted, "--", color=color, linewidth=1, label=f"{latent}, linear theory")
+
+    means = [measurements.seed_mean(rows, name) for rows in settings]
+    deviations = [measurements.seed_deviation(rows, name) for rows in settings]
+    ax.errorbar(
+        x,
+        means,
+        deviations,
+        fmt="o-",
+        color=color,
+        markersize=4,
+        linewidth=1,
+        capsize=2,
+        label=f"{latent}, trained",
+    )
+
+
+# ---------------------------------------------------------------------------------- collapse curves
+
+def collapse_arrays(runs):
+    """The arrays of `collapse_curves`: the first seed of the command with the exact objective.
+
+    A unit is collapsed at a threshold if at least 95 % of the test examples have a smaller KL. So
+    one number per unit is enough: the KL that 95 % of the examples do not exceed. Returns
+    {"unit_kl" or "unit_kl_<level>": (settings, d)} in nats, and "labels" (settings,). None if no
+    setting has left its arrays.
+    """
+    [run] = [run for run in runs if not run.is_released]
+    labels = []
+    quantiles = {}
     for i, flags in zip(run.first_seed_indices(), run.setting_labels()):
-        label = ", ".join(f"{name} = {value}" for name, value in flags.items())
-        if run.results[i].metrics is not None:
-            units[label or run.script] = run.units(i)
-    return units
+        units = run.units(i) if run.results[i].metrics else None
+        if units is None:
+            continue
+        labels.append(", ".join(f"{name} = {value}" for name, value in flags.items()))
+        for name, unit_kl in units.items():
+            if name.startswith("unit_kl"):
+                quantiles.setdefault(name, []).append(kl_of_most_examples(unit_kl))
+    if not labels:
+        return None
+    arrays = {name: np.array(rows, dtype=np.float32) for name, rows in quantiles.items()}
+    return {"labels": np.array(labels), **arrays}
 
 
-def beside(path, runs):
-    """Draw the collapse curves of several commands in one picture, one curve per command."""
-    units = {run.script: run.units(0) for run in runs if run.results[0].metrics is not None}
-    pictures.draw_collapse(path, units, "")
+def kl_of_most_examples(unit_kl):
+    """The KL of each unit that 95 % of the examples do not exceed. unit_kl is (n, d). Returns (d,).
 
-
-def of_the_grid(name):
-    """A function that copies the picture of this name that the script drew of its grid."""
-    def copy(path, runs):
-        picture = (runs[0].grid_dir() / name).read_bytes()
-        files.write(path, lambda file: file.write(picture))
-    return copy
-
-
-def per_digit(path, runs):
-    """Draw KL and active units for each digit, predicted and trained, one row per script."""
-    def draw(axes):
-        for (left, right), run in zip(axes, runs):
-            plot_digits(left, run, "kl", "KL (nats)")
-            plot_digits(right, run, "AU", "active units")
-
-    pictures.save_figure(path, columns=2, rows=len(runs), width=4.6, height=3.0, caption="", draw=draw)
-
-
-def plot_digits(ax, run, metric, ylabel):
-    """Plot a metric over the digits: predicted for the linear model, and trained."""
-    results = [result for result in run.results if verify.closed_form(result)]
-    correlation = verify.rank_correlations(results).get(metric)
-    digits = [result.settings["digit"] for result in results]
-    points = pictures.predicted_and_trained(results, metric)
-    ax.plot(
-        digits,
-        points[:, 0],
-        "_",
-        color="0.3",
-        markersize=14,
-        label="predicted of the linear model",
-    )
-    ax.plot(digits, points[:, 1], "o", color="C0", label=pictures.with_rank("trained", correlation))
-    ax.set(
-        xlabel="digit",
-        ylabel=ylabel,
-        xticks=sorted(set(digits)),
-        ylim=(0, None),
-        title=run.script,
-    )
-    ax.locator_params(axis="y", integer=True)
-    ax.legend(fontsize=7)
-
-
-def rates(path, runs):
-    """Draw the KL of each delta-VAE, during training and on the test images, beside its delta.
-
-    The KL of the standard prior has no lower limit. The other priors keep it above delta.
+    It is the value that `pictures.collapse_curve` compares with its thresholds.
     """
-    results = {}
-    for run in runs:
-        for i in run.first_seed_indices():
-            f = run.settings[i]
-            label = "standard" if f.prior == "standard" else f"δ = {f.delta:g}"
-            if run.results[i].metrics is not None:
-                results[label] = run.results[i]
+    count = math.ceil(round(len(unit_kl) * (1 - DELTA), 9))
+    return np.sort(unit_kl, axis=0)[count - 1]
+
+
+def collapse_curves(path, commands, arrays):
+    """Draw collapse curves, one panel per level.
+
+    A level whose units are all in use in every setting has no panel.
+    """
+    names = [name for name in arrays if name != "labels"]
+    if not names:
+        return
+    shown = [name for name in names if (arrays[name] <= theory.ACTIVE).any()] or names[:1]
 
     def draw(axes):
-        left, right = axes[0]
-        for k, (label, result) in enumerate(results.items()):
-            plot_rate_curve(left, k, label, result)
-            plot_rate_bars(right, k, result)
-        left.set(xlabel="epoch", ylabel="KL (nats per training example)", ylim=(0, None))
-        right.set(
-            ylabel="rate (nats per test example)",
-            xticks=range(len(results)),
-            xticklabels=list(results),
+        for [ax], name in zip(axes, shown):
+            # One made-up example has each unit's KL, so that it has the curve of all examples.
+            examples = {}
+            for label, quantiles in zip(arrays["labels"], arrays[name]):
+                examples[str(label)] = {name: quantiles[None]}
+            pictures.plot_collapse(ax, examples, name)
+            ax.set(title=f"units of {pictures.latent_name(name.removeprefix('unit_kl'))}")
+
+    pictures.save_figure(
+        path, columns=1, rows=len(shown), width=6.6, height=3.4, caption="", draw=draw
+    )
+
+
+# ------------------------------------------------------------------------ arrays that a grid leaves
+
+def grid_arrays(name):
+    """A function that reads the arrays which a script leaves beside the pictures of its grid.
+
+    It returns None where the script has left none.
+    """
+    def read(runs):
+        path = runs[0].grid_dir() / name
+        if not path.exists():
+            return None
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    return read
+
+
+def unit_curves(path, commands, arrays):
+    """Draw the units of a grid of linear models, predicted and trained."""
+    pictures.draw_unit_curves(path, arrays, "")
+
+
+def contact_sheet(path, commands, arrays):
+    """Draw the contact sheet of a grid of hierarchical VAEs, reconstructed from z2."""
+    pictures.draw_sheet(path, arrays, "", kind=2)
+
+
+# ------------------------------------------------------------------------ one value per digit, bars
+
+def per_digit(path, commands, arrays):
+    """Draw KL and active units for each digit, predicted and trained, one row per script.
+
+    All rows have the same scale. The seeds of a digit stand side by side.
+    """
+    def draw(axes):
+        for (left, right), command in zip(axes, commands):
+            plot_digits(left, command, commands, "kl")
+            plot_digits(right, command, commands, "AU_kl")
+            left.set(ylabel="KL (nats)", title=command.script)
+            right.set(ylabel="active units", title=command.script)
+        for column in (0, 1):
+            axes[0][column].set(ylim=(0, None))
+            share_y(axes[:, column])
+        axes[0][0].legend(fontsize=7)
+
+    pictures.save_figure(
+        path, columns=2, rows=len(commands), width=4.6, height=2.6, caption="", draw=draw
+    )
+
+
+def plot_digits(ax, command, commands, metric):
+    """Plot a metric over the digits for each seed, and the prediction for the linear model."""
+    predictions = {}
+    for row in measurements.distinct_rows(commands):
+        name = f"linear {metric.replace('AU_kl', 'AU')}"
+        if name in row:
+            predictions[row["digit"]] = row[name]
+
+    label = "linear theory"
+    for digit, value in predictions.items():
+        ax.plot(
+            [digit - 0.35, digit + 0.35], [value, value], color=PREDICTED_COLOR, label=label
         )
-        left.locator_params(axis="x", integer=True)
-        left.legend(fontsize=7)
-        right.legend(fontsize=7)
-
-    pictures.save_figure(path, columns=2, rows=1, width=4.8, height=3.6, caption="", draw=draw)
-
-
-def plot_rate_curve(ax, k, label, result):
-    """Plot the KL of the k-th delta-VAE over its training, and its delta as a dashed line."""
-    curve = result.curves["kl"]
-    epochs = range(1, len(curve) + 1)
-    ax.plot(epochs, curve, f"C{k}", marker="os^Dvx"[k % 6], markersize=4, label=label)
-    ax.axhline(result.metrics["smallest_rate"], color=f"C{k}", linestyle="--", linewidth=1)
+        label = None
+    label = "trained, one dot per seed"
+    for (digit,), rows in command.by_setting().items():
+        offsets = 0.2 * (np.arange(len(rows)) - (len(rows) - 1) / 2)
+        ax.plot(digit + offsets, [row[metric] for row in rows], ".", color="C0", label=label)
+        label = None
+    ax.set(xlabel="digit", xticks=sorted(predictions or [0]))
+    ax.locator_params(axis="y", integer=True)
 
 
-def plot_rate_bars(ax, k, result):
-    """Plot the test KL of the k-th delta-VAE, its rate with the auxiliary prior, and its delta."""
-    # The bars of all models share the legend of the first one.
-    own_prior = auxiliary_prior = delta_label = None
-    if k == 0:
-        own_prior = "against the model's own prior"
-        auxiliary_prior = "against the auxiliary prior"
-        delta_label = "δ"
-    metrics = result.metrics
-    delta = metrics["smallest_rate"]
-    ax.bar(k - 0.2, metrics["kl"], 0.4, color="C0", label=own_prior)
-    ax.bar(k + 0.2, metrics["rate_auxiliary"], 0.4, color="C1", hatch="//", label=auxiliary_prior)
-    ax.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=delta_label)
+def sigma_bars(path, commands, arrays):
+    """Draw KL and active units with a learnable and with a fixed encoder variance.
 
-
-def by_level(path, runs):
-    """Draw the KL of each level and the share of its units that are active, one bar per model."""
-    units = {}
-    for run in runs:
-        if run.results[0].metrics is not None:
-            units[run.script] = units_by_level(run)
-    levels = range(1, 1 + max(map(len, units.values()), default=0))
+    The commands are pairs: a learnable variance, then a fixed one.
+    """
+    pairs = answers.finished_pairs(commands)
+    if not pairs:
+        return
 
     def draw(axes):
-        left, right = axes[0]
-        for k, (script, kls) in enumerate(units.items()):
-            offset = 0.8 * ((k + 0.5) / len(units) - 0.5)
-            x = [level + offset for level in levels[:len(kls)]]
-            style = {
-                "width": 0.8 / len(units),
-                "color": f"C{k}",
-                "hatch": ("", "//", "..")[k % 3],
-                "label": script,
-            }
-            left.bar(x, [kl.sum() for kl in kls], **style)
-            right.bar(x, [(kl > theory.ACTIVE).mean() for kl in kls], **style)
+        [[left, right]] = axes
+        for ax, metric, ylabel in ((left, "AU_kl", "active units"), (right, "kl", "KL (nats)")):
+            for position, (learnable, fixed) in enumerate(pairs):
+                # The first pair gives the legend.
+                labels = ("learnable", "fixed") if position == 0 else (None, None)
+                plot_bar(ax, learnable, metric, x=position - 0.2, color="C0", label=labels[0])
+                plot_bar(ax, fixed, metric, x=position + 0.2, color="C1", label=labels[1])
+            ax.set(ylabel=ylabel)
+            ax.set_xticks(range(len(pairs)), [pair_name(pair[0]) for pair in pairs], fontsize=8)
+        left.legend(fontsize=8, title="encoder variance", title_fontsize=8)
+
+    pictures.save_figure(path, columns=2, rows=1, width=4.4, height=3.2, caption="", draw=draw)
+
+
+def plot_bar(ax, command, metric, x, color, label):
+    """Plot the mean of a metric over the seeds of a command, and its standard deviation.
+
+    label is the text in the legend, or None.
+    """
+    rows = measurements.finished_rows(command.rows)
+    ax.bar(
+        x,
+        measurements.seed_mean(rows, metric),
+        0.36,
+        yerr=measurements.seed_deviation(rows, metric),
+        capsize=3,
+        color=color,
+        label=label,
+    )
+
+
+def pair_name(command):
+    """The name of a pair of commands with a learnable and a fixed encoder variance."""
+    kind = "ReLU" if "Relu" in command.script else "linear"
+    row = command.rows[0]
+    return f"{kind}, beta = {row['beta']:g},\n{row['d_1']} units"
+
+
+def delta_bars(path, commands, arrays):
+    """Draw the test KL of each delta-VAE, its rate against the auxiliary prior, and its delta."""
+    settings = measurements.distinct_settings(commands)
+    if not settings:
+        return
+    rows = [of_seeds[0] for of_seeds in settings]
+
+    def draw(axes):
+        [[ax]] = axes
+        x = np.arange(len(rows))
+        own = [measurements.seed_mean(of_seeds, "kl") for of_seeds in settings]
+        auxiliary = [measurements.seed_mean(of_seeds, "rate_auxiliary") for of_seeds in settings]
+        ax.bar(x - 0.2, own, 0.4, color="C0", label="KL from the model's own prior")
+        ax.bar(x + 0.2, auxiliary, 0.4, color="C1", label="rate against the fitted prior")
+        for k, row in enumerate(rows):
+            delta = row["smallest_rate"]
+            label = "δ, the guaranteed KL" if k == 0 else None
+            ax.plot([k - 0.45, k + 0.45], [delta, delta], "k--", linewidth=1, label=label)
+        labels = []
+        for row in rows:
+            is_standard = row["prior"] == "standard"
+            labels.append("standard prior" if is_standard else f"δ = {row['delta']:g}")
+        ax.set(ylabel="nats per test example")
+        ax.set_xticks(x, labels)
+        ax.legend(fontsize=8)
+
+    pictures.save_figure(path, columns=1, rows=1, width=6.0, height=3.4, caption="", draw=draw)
+
+
+def level_bars(path, commands, arrays):
+    """Draw the KL and the active units of each level of the deep models, one bar per model.
+
+    The bars are means over the seeds. The models with a context have it at level 5.
+    """
+    finished = [command for command in commands if measurements.finished_rows(command.rows)]
+    if not finished:
+        return
+
+    def draw(axes):
+        [[left, right]] = axes
+        plot_levels(left, finished, "kl from the top")
+        plot_levels(right, finished, "AU_kl from the top")
         left.set(ylabel="KL (nats per test example)")
-        right.set(ylabel="share of units with a KL above 0.01 nats")
-        for ax in (left, right):
-            ax.set(xlabel="level, 1 next to the image", xticks=levels, ylim=(0, None))
-        left.legend(fontsize=7)
+        right.set(ylabel="active units")
+        left.legend(fontsize=8)
 
-    pictures.save_figure(path, columns=2, rows=1, width=4.8, height=3.6, caption="", draw=draw)
+    pictures.save_figure(path, columns=2, rows=1, width=4.8, height=3.4, caption="", draw=draw)
 
 
-def against_prediction(path, runs):
+def plot_levels(ax, commands, column):
+    """Plot the values of a column that holds one number per level, one bar per command."""
+    most_levels = 0
+    has_context = False
+    for k, command in enumerate(commands):
+        rows = measurements.finished_rows(command.rows)
+        # Level 1 is next to the image.
+        values = measurements.mean_of_levels(rows, column)[::-1]
+        offset = 0.8 * ((k + 0.5) / len(commands) - 0.5)
+        positions = np.arange(1, 1 + len(values)) + offset
+        ax.bar(positions, values, 0.8 / len(commands), label=command.script)
+        most_levels = max(most_levels, len(values))
+        has_context = has_context or "context_baseline" in rows[0]
+
+    names = [str(level) for level in range(1, 1 + most_levels)]
+    names[0] = "1, next to\nthe image"
+    if has_context:
+        names[-1] = f"{most_levels}, the\ncontext"
+    ax.set(xlabel="level")
+    ax.set_xticks(range(1, 1 + most_levels), names)
+
+
+# -------------------------------------------------------------------------- prediction and training
+
+def against_prediction(path, commands, arrays):
     """Draw the trained KL over the predicted one, one panel per script and level.
 
-    Scripts with too few settings for a rank correlation are left out.
+    Each point is a setting. Its colour says which flag its command varies. Scripts with fewer than
+    three settings that have a prediction are left out.
     """
-    panels = {}
-    for script, results in by_script(runs).items():
-        if verify.can_be_ranked(results):
-            for level in theory.levels_of(verify.closed_form(results[0])):
-                latent = f", {pictures.latent_name(level)}" if level else ""
-                panels[f"{script}{latent}"] = pictures.predicted_and_trained(results, f"kl{level}")
+    panels = prediction_panels(commands)
+    if not panels:
+        return
+    flags = sorted({flag for points in panels.values() for flag in points})
 
     def draw(ax, title, points):
-        ax.plot(points[:, 0], points[:, 1], "o", markersize=4)
-        predicted = points[0, 0]
-        ax.axline((predicted, predicted), slope=1, color="0.7", linewidth=0.8, zorder=0)
+        for flag, of_flag in points.items():
+            color = f"C{flags.index(flag)}"
+            ax.plot(of_flag[:, 0], of_flag[:, 1], "o", color=color, markersize=4, label=flag)
+        low, high = ax.dataLim.intervalx[0], ax.dataLim.intervalx[1]
+        low, high = min(low, ax.dataLim.intervaly[0]), max(high, ax.dataLim.intervaly[1])
+        margin = 0.06 * (high - low)
+        limits = (low - margin, high + margin)
+        ax.axline((0, 0), slope=1, color="0.7", linewidth=0.8, zorder=0)
+        ax.set(xlim=limits, ylim=limits, aspect="equal")
         ax.set(xlabel="predicted KL (nats)", ylabel="trained KL (nats)")
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=7.5)
+        ax.legend(fontsize=7, title="varied flag", title_fontsize=7)
 
-    pictures.draw_panels(path, panels, width=3.4, height=3.0, caption="", draw=draw)
+    def draw_all(axes):
+        for ax, (title, points) in zip(axes.flat, panels.items()):
+            draw(ax, title, points)
+        for ax in axes.flat[len(panels):]:
+            ax.axis("off")
+
+    columns = 3
+    rows = math.ceil(len(panels) / columns)
+    pictures.save_figure(
+        path, columns=columns, rows=rows, width=3.3, height=3.3, caption="", draw=draw_all
+    )
+
+
+def prediction_panels(commands):
+    """The points of each panel: {title: {flag that is varied: array (settings, 2)}}.
+
+    The columns of an array are the predicted and the trained KL, means over the seeds.
+    """
+    by_script = {}
+    for command in commands:
+        by_script.setdefault(command.script, []).append(command)
+
+    panels = {}
+    for script, of_script in by_script.items():
+        for metric in ("kl", "kl_1", "kl_2"):
+            if len(measurements.predicted_and_trained(of_script, metric)) < 3:
+                continue
+            latent = metric.removeprefix("kl").replace("_", ", z")
+            points = {}
+            for command in of_script:
+                own = measurements.predicted_and_trained([command], metric)
+                flag = ", ".join(command.flags)
+                points[flag] = np.concatenate([points[flag], own]) if flag in points else own
+            panels[f"{script}{latent}"] = points
+    return panels

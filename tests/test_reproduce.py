@@ -1,19 +1,19 @@
-"""reproduce.py: its tables hold the scripts' results, and it makes nothing twice."""
+"""reproduce.py: what its files hold, that it makes nothing twice, and --page without any runs."""
 import contextlib
 import csv
 import json
 import re
+import shutil
 import tempfile
 import time
 import unittest
 from unittest import mock
 
-import headroom
+import measurements
 import numpy as np
 
 import report
 import reproduce
-import verify
 from tests import small
 from tests.small import ROOT
 
@@ -37,12 +37,6 @@ def result_with(metrics):
     )
 
 
-def minutes(rows):
-    """The seconds of a table's rows as minutes, as the pages show them."""
-    seconds = sum(float(row["seconds"]) for row in rows)
-    return f"{seconds / 60:.0f} min"
-
-
 @contextlib.contextmanager
 def experiments_with(**commands):
     """Within this context, the experiments of these names have these commands."""
@@ -53,8 +47,19 @@ def experiments_with(**commands):
         yield
 
 
+def without_runs():
+    """Within this context, it is an error to read a run or to make one."""
+    return mock.patch("reproduce.Run", side_effect=AssertionError("no runs are needed"))
+
+
 class Reproduced(small.InFolder):
-    """Tests that call reproduce.py on a few drawn digits, for one epoch."""
+    """Tests that call reproduce.py on a few drawn digits, for one epoch.
+
+    The pictures that a script itself draws take most of its time. So those of single runs are left
+    out, and those of grids, too, unless grid_pictures is set.
+    """
+
+    grid_pictures = False
 
     def setUp(self):
         super().setUp()
@@ -63,11 +68,11 @@ class Reproduced(small.InFolder):
         self.results = self.folder / "results"
 
     def call(self, *argv):
-        """Returns (exit status, stdout, stderr).
-
-        The pictures of single runs take most of a script's time, so they are left out.
-        """
-        with mock.patch("pictures.draw_run"):
+        """Returns (exit status, stdout, stderr)."""
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch("pictures.draw_run"))
+            if not self.grid_pictures:
+                patches.enter_context(mock.patch("pictures.draw_grid"))
             return small.call(
                 reproduce.main,
                 *argv,
@@ -78,15 +83,25 @@ class Reproduced(small.InFolder):
                 "--num_epochs", 1,
             )
 
-    def written(self):
-        """The names of the files in the folder of results."""
-        return {path.name for path in self.results.iterdir()}
+    def made(self, *argv):
+        """Call it, and check that it succeeds. Returns stderr."""
+        status, _, err = self.call(*argv)
+        self.assertEqual(status, 0, err)
+        return err
 
-    def text(self, name):
-        return (self.results / name).read_text(encoding="utf-8")
+    def written(self):
+        """The names of the files in the folder of results, except in data/."""
+        return {path.name for path in self.results.iterdir() if path.is_file()}
+
+    def page(self):
+        return (self.results / "README.md").read_text(encoding="utf-8")
+
+    def part(self, name):
+        """The part of the page about one result."""
+        return re.split("^##", self.page().partition(f"### {name}\n")[2], flags=re.M)[0]
 
     def rows(self, name):
-        """The rows of an experiment's table with all digits."""
+        """The rows of an experiment's .csv file, as texts."""
         with open(self.results / f"{name}.csv", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
@@ -95,6 +110,24 @@ class Reproduced(small.InFolder):
         return [
             json.loads(path.read_text(encoding="utf-8")) for path in self.runs.glob(pattern)
         ]
+
+    def pictures(self):
+        """{name: content} of the pictures in the folder of results."""
+        return {path.name: path.read_bytes() for path in self.results.glob("*.png")}
+
+    def check_page_without_runs(self):
+        """--page draws the same pictures and writes the same page, although no run is left."""
+        text = self.page()
+        pictures = self.pictures()
+        shutil.rmtree(self.runs)
+        for name in pictures:
+            (self.results / name).write_bytes(b"not a picture")
+        with without_runs():
+            err = self.made("--page")
+        self.assertIn("README.md", err)
+        self.assertNotIn("cannot be read", err)
+        self.assertEqual(self.page(), text)
+        self.assertEqual(self.pictures(), pictures)
 
 
 COMMENTS = """# All
@@ -119,25 +152,33 @@ class TableAndFigure(Reproduced):
     """A table and a figure that share runs, with two seeds."""
 
     def test_a_table_and_a_figure_of_the_same_runs(self):
+        small_model = "MNIST_CVAE_Relu.py --d_hidden 8 --num_samples 10"
+        by_beta = reproduce.both_objectives(f"{small_model} --beta 0.5,2.0")
+        by_eta = reproduce.both_objectives(f"{small_model} --eta_dec 0.25,2.0")
+        with experiments_with(table_cvae=by_beta + by_eta, figure_cvae_beta=by_beta):
+            self.check_table_and_figure()
+
+    def check_table_and_figure(self):
         self.results.mkdir()
         (self.results / "comments.md").write_text(COMMENTS, encoding="utf-8")
-        status, _, err = self.call("table_cvae", "figure_cvae_beta", "--seed", "1,2")
-        self.assertEqual(status, 0, err)
+        err = self.made("table_cvae", "figure_cvae_beta", "--seed", "1,2")
         self.assertEqual(self.written(), {
-            "table_cvae.md", "table_cvae.csv",
-            "figure_cvae_beta.md", "figure_cvae_beta.csv", "figure_cvae_beta.png",
+            "table_cvae.csv", "table_cvae.png", "figure_cvae_beta.csv", "figure_cvae_beta.png",
             "comments.md", "README.md",
         })
+        # What the picture shows beyond the rows.
+        arrays = [path.name for path in (self.results / "data").iterdir()]
+        self.assertEqual(arrays, ["figure_cvae_beta.npz"])
 
         self.check_progress(err)
         self.check_rows()
-        self.check_table()
         self.check_page()
         self.check_seed_of_the_picture()
 
         # Again: everything is there.
-        status, _, err = self.call("table_cvae", "--seed", "1,2")
-        self.assertEqual((status, err.count("training")), (0, 0))
+        err = self.made("table_cvae", "--seed", "1,2")
+        self.assertEqual(err.count("training"), 0)
+        self.check_page_without_runs()
 
     def check_progress(self, err):
         """A line for each command. The figure trains nothing that the table has trained."""
@@ -148,7 +189,8 @@ class TableAndFigure(Reproduced):
         line = r"^command (\d) of 6, \d:\d\d:\d\d, about \d+:\d\d:\d\d left: python (.*)$"
         self.assertEqual(re.findall(line, err, flags=re.M), wanted)
         # The exact and the released objective, in two sweeps, with two seeds.
-        self.assertEqual(err.count("training 4 settings: epoch 1/1"), 8)
+        finished = re.findall(r"^training 2 settings: epoch 1/1, .*100%", err, flags=re.M)
+        self.assertEqual(len(finished), 8)
 
     def check_rows(self):
         """Each row of the table is a result.json, in full precision."""
@@ -159,150 +201,132 @@ class TableAndFigure(Reproduced):
             by_settings[tuple(str(result["settings"][name]) for name in names)] = result
 
         rows = self.rows("table_cvae")
-        self.assertEqual(len(rows), 32)
+        self.assertEqual(len(rows), 16)
         for row in rows:
             result = by_settings[tuple(row[name] for name in names)]
             for name, value in result["metrics"].items():
                 self.assertEqual(float(row[name]), value)
+            # What the curves of training end with.
+            for name, curve in result["curves"].items():
+                self.assertEqual(float(row[f"last epoch {name}"]), curve[-1])
             # A setting counts with its share of the training side by side.
             seconds = dict(result["seconds"])
             share = seconds.pop("train") / result["side_by_side"]
             self.assertAlmostEqual(float(row["seconds"]), share + sum(seconds.values()))
 
-    def check_table(self):
-        text = self.text("table_cvae.md")
-        self.assertIn("mnist; cpu; python ", text)
-        self.assertIn("epochs 1; seed 1, 2; ", text)
-
-        elbos = []
-        for row in self.rows("table_cvae"):
-            if row["command"].endswith("2.0") and row["beta"] == "0.5":
-                elbos.append(float(row["elbo"]))
-        self.assertEqual(len(elbos), 2)
-        self.assertIn(f"| {np.mean(elbos):.2f} ± {np.std(elbos, ddof=1):.2f} |", text)
-
-        self.assertRegex(
-            text,
-            r"\nRank correlation of .*: kl -?\d\.\d\d(, AU -?\d\.\d\d)?.* "
-            r"\(`MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 ",
-        )
+    def check_page(self):
+        """The page has the results and the comments, with the mean over the seeds."""
+        text = self.page()
+        headings = re.findall("^##+ (.*)$", text, flags=re.M)
+        self.assertLess(headings.index("table_cvae"), headings.index("figure_cvae_beta"))
+        self.assertEqual(headings[-1], "more")
+        self.assertNotIn("figure_hvae_eta", headings)
+        self.assertIn("What it shows.", self.part("figure_cvae_beta"))
         self.assertNotIn("nan", text)
 
-    def check_page(self):
-        """README.md has the results in the order of EXPERIMENTS, and the comments among them."""
-        parts = re.split("^## ", self.text("README.md"), flags=re.M)
-        headings = [part.partition("\n")[0] for part in parts]
-        self.assertEqual(headings, ["# All", "figure_cvae_beta", "table_cvae", "more"])
-        introduction, figure, table, more = parts
-        self.assertIn("What it is.", introduction)
-        self.assertIn("What it shows.", figure)
-        self.assertIn("Direction: along ", table)
-        self.assertIn("At the end.", more)
-
-        question = "Does a heavier KL collapse more units of a CVAE?"
-        self.assertIn(f"![{question}](figure_cvae_beta.png)", figure)
-        # Two tables of four rows are shown. Four of them are not.
-        self.assertIn("| beta = 0.5 | ", figure)
-        self.assertNotIn("| beta = 0.5 | ", table)
-
-        for name, part in (("figure_cvae_beta", figure), ("table_cvae", table)):
-            self.assertIn(f"Table: [.md]({name}.md), [.csv]({name}.csv)", part)
-            self.assertRegex(
-                part,
-                rf"; epochs 1; seed 1, 2; {minutes(self.rows(name))}; 2\d\d\d-\d\d-\d\d; "
-                "nats per test example",
-            )
-            self.assertIn("Collapse: of ", part)
-
-        self.assertIn("*The picture is of seed 1.*", figure)
-        self.assertNotIn("The picture is of", table)
+        table = self.part("table_cvae")
+        self.assertIn("seeds 1 and 2", table)
+        self.assertIn("](table_cvae.png)", table)
+        elbos = []
+        for row in self.rows("table_cvae"):
+            if row["beta"] == "0.5" and row["released_objective"] == "False":
+                elbos.append(float(row["elbo"]))
+        self.assertEqual(len(elbos), 2)
+        self.assertIn(measurements.format_seeds(elbos), table)
 
     def check_seed_of_the_picture(self):
-        """The picture of two seeds is that of the first one alone."""
+        """The collapse curves of two seeds are those of the first one alone."""
         path = self.results / "figure_cvae_beta.png"
         picture = path.read_bytes()
         self.assertTrue(picture.startswith(PNG))
-        for seed in ("1", "2"):
-            status, _, err = self.call("figure_cvae_beta", "--seed", seed)
-            self.assertEqual(status, 0, err)
+        for seed in ("2", "1"):
+            self.made("figure_cvae_beta", "--seed", seed)
             self.assertEqual(path.read_bytes() == picture, seed == "1")
-            self.assertNotIn("The picture is of", self.text("figure_cvae_beta.md"))
 
 
 class Made(Reproduced):
-    def test_one_of_each_way_to_draw(self):
+    def test_from_the_rows(self):
+        """One of each table and picture that need the rows alone."""
         experiments = experiments_with(
             figure_single_digit=[
                 "MNIST_CVAE_Linear_single_digit.py --digit 0:2 --num_samples 0",
                 "MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0",
             ],
-            figure_cvae_linear=["MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"],
-            figure_hvae_samples=[
-                "MNIST_HVAE_Relu.py --beta_1 0.1,1 --beta_2 1,2 --num_samples 0 --d_hidden 8",
-            ],
             table_theorems=[
                 "matrix_VAE.py --d_0 3 --d_1 2",
                 "MNIST_VAE_Linear_learnable_sigma.py",
+            ],
+            figure_vae_sigma=[
+                "MNIST_VAE_Linear_learnable_sigma.py",
+                "MNIST_VAE_Linear_nonlearnable_sigma.py",
             ],
             table_correlation=[
                 "Synthetic_CVAE_Relu_correlation.py --dim_x 4 --dim_y 4 "
                 "--corr_type Identical,Random --num_draws 0",
             ],
             figure_prediction=[
-                "MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0",
                 "MNIST_HVAE_Relu.py --d_hidden 8 --num_samples 0",
                 "MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0",
             ],
         )
         names = [
-            "figure_single_digit", "figure_cvae_linear", "figure_hvae_samples", "table_theorems",
-            "table_correlation", "figure_vae_sigma", "figure_prediction",
+            "figure_single_digit", "table_theorems", "table_correlation", "figure_vae_sigma",
+            "figure_prediction",
         ]
         with experiments:
-            status, _, err = self.call(*names)
-            self.assertEqual(status, 0, err)
+            self.made(*names)
             self.check_files(names)
-            self.check_sentences()
+            self.check_tables()
             self.check_list()
+            self.check_page_without_runs()
 
     def check_files(self, names):
-        """Two files and a page for all, and a picture for each figure."""
-        figures = {f"{name}.png" for name in names if name.startswith("figure")}
-        tables = {f"{name}.{kind}" for name in names for kind in ("md", "csv")}
-        self.assertEqual(len(figures), 5)
-        self.assertEqual(self.written(), {*figures, *tables, "README.md"})
+        """A .csv for each, a picture for all except the theorems, and one page."""
+        pictures = {f"{name}.png" for name in names if name != "table_theorems"}
+        tables = {f"{name}.csv" for name in names}
+        self.assertEqual(self.written(), {*pictures, *tables, "README.md"})
+        for picture in self.pictures().values():
+            self.assertTrue(picture.startswith(PNG))
 
-    def check_sentences(self):
-        theorems = self.text("table_theorems.md")
-        self.assertRegex(
-            theorems,
-            r"\| script \| .*verdict \|\n\|---\|---\|---\|---\|\n"
-            r"\| matrix_VAE \| \d\.\de-\d\d \| .*VERIFIED \|\n\n",
-        )
+    def check_tables(self):
+        self.assertRegex(self.part("table_theorems"), r"\| matrix_VAE \|.* VERIFIED \|")
         # One epoch on 256 images does not arrive at the optimum.
-        self.assertIn("wants 0 to 0.05", theorems)
+        [_, trained] = self.rows("table_theorems")
+        self.assertNotEqual(trained["verdict"], "as predicted")
+        self.assertIn("| corr_type = Identical | ", self.part("table_correlation"))
+        digits = self.part("figure_single_digit")
+        self.assertIn("| MNIST_CVAE_Relu_single_digit, digit = 2 | ", digits)
+        self.assertEqual(len(self.rows("figure_prediction")), 4)
 
-        prediction = self.text("figure_prediction.md")
-        for line in (
-            r"MNIST_CVAE_Linear: every unit is active or collapsed as predicted in \d of 2 "
-            r"settings",
-            r"MNIST_CVAE_Relu_single_digit: 3 settings; rank correlation of predicted and trained "
-            r"(none|\w+ -?[01]\.\d\d)",
-            r"MNIST_HVAE_Relu: kl_1 predicted -?\d+\.\d\d, trained -?\d+\.\d\d, kl_2 predicted ",
-        ):
-            self.assertRegex(prediction, line)
-        self.assertNotIn("| setting |", prediction)
-        self.assertIn("| corr_type = Identical | ", self.text("table_correlation.md"))
+    def test_from_the_arrays_of_a_grid(self):
+        """Pictures of what the scripts leave beside the pictures of their grids."""
+        self.grid_pictures = True
+        experiments = experiments_with(
+            figure_cvae_linear=["MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"],
+            figure_hvae_samples=[
+                "MNIST_HVAE_Relu.py --beta_1 0.1,1 --beta_2 1,2 --num_samples 0 --d_hidden 8",
+            ],
+        )
+        names = ["figure_cvae_linear", "figure_hvae_samples"]
+        with experiments:
+            self.made(*names)
+            self.check_files(names)
+            arrays = {path.name for path in (self.results / "data").iterdir()}
+            self.assertEqual(arrays, {f"{name}.npz" for name in names})
+            table = self.part("figure_hvae_samples")
+            self.assertRegex(table, r"\| \*\*0.1\*\* \| .* \(\d+\) \|")
+            self.check_page_without_runs()
 
     def check_list(self):
         """The list says how long the runs took, by their results and by the table."""
         status, out, _ = self.call()
         self.assertEqual(status, 0)
-        took = minutes(self.rows("figure_vae_sigma"))
+        seconds = sum(float(row["seconds"]) for row in self.rows("figure_vae_sigma"))
+        took = f"{seconds / 60:.0f} min"
         self.assertRegex(
             out,
-            rf"4 of 4 settings finished, which took {took}; "
-            rf"\S+figure_vae_sigma: 4 settings in {took} on cpu\n",
+            rf"2 of 2 settings finished, which took {took}; "
+            rf"\S+figure_vae_sigma: 2 settings in {took} on cpu\n",
         )
 
     def test_deep_models(self):
@@ -322,42 +346,53 @@ class Made(Reproduced):
             ],
         )
         with experiments:
-            status, _, err = self.call("figure_delta", "table_deep")
-        self.assertEqual(status, 0, err)
+            self.made("figure_delta", "table_deep")
+            self.check_deltas()
+            self.check_deep_models()
+            self.check_page_without_runs()
 
-        # 1. The figure of the delta-VAE.
-        self.assertTrue((self.results / "figure_delta.png").read_bytes().startswith(PNG))
-        text = self.text("figure_delta.md")
-        for line in (
-            r"Prior standard: a KL of \d+\.\d\d nats; against the auxiliary prior \d+\.\d\d\.\n",
-            r"Prior ar1: a KL of \d+\.\d\d nats, at least δ = 5; against the auxiliary prior ",
-        ):
-            self.assertRegex(text, line)
+    def check_deltas(self):
+        standard, *bounded = self.rows("figure_delta")
+        text = self.part("figure_delta")
+        self.assertIn(f"{float(standard['kl']):.2f} nats", text)
+        for row in bounded:
+            self.assertIn(f"{float(row['kl']):.2f} nats for δ = {float(row['delta']):g}", text)
 
-        # 2. The table of the deep models, with the KL of each level from the top.
+    def check_deep_models(self):
+        """The KL of each level from the top, for models in one table."""
         [result] = self.saved_results("MNIST_HVAE_Ladder/latents*/result.json")
         kls = [f"{result['metrics'][f'kl_{level}']:.2f}" for level in (3, 2, 1)]
-        text = self.text("table_deep.md")
+        text = self.part("table_deep")
         self.assertIn(f"| {', '.join(kls)} | ", text)
-        self.assertRegex(
-            text,
-            r"\nMNIST_HVAE_DCT beside MNIST_HVAE_Ladder: ELBO .* nats, of which reconstruction .*, "
-            r"context -\d",
-        )
-        # Models with the same columns are rows of one table.
         self.assertEqual(text.count("| kl from the top |"), 1)
-        self.assertTrue((self.results / "table_deep.png").read_bytes().startswith(PNG))
+        ladder, dct = self.rows("table_deep")
+        difference = float(dct["elbo"]) - float(ladder["elbo"])
+        self.assertRegex(text, rf"\| MNIST_HVAE_DCT \| .*{re.escape(f'{difference:+.2f}')} \|")
 
-    def test_a_diverged_setting_says_so(self):
-        command = (
-            "MNIST_HVAE_Relu.py --lr 1e6,0.001 --d_hidden 8 --num_samples 0 --batch_size 8"
-        )
-        with experiments_with(table_vae_sigma=[command]):
-            status, _, err = self.call("table_vae_sigma")
+    def test_settings_that_diverged(self):
+        """One setting of the first command diverged, and all of the second."""
+        flags = "--d_hidden 8 --num_samples 0 --batch_size 8"
+        commands = [
+            f"MNIST_HVAE_Relu.py --lr 1e6,0.001 {flags}",
+            f"MNIST_HVAE_Relu.py --lr 1e6 --beta_1 2 {flags}",
+        ]
+        with experiments_with(table_deep_ablation=commands):
+            status, _, err = self.call("table_deep_ablation")
         self.assertEqual(status, 1, err)
-        text = self.text("table_vae_sigma.md")
-        self.assertIn("| lr = 1000000.0 | diverged | diverged |", text)
-        self.assertRegex(text, r"\| lr = 0.001 \| -\d+\.\d\d \|")
+        rows = self.rows("table_deep_ablation")
+        self.assertEqual([row["elbo"] == "" for row in rows], [True, False, True])
+        text = self.part("table_deep_ablation")
+        self.assertRegex(text, r"\| lr = 0.001 \| -\d+\.\d\d ")
+        self.assertRegex(text, r"\| lr = 1000000.0 \| .*diverged")
+
+    def test_a_grid_without_its_pictures(self):
+        """The disk was full when the script drew its grid. The numbers are written all the same."""
+        commands = ["MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"]
+        with experiments_with(figure_cvae_linear=commands):
+            err = self.made("figure_cvae_linear")
+        self.assertIn("figure_cvae_linear has no picture", err)
+        self.assertEqual(len(self.rows("figure_cvae_linear")), 2)
+        self.assertIn("### figure_cvae_linear", self.page())
 
     def test_the_list(self):
         status, out, _ = self.call()
@@ -368,92 +403,111 @@ class Made(Reproduced):
                 self.assertIn(f"    python {command}\n", out)
         self.assertFalse(self.results.exists())
 
+    def test_all(self):
+        """--all makes every command of every experiment."""
+        with mock.patch("reproduce.Run.make", return_value=0) as make, \
+                mock.patch("reproduce.write_result") as write:
+            err = self.made("--all")
+        made = [call.args[1] for call in write.call_args_list]
+        self.assertEqual(made, list(reproduce.EXPERIMENTS))
+        count = sum(len(experiment.commands) for experiment in reproduce.EXPERIMENTS.values())
+        self.assertEqual(make.call_count, count)
+        self.assertIn(f"command {count} of {count}, ", err)
+
+    def test_the_status_is_that_of_the_worst_command(self):
+        commands = ["matrix_VAE.py", "matrix_CVAE.py", "matrix_VAE.py --d_1 2"]
+        with experiments_with(table_theorems=commands), \
+                mock.patch("reproduce.Run.make", side_effect=[0, 1, 0]), \
+                mock.patch("reproduce.write_result"):
+            status, _, _ = self.call("table_theorems")
+        self.assertEqual(status, 1)
+
 
 class Remedies(Reproduced):
     def test_rows(self):
-        """Each row agrees with its results. The objective is the plain one for all remedies."""
+        """Each cell agrees with its results. The objective is the plain one for all remedies."""
         models = [
-            reproduce.RemediedModel("MNIST_CVAE_Relu.py --beta 1.0,2.0", "--start_std", 8),
+            reproduce.RemediedModel("MNIST_CVAE_Relu.py --beta 2.0 --d_hidden 8", "--start_std", 8),
             reproduce.RemediedModel(
                 "MNIST_HVAE_Relu.py --beta_1 0.25 --d_hidden 8", "--start_std", 8),
         ]
-        with experiments_with(table_remedies=reproduce.remedy_commands(models)), \
-                mock.patch("pictures.draw_grid"):
-            status, _, err = self.call("table_remedies", "--seed", "1,2")
-        self.assertEqual(status, 0, err)
+        with experiments_with(table_remedies=reproduce.remedy_commands(models)):
+            self.made("table_remedies", "--seed", "1,2")
 
-        rows = self.rows_of_remedies()
-        # A header, the line below it, and three settings with five remedies each.
-        self.assertEqual(len(rows), 2 + 3 * 5)
+        tables = self.tables_of_remedies()
+        for table in tables:
+            # A head, the line below it, and two settings.
+            self.assertEqual(len(table), 2 + 2)
         results = self.saved_results("*/*/result.json")
-        free_bits = rows["MNIST_HVAE_Relu", "beta_1 = 0.25, beta_2 = 1.0", "free bits"]
-        self.check_free_bits(free_bits, results)
-        warm_up = rows["MNIST_CVAE_Relu", "beta = 2.0", "warm-up"]
-        self.check_warm_up(warm_up, results)
+        self.check_free_bits(tables, results)
+        self.check_warm_up(tables, results)
 
-        text = self.text("table_remedies.md")
-        cases = [int(number) for number in re.findall(r" nats in \d+ of (\d+) cases", text)]
-        # Three settings, two seeds, four remedies.
-        self.assertEqual(sum(cases), 3 * 2 * 4)
-        self.assertIn("Collapse: of 30 levels ", text)
+        text = self.part("table_remedies")
+        cases = [int(number) for number in re.findall(r" in \d+ of (\d+) cases", text)]
+        # Two settings, two seeds, three remedies of training.
+        self.assertEqual(sum(cases), 2 * 2 * 3)
 
-    def rows_of_remedies(self):
-        """The rows of the table in Markdown: {(script, setting, remedy): the other cells}."""
-        rows = {}
-        for line in self.text("table_remedies.md").splitlines():
-            if line.startswith("|"):
-                cells = [cell.strip() for cell in line.strip("|").split("|")]
-                rows[tuple(cells[:3])] = cells[3:]
-        return rows
+    def tables_of_remedies(self):
+        """The tables of objectives and of units: {(script, setting): the other cells}."""
+        tables = []
+        for paragraph in self.part("table_remedies").split("\n\n"):
+            if paragraph.startswith("|"):
+                rows = {}
+                for line in paragraph.splitlines():
+                    cells = [cell.strip() for cell in line.strip("|").split("|")]
+                    rows[tuple(cells[:2])] = cells[2:]
+                tables.append(rows)
+        objectives, units = tables
+        return objectives, units
 
-    def check_free_bits(self, row, results):
+    def check_free_bits(self, tables, results):
         """The plain objective of the test images: reconstruction + 0.25 kl_1 + 1 kl_2."""
         objectives = []
+        active = []
         for result in results:
             settings = result["settings"]
             if settings.get("beta_1") == 0.25 and settings["free_bits"] == 0.1:
                 metrics = result["metrics"]
                 kls = 0.25 * metrics["kl_1"] + metrics["kl_2"]
                 objectives.append(metrics["reconstruction"] + kls)
+                active.append(metrics["AU_kl_2"])
         self.assertEqual(len(objectives), 2)
-        self.assertEqual(row[1], self.mean_and_deviation(objectives))
+        key = ("MNIST_HVAE_Relu", "beta_1 = 0.25, beta_2 = 1.0")
+        self.assertEqual(tables[0][key][-1], measurements.format_seeds(objectives))
+        self.assertEqual(tables[1][key][-1], measurements.format_seeds(active))
 
-    def check_warm_up(self, row, results):
-        """The plain objective of the training images at the whole beta, and the headroom."""
+    def check_warm_up(self, tables, results):
+        """The plain objective of the test images at the whole beta. The warm-up is the third."""
         objectives = []
-        headrooms = []
         for result in results:
             settings = result["settings"]
             if settings.get("beta") == 2 and settings["beta_warmup"]:
                 # A quarter of --num_epochs 1.
                 self.assertEqual(settings["beta_warmup"], 0.25)
-                curves = result["curves"]
-                objectives.append(curves["reconstruction"][-1] + 2 * curves["kl"][-1])
-                headrooms.append(result["metrics"]["headroom"])
+                metrics = result["metrics"]
+                objectives.append(metrics["reconstruction"] + 2 * metrics["kl"])
         self.assertEqual(len(objectives), 2)
-        self.assertEqual(row[0], self.mean_and_deviation(objectives))
-        self.assertEqual(row[4], self.mean_and_deviation(headrooms))
-
-    def mean_and_deviation(self, values):
-        return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+        # The headroom stands before the remedies.
+        row = tables[0]["MNIST_CVAE_Relu", "beta = 2.0"]
+        self.assertEqual(row[1 + 2], measurements.format_seeds(objectives))
 
 
 class Refused(Reproduced):
     """What is refused in one line, before anything is trained."""
 
-    def check_refused(self, argv, message):
+    def check_refused(self, argv, *messages):
         status, out, err = self.call(*argv)
         self.assertEqual((status, out), (2, ""))
-        self.assertIn(message, err)
+        for message in messages:
+            self.assertIn(message, err)
         self.assertEqual(err.count("\n"), 1, err)
         if self.runs.exists():
             self.assertEqual(list(self.runs.iterdir()), [])
 
     def test_no_such_experiment(self):
-        self.check_refused(
-            ["table_nothing"],
-            "'table_nothing': no such table or figure, wants some of figure_cvae_beta, ",
-        )
+        self.check_refused(["table_nothing"], "'table_nothing'", "table_theorems")
+        # An experiment of before.
+        self.check_refused(["table_vae_sigma"], "'table_vae_sigma'")
 
     def test_no_such_flag(self):
         self.check_refused(["table_cvae", "--out_dirr", "x"], "--out_dirr: no such flag")
@@ -461,16 +515,115 @@ class Refused(Reproduced):
     def test_a_list_of_another_flag(self):
         self.check_refused(["table_cvae", "--all", "true,false"], "only --seed may be a list")
 
+    def test_page_with_names(self):
+        self.check_refused(["table_cvae", "--page"], "--page")
+        self.check_refused(["--all", "--page"], "--page")
+        self.check_refused(["--page", "table_cvae"], "table_cvae")
+        self.assertFalse(self.results.exists())
+
     def test_results_dir_is_a_file(self):
         self.results.write_text("a file", encoding="utf-8")
-        self.check_refused(["table_cvae"], f"--results_dir: got {str(self.results)!r}, wants ")
-        self.assertEqual(self.text(""), "a file")
+        for argv in (["table_cvae"], ["--page"]):
+            self.check_refused(argv, f"--results_dir: got {str(self.results)!r}, ")
+        self.assertEqual(self.results.read_text(encoding="utf-8"), "a file")
 
     def test_results_dir_is_in_a_file(self):
         file = self.results
         file.write_text("a file", encoding="utf-8")
         self.results = file / "results"
-        self.check_refused(["table_cvae"], f"--results_dir: got {str(self.results)!r}, wants ")
+        self.check_refused(["table_cvae"], f"--results_dir: got {str(self.results)!r}, ")
+
+
+class Page(Reproduced):
+    """--page, which needs the files of the results and nothing else."""
+
+    def test_of_the_committed_results(self):
+        """It writes the committed page. Pictures whose arrays are not there stay as they are."""
+        shutil.copytree(ROOT / "results", self.results)
+        pictures = self.pictures()
+        (self.results / "README.md").unlink()
+        with without_runs(), mock.patch("pictures.save_figure") as save:
+            err = self.made("--page")
+        self.assertEqual(err.count("\n"), 1, err)
+        committed_page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+        self.assertEqual(self.page(), committed_page)
+        self.assertNotIn("runs/", self.page())
+
+        wanted = []
+        for name, experiment in reproduce.EXPERIMENTS.items():
+            has_rows = (self.results / f"{name}.csv").exists()
+            has_arrays = (self.results / "data" / f"{name}.npz").exists()
+            if has_rows and experiment.picture and (has_arrays or not experiment.arrays):
+                wanted.append(f"{name}.png")
+        drawn = [call.args[0].name for call in save.call_args_list]
+        self.assertEqual(drawn, wanted)
+        self.assertEqual(self.pictures(), pictures)
+
+    def test_of_an_empty_folder(self):
+        """There is nothing to show, but a page with its title."""
+        with without_runs():
+            self.made("--page")
+        self.assertEqual(self.written(), {"README.md"})
+        self.assertTrue(self.page().startswith("# Results\n"))
+
+    def copy(self, *names):
+        """Copy the committed .csv files of these results."""
+        self.results.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy(ROOT / "results" / f"{name}.csv", self.results)
+
+    def test_broken_arrays(self):
+        """The file is named, the picture stays, and the page is written."""
+        self.copy("figure_cvae_beta", "figure_cvae_linear")
+        (self.results / "data").mkdir()
+        path = self.results / "data" / "figure_cvae_beta.npz"
+        picture = self.results / "figure_cvae_beta.png"
+        picture.write_bytes(b"an older picture")
+
+        for content in (b"", b"no archive", b"PK\x03\x04 half of an archive"):
+            path.write_bytes(content)
+            with self.subTest(content=content):
+                self.check_named(path.name)
+        # An archive with an object instead of numbers, and one with the arrays of another result.
+        np.savez_compressed(path, x=np.array([{}], dtype=object))
+        self.check_named(path.name)
+        np.savez_compressed(path, x=np.zeros(3))
+        self.check_named(path.name)
+        self.assertEqual(picture.read_bytes(), b"an older picture")
+
+    def test_broken_tables(self):
+        """The file is named, and the other results are on the page."""
+        self.copy("table_deep_ablation")
+        path = self.results / "table_cvae.csv"
+        header = "command,dataset,device,torch,seconds,seed,elbo\n"
+        for content in (
+            b"command,device\n\xff",
+            # No column with the command, and no column with the seed.
+            b"x\n1\n",
+            b"command,beta,elbo\n\"" + reproduce.CVAE_BETA.encode() + b"\",0.5,-1.0\n",
+            # A row with more cells than there are columns.
+            header.encode() + b"x.py,mnist,cpu,2.0,1.0,1,-1.0,more,cells\n",
+            # A setting that the command does not have.
+            b"command,beta,seed,elbo\n\"" + reproduce.CVAE_BETA.encode() + b"\",7.0,1,-1.0\n",
+        ):
+            path.write_bytes(content)
+            with self.subTest(content=content):
+                self.check_named(path.name)
+                self.assertIn("### table_deep_ablation", self.page())
+
+    def check_named(self, name):
+        """--page succeeds, and a single line on stderr names the file."""
+        err = self.made("--page")
+        self.assertEqual(len([line for line in err.splitlines() if name in line]), 1, err)
+        self.assertIn("# Results", self.page())
+
+    def test_a_table_without_rows(self):
+        """It has no part of the page."""
+        self.copy("figure_delta")
+        (self.results / "table_cvae.csv").write_text("command,seed\n", encoding="utf-8")
+        with mock.patch("pictures.save_figure"):
+            self.made("--page")
+        self.assertNotIn("table_cvae", self.page())
 
 
 class Broken(Reproduced):
@@ -518,18 +671,24 @@ class Broken(Reproduced):
         self.assertEqual(len(self.rows("table_theorems")), 2)
 
     def test_tables(self):
-        """A broken .csv tells nothing about the time, and a broken .md is left out of the page."""
+        """A broken .csv gives no estimate of the time, and no part of the page."""
         self.results.mkdir()
         (self.results / "table_cvae.csv").write_bytes(b"command,device,seconds\n\xff")
         (self.results / "table_hvae.csv").write_text("command\nx.py\n", encoding="utf-8")
-        (self.results / "table_cvae.md").write_text("half of it", encoding="utf-8")
         with experiments_with(table_theorems=self.COMMANDS[:1]):
-            status, _, err = self.call("table_theorems")
-        self.assertEqual(status, 0, err)
-        self.assertEqual(err.count("table_cvae.md is not whole"), 1)
-        page = self.text("README.md")
-        self.assertIn("## table_theorems", page)
-        self.assertNotIn("half of it", page)
+            err = self.made("table_theorems")
+        self.assertIn("table_cvae.csv", err)
+        page = self.page()
+        self.assertIn("### table_theorems", page)
+        self.assertNotIn("table_cvae", page)
+        self.assertNotIn("table_hvae", page)
+
+
+def as_command_without_pictures(*args):
+    """`small.as_command`, which draws no pictures of single runs."""
+    import pictures
+    pictures.draw_run = lambda *args: None
+    small.as_command(*args)
 
 
 class Dealt(small.InFolder):
@@ -537,7 +696,7 @@ class Dealt(small.InFolder):
 
     def rows(self, name):
         """The rows of the table in a folder of results, without the times."""
-        with open(self.folder / name / "table_vae_sigma.csv", encoding="utf-8") as file:
+        with open(self.folder / name / "figure_vae_sigma.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             del row["seconds"]
@@ -546,7 +705,7 @@ class Dealt(small.InFolder):
     def argv(self, name):
         """Arguments for results in a folder of this name, and runs of its own."""
         return [
-            "table_vae_sigma",
+            "figure_vae_sigma",
             "--data_dir", self.folder / "data",
             "--out_dir", self.folder / f"{name}_runs",
             "--results_dir", self.folder / name,
@@ -556,8 +715,9 @@ class Dealt(small.InFolder):
 
     def start(self):
         """Start reproduce.py in one process. Its messages are added to the file "err"."""
-        process = small.start_command(
-            "reproduce.py", self.argv("killed"), self.folder, self.folder / "out", self.err)
+        args = ("reproduce.py", self.argv("killed"), self.folder, self.folder / "out", self.err)
+        process = small.CHILDREN.Process(target=as_command_without_pictures, args=args)
+        process.start()
         self.addCleanup(process.kill)
         return process
 
@@ -570,7 +730,7 @@ class Dealt(small.InFolder):
         self.err = self.folder / "err"
         self.check_two_processes()
         self.check_killed()
-        self.assertEqual(len(self.rows("two")), 4)
+        self.assertEqual(len(self.rows("two")), 6)
         self.assertEqual(self.rows("killed"), self.rows("two"))
 
     def check_two_processes(self):
@@ -581,27 +741,30 @@ class Dealt(small.InFolder):
         first, second = [err.read_text(encoding="utf-8") for err in errs]
         self.assertEqual(statuses, [0, 0], first + second)
 
-        trainings = [err.count("training: epoch 2/2") for err in (first, second)]
-        self.assertEqual(trainings, [2, 2])
-        self.assertIn("process 1: command 2 of 2, ", second)
-        self.assertIn("command 4 of 4, ", first)
-        tables = [
-            out.read_text(encoding="utf-8").count("nats per test example") for out in outs
-        ]
-        self.assertEqual(tables, [4, 0])
+        for err in (first, second):
+            finished = re.findall(r"^training: epoch 2/2, .*100%", err, flags=re.M)
+            self.assertEqual(len(finished), 3, err)
+        self.assertIn("process 1: command 3 of 3, ", second)
+        self.assertIn("command 6 of 6, ", first)
+        has_output = [out.stat().st_size > 0 for out in outs]
+        self.assertEqual(has_output, [True, False])
+        files = {path.name for path in (self.folder / "two").iterdir()}
+        self.assertEqual(
+            files, {"figure_vae_sigma.csv", "figure_vae_sigma.png", "README.md"}
+        )
 
     def check_killed(self):
-        # 1. It is killed in the third of four commands.
+        # 1. It is killed in the third of six commands.
         process = self.start()
         deadline = time.monotonic() + 300
-        while "command 3 of 4" not in self.messages():
+        while "command 3 of 6" not in self.messages():
             self.assertLess(time.monotonic(), deadline, self.messages())
             time.sleep(0.01)
         process.kill()
         process.join()
         self.assertFalse((self.folder / "killed").exists())
 
-        # 2. Started again, it trains the other two.
+        # 2. Started again, it trains the other four.
         process = self.start()
         statuses = small.exit_statuses([process], seconds=300)
         self.assertEqual(statuses, [0], self.messages())
@@ -647,129 +810,6 @@ class Commands(unittest.TestCase):
                 # Matrix scripts have no epochs.
                 epochs = {getattr(setting, "num_epochs", 3) for setting in run.settings}
                 self.assertEqual(epochs, {3})
-
-
-def run_with(command, *metrics):
-    """A run of this command with made-up results that have these metrics, None for diverged."""
-    run = reproduce.Run(command, reproduce.Flags(out_dir=tempfile.gettempdir()), [0])
-    run.results = [result_with(metrics_of_result) for metrics_of_result in metrics]
-    return run
-
-
-class Sentences(unittest.TestCase):
-    """The sentences under a table, from made-up results."""
-
-    def directions(self, command, *metrics):
-        return list(reproduce.directions([run_with(command, *metrics)]))
-
-    def test_directions(self):
-        command = "MNIST_CVAE_Relu.py --beta 0.5,1,2,4"
-        # It falls, then grows by less than is printed, then by more.
-        self.assertEqual(
-            self.directions(command, {"kl": 4.0}, {"kl": 3.0}, {"kl": 3.004}, {"kl": 3.2}),
-            [f"Direction: along beta, kl falls or stays in 2 of 3 steps (`{command}`)."],
-        )
-        # There is no step to or from a setting that diverged.
-        self.assertEqual(
-            self.directions(command, {"kl": 4.0}, None, {"kl": 5.0}, {"kl": 1.0}),
-            [f"Direction: along beta, kl falls or stays in 1 of 1 steps (`{command}`)."],
-        )
-        # The paper says nothing about this flag.
-        command = "MNIST_CVAE_Relu.py --d_hidden 8,16"
-        self.assertEqual(self.directions(command, {"kl": 4.0}, {"kl": 3.0}), [])
-
-    def test_directions_in_a_grid(self):
-        command = "MNIST_HVAE_Relu.py --beta_1 1,2,4 --beta_2 1,2"
-        # A row for each beta_1, a column for each beta_2.
-        kl_2 = [
-            5.0, 3.0,
-            6.0, 7.0,
-            4.0, 8.0,
-        ]
-        self.assertEqual(self.directions(command, *({"kl_2": kl} for kl in kl_2)), [
-            f"Direction: along beta_1, kl_2 rises or stays in 3 of 4 steps (`{command}`).",
-            f"Direction: along beta_2, kl_2 falls or stays in 1 of 3 steps (`{command}`).",
-        ])
-
-    def test_levels_in_use(self):
-        """A unit counts by its mean over the test images. A level without any is collapsed."""
-        ladder = run_with("MNIST_HVAE_Ladder.py", {"kl": 3.0})
-        ladder.units = lambda i: {
-            "log_px": np.zeros(2),
-            "unit_kl_1": np.array([[0.0, 0.018, 3.0], [0.018, 0.004, 3.0]]),
-            "unit_kl_2": np.array([[0.0, 0.0], [0.0, 0.01]]),
-        }
-        dct = run_with("MNIST_HVAE_DCT.py", {"kl": 2.1})
-        dct.units = lambda i: {
-            "unit_kl_1": np.array([[2.0, 0.001]]),
-            "unit_kl_2": np.array([[0.1]]),
-        }
-        diverged = run_with("MNIST_HVAE_DVP.py", None)
-        self.assertEqual(list(reproduce.levels_in_use([ladder, dct, diverged])), [
-            "MNIST_HVAE_Ladder: 2 of 5 units carry more than 0.01 nats; of 2 levels collapsed: 2.",
-            "MNIST_HVAE_DCT: 2 of 3 units carry more than 0.01 nats; each of 2 levels has some.",
-        ])
-
-    def test_comparisons_with_the_first(self):
-        """The differences of the terms add up to that of the ELBO.
-
-        The first model has no context, the last one has. There are two seeds, and seeds and a model
-        that diverged.
-        """
-        ladder = run_with(
-            "MNIST_HVAE_Ladder.py",
-            {
-                "log_px": -90.0, "elbo": -95.0, "reconstruction": 60.0,
-                "kl_1": 25.0, "kl_2": 10.0, "kl": 35.0,
-            },
-            {
-                "log_px": -92.0, "elbo": -97.0, "reconstruction": 62.0,
-                "kl_1": 25.0, "kl_2": 10.0, "kl": 35.0,
-            },
-        )
-        dct_metrics = {
-            "log_px": -92.0, "elbo": -97.5, "reconstruction": 58.0,
-            "kl_1": 20.0, "kl_2": 4.0, "kl_3": 15.5, "context_baseline": 20.0, "kl": 39.5,
-        }
-        dct = run_with("MNIST_HVAE_DCT.py", dct_metrics, None, dct_metrics)
-        diverged = run_with("MNIST_HVAE_DVP.py", None)
-        self.assertEqual(list(reproduce.comparisons_with_the_first([ladder, diverged, dct])), [
-            "MNIST_HVAE_DCT beside MNIST_HVAE_Ladder: log p(x) -1.00 nats, ELBO -1.50 nats, "
-            "of which reconstruction +3.00, learned latents +11.00, context -15.50."
-        ])
-
-    def test_causes_of_collapse(self):
-        run = run_with("MNIST_CVAE_Relu.py --beta 0.5,1,2,4", *[{}] * 5)
-        # Of each level the number of collapsed units and the headroom. The last has no headroom.
-        levels = [(0, 0.0), (3, 0.0099), (16, 0.5), (2, 0.02)]
-        for result, (collapsed, nats) in zip(run.results, levels):
-            level = headroom.LevelHeadroom(
-                units=16, collapsed=collapsed, headroom=nats, level=None, tau=[], theta=[])
-            result.headroom = {"z": level}
-        self.assertEqual(list(reproduce.causes_of_collapse([run])), [
-            "Collapse: of 4 levels 3 have collapsed units: 1 by the objective, 2 by training, "
-            "whose headroom is 0.02 to 0.5 nats."
-        ])
-        without_headroom = run_with("MNIST_CVAE_Relu.py", {})
-        self.assertEqual(list(reproduce.causes_of_collapse([without_headroom])), [])
-
-    def test_distances_of_misplaced_units(self):
-        """Units that are active where a collapse is predicted, or the other way round.
-
-        The distance is from beta to the unit's threshold.
-        """
-        result = result_with({})
-        result.settings = {"beta": 2.0}
-        result.theory = verify.Comparison(
-            predicted={"information": [0.5, 0.004, 0.0, 0.0], "collapse": [9.0, 2.02, 1.9, 1.0]},
-            trained={"information": [0.4, 0.003, 0.02, 0.0]},
-            errors={},
-            optimal_loss=0,
-            loss=0,
-            gap=0,
-        )
-        distances = reproduce.distances_of_misplaced_units(result)
-        self.assertEqual([round(distance, 9) for distance in distances], [0.01, 0.05])
 
 
 if __name__ == "__main__":

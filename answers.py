@@ -1,0 +1,395 @@
+"""The answer of each of reproduce.py's results in a sentence or two, computed from its rows.
+
+A function takes the measurements.Command list of a result and returns a sentence. The words depend
+on what was measured, so that a result which turns out otherwise is not described as expected.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+import measurements
+import theory
+
+
+def exact(commands):
+    """The commands that train the exact objective."""
+    return [command for command in commands if not command.is_released]
+
+
+def yes_or_no(agreeing, total):
+    """The first word of an answer: how many of the cases agree with the expectation."""
+    if agreeing == total:
+        return "Yes."
+    return "Mostly." if agreeing > total / 2 else "No."
+
+
+# ------------------------------------------------------------------------------------- small models
+
+# How an answer names the flags that are varied.
+SYMBOLS = {
+    "beta": "β",
+    "beta_1": "β1",
+    "beta_2": "β2",
+    "eta_dec": "η_dec",
+    "corr_type": "corr_type, from Identical to Random,",
+}
+
+
+def symbol(flag):
+    """The name of a flag in a sentence."""
+    return SYMBOLS.get(flag, flag)
+
+
+def directions(commands):
+    """In how many steps along each flag the KL changes in the paper's direction."""
+    steps = [step for command in exact(commands) for step in measurements.steps_of(command)]
+    sentences = []
+    for step in steps:
+        latent = "" if step.metric == "kl" else f" of z{step.metric[-1]}"
+        sentences.append(
+            f"Along {symbol(step.flag)} the KL{latent} {step.direction} in {step.agreeing} of "
+            f"{measurements.plural(step.total, 'step')}."
+        )
+    if not steps:
+        return "There are too few settings for a step."
+    agreeing = sum(step.agreeing for step in steps)
+    total = sum(step.total for step in steps)
+    return " ".join([yes_or_no(agreeing, total), *sentences])
+
+
+def levels_in_use(commands):
+    """How many units each level keeps, from the first value of the one flag to the last one."""
+    [command] = exact(commands)
+    [flag] = command.flags
+    settings = command.by_setting()
+    if not settings:
+        return "All settings diverged."
+    values = [value for (value,) in settings]
+    first_row = next(iter(settings.values()))[0]
+
+    sentences = []
+    for level in measurements.levels_of_row(first_row):
+        latent = f"z{level[1:]}"
+        units = measurements.number_of_units(first_row, level)
+        active = [measurements.seed_mean(rows, f"AU_kl{level}") for rows in settings.values()]
+        if len(set(active)) == 1:
+            sentences.append(
+                f"{latent} keeps {active[0]:g} of {units} units at every {symbol(flag)}."
+            )
+        else:
+            sentences.append(
+                f"{latent} keeps {active[0]:.3g} of {units} units at {symbol(flag)} = {values[0]} "
+                f"and {active[-1]:.3g} at {symbol(flag)} = {values[-1]}."
+            )
+    return " ".join(sentences)
+
+
+def where_z2_is_empty(commands):
+    """At which ratios of beta_2 to beta_1 all units of z2 are collapsed."""
+    [command] = commands
+    empty = []
+    in_use = []
+    for (beta_1, beta_2), rows in command.by_setting().items():
+        active = measurements.seed_mean(rows, "AU_kl_2")
+        (empty if active == 0 else in_use).append(beta_2 / beta_1)
+
+    if not empty and not in_use:
+        return "All settings diverged."
+    counts = f"All units of z2 are collapsed in {len(empty)} of {len(empty) + len(in_use)} settings"
+    if not empty or not in_use:
+        return f"{counts}."
+    if min(empty) > max(in_use):
+        return (
+            f"{counts}. These are exactly the ones with β2 / β1 ≥ {min(empty):g}. The others "
+            f"have β2 / β1 ≤ {max(in_use):g}."
+        )
+    return (
+        f"{counts}. With β2 / β1 < {min(empty):g} some unit is always in use. With β2 / β1 > "
+        f"{max(in_use):g} none is."
+    )
+
+
+def order_of_digits(commands):
+    """How well the closed form orders the digits of each script by their KL."""
+    parts = []
+    for command in commands:
+        correlations = measurements.rank_correlations([command])
+        if correlations:
+            parts.append(f"{correlations['kl']:.2f} ({command.script})")
+    if not parts:
+        return "There are too few digits for a rank correlation."
+    return (
+        "The order of the digits by their KL is predicted with a rank correlation of "
+        f"{measurements.join_words(parts)}."
+    )
+
+
+def learnable_and_fixed(commands):
+    """How many units stay active with a learnable encoder variance, and with a fixed one.
+
+    The commands are pairs: a learnable variance, then a fixed one.
+    """
+    sentences = []
+    more_collapse = 0
+    pairs = finished_pairs(commands)
+    if not pairs:
+        return "No pair of models is finished."
+    for learnable, fixed in pairs:
+        kind = "ReLU" if "Relu" in learnable.script else "linear"
+        counts = [active_units(command) for command in (learnable, fixed)]
+        units = learnable.rows[0]["d_1"]
+        beta = learnable.rows[0]["beta"]
+        more_collapse += np.mean(counts[0]) < np.mean(counts[1])
+        texts = [measurements.format_seeds(values) for values in counts]
+        sentences.append(
+            f"With beta = {beta:g}, the {kind} model keeps {texts[0]} of {units} units with a "
+            f"learnable variance and {texts[1]} with a fixed one."
+        )
+    beginning = f"In {more_collapse} of {len(pairs)} models."
+    return " ".join([beginning, *sentences])
+
+
+def finished_pairs(commands):
+    """The pairs of a command and the next one, without those in which one has no results."""
+    pairs = []
+    for first, second in zip(commands[0::2], commands[1::2]):
+        if first.by_setting() and second.by_setting():
+            pairs.append((first, second))
+    return pairs
+
+
+def active_units(command):
+    """The number of units with a KL above 0.01 nats, for each seed of a command."""
+    return [row["AU_kl"] for row in command.rows if measurements.is_finished(row)]
+
+
+def prediction(commands):
+    """How well the closed form orders the KLs of the nonlinear models, script by script."""
+    by_script = {}
+    for command in commands:
+        if "Linear" not in command.script:
+            by_script.setdefault(command.script, []).append(command)
+    correlations = []
+    for of_script in by_script.values():
+        correlations += measurements.rank_correlations(of_script).values()
+    if not correlations:
+        return "There are too few settings for a rank correlation."
+    return (
+        "It orders the KLs of the nonlinear models with rank correlations of "
+        f"{min(correlations):.2f} to {max(correlations):.2f}."
+    )
+
+
+# ------------------------------------------------------------------------------------ linear models
+
+def trained_as_predicted(commands):
+    """How many trained linear models pass every check of their closed form."""
+    agreeing, total = models_as_predicted(commands)
+    return f"{yes_or_no(agreeing, total)} {models_in_words(commands)}"
+
+
+def models_as_predicted(commands):
+    """The number of models that pass every check of their closed form, and of all models."""
+    rows = measurements.distinct_rows(commands)
+    agreeing = [row for row in rows if row.get("verdict") == "as predicted"]
+    return len(agreeing), len(rows)
+
+
+def models_in_words(commands):
+    """How many models pass every check, and how far the others are from the optimum."""
+    rows = measurements.distinct_rows(commands)
+    agreeing, total = models_as_predicted(commands)
+    sentences = [f"{agreeing} of {total} trained models pass every check of the closed form."]
+    gaps = [row["gap"] for row in rows if row.get("verdict", "as predicted") != "as predicted"]
+    if gaps:
+        sentences.append(f"The loss of the others is at most {max(gaps):.1g} nats too large.")
+    diverged = total - len(measurements.finished_rows(rows))
+    if diverged:
+        sentences.append(f"{measurements.plural(diverged, 'model')} diverged.")
+    return " ".join(sentences)
+
+
+def theorems(commands):
+    """How far brute force is from the theorems, and how many trained models agree with them."""
+    brute_force = [command for command in commands if command.script.startswith("matrix")]
+    trained = [command for command in commands if not command.script.startswith("matrix")]
+    checks = measurements.distinct_rows(brute_force)
+    verified = sum(row["verdict"] == "VERIFIED" for row in checks)
+    agreeing, models = models_as_predicted(trained)
+
+    sentences = [yes_or_no(verified + agreeing, len(checks) + models)]
+    if checks:
+        largest = max(row["max error"] for row in checks)
+        sentences.append(
+            f"Brute force agrees with the theorems in {verified} of "
+            f"{measurements.plural(len(checks), 'run')}, with a largest error of {largest:.0e}."
+        )
+    if models:
+        sentences.append(models_in_words(trained))
+    return " ".join(sentences)
+
+
+# ----------------------------------------------------------------------------------------- remedies
+
+@dataclass
+class Remedy:
+    """A remedy against collapse.
+
+    name               its name in the table
+    flags              its flags; {start} is the model's start_flag, {quarter} a quarter of the
+                       epochs
+    changes_objective  whether it minimises another objective instead of acting on training alone
+    """
+
+    name: str
+    flags: str
+    changes_objective: bool = False
+
+
+NO_REMEDY = "none"
+
+REMEDIES = (
+    Remedy(NO_REMEDY, "{start} 1.0"),
+    Remedy("start", "{start} 0.1"),
+    Remedy("warm-up", "{start} 1.0 --beta_warmup {quarter}"),
+    Remedy("cycles", "{start} 1.0 --beta_cycles 4"),
+    Remedy("free bits", "{start} 1.0 --free_bits 0.1", changes_objective=True),
+)
+
+
+def remedy_cases(commands):
+    """The rows of all settings: {(script, setting): {name of the remedy: {seed: row}}}.
+
+    The commands are in the order of REMEDIES, model by model.
+    """
+    cases = {}
+    for i, command in enumerate(commands):
+        remedy = REMEDIES[i % len(REMEDIES)]
+        for row in command.rows:
+            if not measurements.is_finished(row):
+                continue
+            betas = []
+            for name in ("beta", "beta_1", "beta_2"):
+                if name in row:
+                    betas.append(f"{name} = {row[name]}")
+            case = cases.setdefault((command.script, ", ".join(betas)), {})
+            case.setdefault(remedy.name, {})[row["seed"]] = row
+    return cases
+
+
+def headroom_of_row(row):
+    """The headroom of the one level of a row that has one, in nats."""
+    return row["headroom"] if "headroom" in row else row["headroom_2"]
+
+
+def plain_objective(row):
+    """The negative beta-ELBO on the test images at a row's betas, without a remedy, in nats."""
+    reconstructions = 2 if row.get("released_objective", False) else 1
+    kls = [row[f"beta{level}"] * row[f"kl{level}"] for level in measurements.levels_of_row(row)]
+    return row["reconstruction"] * reconstructions + sum(kls)
+
+
+def remedies(commands):
+    """In how many cases a remedy that acts on training alone lowered the objective."""
+    cases = remedy_cases(commands)
+    sentences = []
+    for has_headroom, place in ((True, "Where training had collapsed units"), (False, "Elsewhere")):
+        changes = objective_changes(cases, has_headroom)
+        lowered = sum(change < -theory.ACTIVE for change in changes)
+        if changes:
+            sentences.append(
+                f"{place}, the remedies of training lowered the objective in {lowered} of "
+                f"{len(changes)} cases, and changed it by {np.mean(changes):+.2f} nats on average."
+            )
+    return " ".join(sentences) or "No remedy can be compared yet."
+
+
+def objective_changes(cases, has_headroom, changes_objective=False):
+    """The changes of the plain test objective by remedies of one kind, in nats.
+
+    The list has a number per setting, seed and remedy. A seed is left out where the setting has no
+    finished run without a remedy, or where the headroom of that run is not as has_headroom asks.
+    """
+    changes = []
+    for by_remedy in cases.values():
+        without_remedy = by_remedy.get(NO_REMEDY, {})
+        for remedy in REMEDIES:
+            if remedy.name == NO_REMEDY or remedy.changes_objective != changes_objective:
+                continue
+            for seed, row in by_remedy.get(remedy.name, {}).items():
+                before = without_remedy.get(seed)
+                if before and (headroom_of_row(before) > theory.ACTIVE) == has_headroom:
+                    changes.append(plain_objective(row) - plain_objective(before))
+    return changes
+
+
+# -------------------------------------------------------------------------------------- deep models
+
+def learned_levels(row):
+    """The active units of each learned level of a deep model, the top level first.
+
+    A context, which is the top level of the models that have one, is not learned.
+    """
+    counts = [int(count) for count in measurements.numbers_of(row["AU_kl from the top"])]
+    return counts[1:] if "context_baseline" in row else counts
+
+
+def deep_models(commands):
+    """How many learned levels each deep model keeps in use, and which has the best log p(x)."""
+    parts = []
+    log_px = {}
+    for command in commands:
+        rows = measurements.finished_rows(command.rows)
+        if not rows:
+            continue
+        counts = [learned_levels(row) for row in rows]
+        in_use = [sum(count > 0 for count in of_row) for of_row in counts]
+        parts.append(f"{command.script} {measurements.format_seeds(in_use)} of {len(counts[0])}")
+        if "log_px" in rows[0]:
+            log_px[command.script] = measurements.seed_mean(rows, "log_px")
+    if not parts:
+        return "All models diverged."
+    sentence = f"Learned levels in use: {measurements.join_words(parts)}."
+    if log_px:
+        best = max(log_px, key=log_px.get)
+        sentence += f" {best} has the highest log p(x), {log_px[best]:.2f} nats."
+    return sentence
+
+
+def ablation(commands):
+    """Which change of one part moves log p(x) most."""
+    changes = {}
+    for command in commands:
+        settings = command.by_setting()
+        if len(settings) == 2:
+            (first, first_rows), (second, second_rows) = settings.items()
+            before = measurements.seed_mean(first_rows, "log_px")
+            change = measurements.seed_mean(second_rows, "log_px") - before
+            changes[f"{command.script}, {command.label(second)}"] = change
+    if not changes:
+        return "There are too few settings to compare."
+    name = max(changes, key=lambda name: abs(changes[name]))
+    return f"The largest change of log p(x) is {changes[name]:+.2f} nats ({name})."
+
+
+def rates_above_delta(commands):
+    """Whether each KL is at least the delta that the prior guarantees, as a mean over the seeds."""
+    bounded = []
+    standard = []
+    agreeing = 0
+    for rows in measurements.distinct_settings(commands):
+        kl = measurements.seed_mean(rows, "kl")
+        delta = rows[0]["smallest_rate"]
+        if delta:
+            bounded.append(f"{kl:.2f} nats for δ = {rows[0]['delta']:g}")
+            agreeing += all(row["kl"] >= delta for row in rows)
+        else:
+            standard.append(f"{kl:.2f} nats")
+
+    sentences = []
+    if bounded:
+        sentences.append(yes_or_no(agreeing, len(bounded)))
+        sentences.append(f"The KL is {measurements.join_words(bounded)}.")
+    if standard:
+        sentences.append(f"With the standard prior it is {measurements.join_words(standard)}.")
+    return " ".join(sentences) or "All models diverged."

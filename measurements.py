@@ -1,0 +1,332 @@
+"""What the .csv files in results/ say: measured settings, and statistics of them.
+
+reproduce.py writes one .csv per result, with a row for each setting and seed. figures.py draws
+pictures and page.py writes the page from these rows alone, so that both can be made anew without
+the runs.
+"""
+import csv
+from dataclasses import dataclass
+
+import common
+import numpy as np
+
+import theory
+import verify
+
+# What the paper says of each flag: as the flag grows, a metric falls or rises. The flag corr_type
+# grows from Identical to Random. In two-level models it is z2 that collapses.
+DIRECTIONS = {
+    "beta": {"kl": "falls"},
+    "eta_dec": {"kl": "falls", "kl_2": "falls"},
+    "corr_type": {"kl": "rises"},
+    "beta_1": {"kl_2": "rises"},
+    "beta_2": {"kl_2": "falls"},
+}
+
+# Metrics that differ by less than this are equal as they are printed.
+PRINTED_DIFFERENCE = 0.005
+
+# The columns of a row that do not determine its result.
+DESCRIPTIONS = ("command", "dataset", "device", "torch", "seconds")
+
+
+@dataclass
+class Command:
+    """The measured settings of one command line.
+
+    line   the command line, such as "MNIST_CVAE_Relu.py --beta 0.1,0.5"
+    flags  the flags that differ between its settings, except for the seed: {name: values in order}
+    rows   a row for each setting and seed: {column: value}. Cells without a value are left out.
+    """
+
+    line: str
+    flags: dict
+    rows: list
+
+    @property
+    def script(self):
+        """The name of the script, without .py."""
+        return self.line.split()[0].removesuffix(".py")
+
+    @property
+    def is_released(self):
+        """Whether it trains the objective of the authors' released code."""
+        return "--released_objective" in self.line.split()
+
+    def all_settings(self):
+        """{values of the flags: [row per seed]}, in the order of the flags' values.
+
+        Raises KeyError or ValueError if a row has no such setting.
+        """
+        settings = {}
+        for row in self.rows:
+            values = tuple(row[name] for name in self.flags)
+            settings.setdefault(values, []).append(row)
+
+        def order(values):
+            return [options.index(value) for options, value in zip(self.flags.values(), values)]
+
+        return {values: settings[values] for values in sorted(settings, key=order)}
+
+    def by_setting(self):
+        """`all_settings` without the rows of seeds that diverged."""
+        settings = {}
+        for values, rows in self.all_settings().items():
+            finished = finished_rows(rows)
+            if finished:
+                settings[values] = finished
+        return settings
+
+    def label(self, values):
+        """A setting as text, such as "beta = 0.1"; "" if the command has a single setting."""
+        parts = [f"{name} = {value}" for name, value in zip(self.flags, values)]
+        return ", ".join(parts)
+
+
+def finished_rows(rows):
+    """The rows that have results."""
+    return [row for row in rows if is_finished(row)]
+
+
+def is_finished(row):
+    """Whether a row has results. The row of a setting that diverged has none."""
+    return "elbo" in row or "max error" in row
+
+
+# --------------------------------------------------------------------------------- reading the rows
+
+def read_rows(path):
+    """The rows of a .csv file, each {column: value} without the empty cells; [] without the file.
+
+    Numbers become int or float, and True and False bool.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for texts in csv.DictReader(file):
+            rows.append({name: parse(text) for name, text in texts.items() if text})
+    return rows
+
+
+def parse(text):
+    """The value of a cell: an int, a float, a bool, or the text itself."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def result_of_row(row):
+    """The flags and metrics of a row as text, the same for two rows of one setting and seed."""
+    return str(sorted((name, row[name]) for name in row if name not in DESCRIPTIONS))
+
+
+def distinct_rows(commands):
+    """The rows of several commands. A setting and seed that they share counts once."""
+    rows = {}
+    for command in commands:
+        for row in command.rows:
+            rows[command.script, result_of_row(row)] = row
+    return list(rows.values())
+
+
+def distinct_settings(commands):
+    """The settings of several commands, each a list with a row per seed.
+
+    A setting that several commands share counts once.
+    """
+    settings = {}
+    for command in commands:
+        for rows in command.by_setting().values():
+            key = (command.script, *(result_of_row(row) for row in rows))
+            settings[key] = rows
+    return list(settings.values())
+
+
+def seed_mean(rows, column):
+    """The mean of a column over the rows of one setting's seeds."""
+    return float(np.mean([row[column] for row in rows]))
+
+
+def seed_deviation(rows, column):
+    """The sample standard deviation of a column over one setting's seeds, 0 for a single seed."""
+    if len(rows) == 1:
+        return 0.0
+    return float(np.std([row[column] for row in rows], ddof=1))
+
+
+# ---------------------------------------------------------------------------- the paper's direction
+
+@dataclass
+class Steps:
+    """How often a metric changes along a flag as the paper says.
+
+    flag, metric  the flag that grows, and the metric that should change
+    direction     "falls" or "rises"
+    agreeing      steps in which the metric changes in this direction, or stays as it is printed
+    total         all steps. A step leads from one setting to the next one, all other flags equal.
+    """
+
+    flag: str
+    metric: str
+    direction: str
+    agreeing: int
+    total: int
+
+
+def steps_of(command):
+    """The Steps of one command, one for each flag and metric of DIRECTIONS."""
+    settings = command.by_setting()
+    steps = []
+    for position, flag in enumerate(command.flags):
+        for metric, direction in DIRECTIONS.get(flag, {}).items():
+            sign = 1 if direction == "rises" else -1
+            growths = growths_along(command, position, metric, settings)
+            if growths:
+                agreeing = sum(sign * growth > -PRINTED_DIFFERENCE for growth in growths)
+                steps.append(Steps(flag, metric, direction, agreeing, len(growths)))
+    return steps
+
+
+def growths_along(command, position, metric, settings):
+    """By how much the seeds' mean of a metric grows in each step along the flag at a position.
+
+    settings is the result of `Command.by_setting`. There is no step to or from a setting that
+    diverged.
+    """
+    options = list(command.flags.values())[position]
+    growths = []
+    for values, rows in settings.items():
+        place = options.index(values[position]) + 1
+        if place == len(options) or metric not in rows[0]:
+            continue
+        next_values = (*values[:position], options[place], *values[position + 1:])
+        if next_values in settings:
+            next_mean = seed_mean(settings[next_values], metric)
+            growths.append(next_mean - seed_mean(rows, metric))
+    return growths
+
+
+# -------------------------------------------------------------------------- prediction and training
+
+def predicted_and_trained(commands, metric):
+    """The closed form's prediction of a metric and the trained value, an array (settings, 2).
+
+    The trained value is the mean over a setting's seeds. A setting that several commands share
+    counts once. Settings without a prediction are left out.
+    """
+    points = []
+    for rows in distinct_settings(commands):
+        if f"linear {metric}" in rows[0]:
+            points.append((seed_mean(rows, f"linear {metric}"), seed_mean(rows, metric)))
+    return np.array(points).reshape(-1, 2)
+
+
+def rank_correlations(commands):
+    """Spearman's rank correlation of predicted and trained KLs over the settings: {metric: number}.
+
+    A metric with fewer than three settings, or with values that are all equal, is left out.
+    """
+    correlations = {}
+    for metric in ("kl", "kl_1", "kl_2"):
+        points = predicted_and_trained(commands, metric)
+        if len(points) > 2:
+            correlation = verify.rank_correlation(points[:, 0], points[:, 1])
+            if correlation is not None:
+                correlations[metric] = correlation
+    return correlations
+
+
+# ------------------------------------------------------------------------------- causes of collapse
+
+@dataclass
+class Causes:
+    """What collapsed the units of the levels that have a headroom.
+
+    levels        the number of levels, over all settings and seeds
+    by_objective  those with collapsed units and a headroom of at most 0.01 nats
+    by_training   those with collapsed units and a larger headroom
+    """
+
+    levels: int
+    by_objective: int
+    by_training: int
+
+
+def causes_of_collapse(commands):
+    """The Causes of collapse in several commands."""
+    causes = Causes(levels=0, by_objective=0, by_training=0)
+    for row in distinct_rows(commands):
+        for suffix in ("", "_2"):
+            if f"headroom{suffix}" not in row:
+                continue
+            causes.levels += 1
+            if row[f"headroom{suffix}"] > theory.ACTIVE:
+                causes.by_training += 1
+            elif row[f"AU_kl{suffix}"] < number_of_units(row, suffix):
+                causes.by_objective += 1
+    return causes
+
+
+def number_of_units(row, suffix):
+    """The number of latent units of a level of a small model: "" for z, "_1" and "_2" in an HVAE.
+
+    A one-level model has the flag dim_z or d_1. The levels of an HVAE have d_1 and d_2.
+    """
+    if suffix:
+        return row[f"d{suffix}"]
+    return row["dim_z"] if "dim_z" in row else row["d_1"]
+
+
+# ---------------------------------------------------------------------------------- text of numbers
+
+def format_seeds(values, decimals=2):
+    """The values of one number over the seeds as text: mean ± sample standard deviation.
+
+    Values that are equal as they are printed have no standard deviation. Equal counts are printed
+    as the count.
+    """
+    if all(isinstance(value, int) for value in values):
+        if len(set(values)) == 1:
+            return str(values[0])
+        decimals = 1
+    # Adding 0 turns "-0.00" into "0.00".
+    mean = f"{round(float(np.mean(values)), decimals) + 0.0:.{decimals}f}"
+    if len(values) > 1:
+        deviation = f"{np.std(values, ddof=1):.{decimals}f}"
+        if float(deviation) > 0:
+            return f"{mean} ± {deviation}"
+    return mean
+
+
+def join_words(words):
+    """Words as a list in a sentence: "a, b and c"."""
+    words = list(words)
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def plural(count, noun):
+    """A count with its noun, such as "1 setting" or "3 settings"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def levels_of_row(row):
+    """The suffixes of the levels of a row's model, as `common.levels` gives them."""
+    return common.levels([name for name in row if name.startswith("kl")])
+
+
+def numbers_of(text):
+    """The numbers in a cell that holds one per level, such as "27.91, 0.01, 9.88"."""
+    return [float(part) for part in str(text).split(", ")]
+
+
+def mean_of_levels(rows, column):
+    """The mean over the seeds of a column that holds one number per level, (levels,)."""
+    return np.mean([numbers_of(row[column]) for row in rows], axis=0)

@@ -1,0 +1,701 @@
+"""The page of results, results/README.md, and the definition of a result.
+
+The page is made from the .csv files and from comments.md alone. Each result has its question, its
+answer, one picture, a table with its numbers, a comment, and the commands that made it. A table at
+the top of the page sums all of them up.
+"""
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import answers
+import files
+import measurements
+
+# The sections of the page, in their order.
+LINEAR = "Theorems and linear models"
+HVAES = "Hierarchical VAEs"
+CVAES = "Conditional VAEs, single digits, correlation"
+VARIANCE = "Learnable encoder variance"
+PREDICTION = "Prediction and training"
+BEYOND = "Beyond the paper: remedies and deep models"
+SECTIONS = (LINEAR, HVAES, CVAES, VARIANCE, PREDICTION, BEYOND)
+
+# A table with more settings than this shows only some of them, at equal distances.
+MOST_SETTINGS = 15
+
+# The columns of a table on the page, as far as the rows have them. The .csv file has all columns.
+COLUMNS = (
+    "log_px", "exact_log_px", "elbo", "kl", "kl_1", "kl_2", "AU_kl", "AU_kl_1", "AU_kl_2",
+    "headroom", "headroom_2", "linear kl", "linear kl_1", "linear kl_2", "linear AU",
+    "linear AU_2", "active predicted -> trained", "gap", "verdict", "max error",
+    "kl from the top", "AU_kl from the top", "rate_auxiliary", "elbo_auxiliary",
+    "context_baseline", "parameters",
+)
+
+# Columns whose numbers need another format than two decimals, and columns with another heading.
+DECIMALS = {"headroom": 3, "headroom_2": 3}
+HEADINGS = {
+    "AU_kl": "AU",
+    "AU_kl_1": "AU_1",
+    "AU_kl_2": "AU_2",
+    "AU_kl from the top": "AU from the top",
+    "active predicted -> trained": "AU predicted -> trained",
+}
+
+
+@dataclass
+class Experiment:
+    """One table or figure.
+
+    section     one of SECTIONS
+    question    what it answers
+    commands    the command lines of the scripts whose results it shows
+    answer      the function of answers.py that gives the answer; None where the comparison with the
+                authors' released code is the answer
+    picture     the function of figures.py that draws it; None for a table without a picture
+    arrays      the function of figures.py that collects what the picture shows beyond the rows;
+                None if the rows are enough
+    tables      the function that gives the tables as Markdown paragraphs; None for `setting_tables`
+    numbers_in  the name of another result whose table has the numbers of this one; "" for none
+    is_sweep    whether the summary counts its steps, correlations and causes of collapse
+    """
+
+    section: str
+    question: str
+    commands: list
+    answer: object
+    picture: object = None
+    arrays: object = None
+    tables: object = None
+    numbers_in: str = ""
+    is_sweep: bool = True
+
+    def tables_of(self, commands, names):
+        """The tables of this result as Markdown paragraphs. names are the results on the page."""
+        if self.numbers_in in names:
+            return [f"The numbers are in [{self.numbers_in}](#{self.numbers_in})."]
+        return (self.tables or setting_tables)(commands)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+def markdown_table(rows):
+    """Rows of texts as a Markdown table. The first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def setting_tables(commands):
+    """The tables of the exact objective, with a row per setting, then the folded released one."""
+    paragraphs = tables_of_commands(answers.exact(commands))
+    released = [command for command in commands if command.is_released]
+    if released:
+        paragraphs.append("<details><summary>With the released objective</summary>")
+        paragraphs += tables_of_commands(released)
+        paragraphs.append("</details>")
+    return paragraphs
+
+
+def tables_of_commands(commands):
+    """One table for the trained models, and one for the checks of theorems by brute force."""
+    paragraphs = []
+    for is_check in (True, False):
+        shown = []
+        for command in commands:
+            if command.rows and command.script.startswith("matrix") == is_check:
+                shown.append(command)
+        if not shown:
+            continue
+        paragraphs.append(markdown_table(table_rows(shown)))
+        if any(len(command.all_settings()) > MOST_SETTINGS for command in shown):
+            paragraphs.append(
+                "The table shows some of the settings. The .csv file has all of them."
+            )
+    return paragraphs
+
+
+def columns_of(commands):
+    """The COLUMNS that the rows of some commands have."""
+    rows = measurements.finished_rows(all_rows(commands))
+    names = set()
+    for row in rows:
+        names.update(row)
+    # A linear model has the number of its active units beside the predicted one in one column.
+    if all("active predicted -> trained" in row for row in rows):
+        names = {name for name in names if not name.startswith(("AU", "linear AU"))}
+    return [name for name in COLUMNS if name in names] or ["result"]
+
+
+def table_rows(commands):
+    """The rows of a table: its head, then one per setting, with the mean over the seeds."""
+    columns = columns_of(commands)
+    several_scripts = len({command.script for command in commands}) > 1
+    first = "script" if several_scripts else "setting"
+    table = [[first, *(HEADINGS.get(name, name) for name in columns)]]
+    seen = set()
+    for command in commands:
+        name = command_name(command, commands)
+        settings = list(command.all_settings().items())
+        step = math.ceil(len(settings) / MOST_SETTINGS)
+        for values, rows in settings[::step]:
+            key = (command.script, *(measurements.result_of_row(row) for row in rows))
+            # A setting that two commands share has one row.
+            if key not in seen:
+                seen.add(key)
+                table.append(table_row(row_label(command, values, name), columns, rows))
+    return table
+
+
+def table_row(label, columns, rows):
+    """The row of one setting, with its seeds in rows. Seeds that diverged are counted."""
+    finished = measurements.finished_rows(rows)
+    if not finished:
+        return [label, "diverged", *["-"] * (len(columns) - 1)]
+    if len(finished) < len(rows):
+        label += f" ({len(finished)} of {len(rows)} seeds, the others diverged)"
+    return [label, *(cell(name, finished) for name in columns)]
+
+
+def command_name(command, commands):
+    """What distinguishes a command from the others in a table, except for its varying flags.
+
+    It is the script if there are several. If other commands of the script are there, and this one
+    varies no flag, it is followed by the flags that they do not share.
+    """
+    parts = []
+    if len({other.script for other in commands}) > 1:
+        parts.append(command.script)
+    others = [other for other in commands if other.script == command.script and other != command]
+    if not command.flags:
+        own = flags_of(command)
+        for flag, value in own.items():
+            if any(flags_of(other).get(flag) != value for other in others):
+                parts.append(f"{flag} = {value}")
+    return ", ".join(parts)
+
+
+def flags_of(command):
+    """The flags with a value on a command line: {name: text}."""
+    words = command.line.split()
+    flags = {}
+    for word, following in zip(words, words[1:]):
+        if word.startswith("--") and not following.startswith("--"):
+            flags[word.removeprefix("--")] = following
+    return flags
+
+
+def row_label(command, values, name):
+    """The first cell of a row: what distinguishes the command, and its varying flags."""
+    parts = [part for part in (name, command.label(values)) if part]
+    return ", ".join(parts) or command.script
+
+
+def cell(column, rows):
+    """The text of a cell: the values of one column over the seeds, or "-" without a value."""
+    values = [row[column] for row in rows if column in row]
+    if not values:
+        return "-"
+    if column in ("max error", "gap"):
+        return f"{max(values):.0e}"
+    if column == "verdict":
+        agreeing = sum(value in ("as predicted", "VERIFIED") for value in values)
+        if agreeing == len(values):
+            return values[0]
+        return f"differs in {len(values) - agreeing} of {measurements.plural(len(values), 'seed')}"
+    if any(isinstance(value, str) for value in values):
+        return " / ".join(dict.fromkeys(str(value) for value in values))
+    return measurements.format_seeds(values, DECIMALS.get(column, 2))
+
+
+def beta_tables(commands):
+    """The KL of z2 and its active units over beta_1 (down) and beta_2 (across), in one table."""
+    [command] = commands
+    settings = command.by_setting()
+    betas_1, betas_2 = command.flags.values()
+    rows = [["β1 \\ β2", *(str(beta_2) for beta_2 in betas_2)]]
+    for beta_1 in betas_1:
+        cells = []
+        for beta_2 in betas_2:
+            of_seeds = settings.get((beta_1, beta_2))
+            if of_seeds is None:
+                cells.append("-")
+            else:
+                cells.append(f"{cell('kl_2', of_seeds)} ({cell('AU_kl_2', of_seeds)})")
+        rows.append([f"**{beta_1}**", *cells])
+    caption = "KL of z2 in nats, and in parentheses the number of its 16 units that are active."
+    return [caption, markdown_table(rows)]
+
+
+def remedy_tables(commands):
+    """The test objective and the active units of each setting, with one column per remedy."""
+    cases = answers.remedy_cases(commands)
+    names = [remedy.name for remedy in answers.REMEDIES]
+    objectives = [["script", "setting", "headroom without a remedy", *names]]
+    units = [["script", "setting", *names]]
+    for (script, setting), by_remedy in cases.items():
+        without_remedy = by_remedy.get(answers.NO_REMEDY, {}).values()
+        nats = [answers.headroom_of_row(row) for row in without_remedy]
+        objective_cells = []
+        unit_cells = []
+        for name in names:
+            of_seeds = by_remedy.get(name, {}).values()
+            values = [answers.plain_objective(row) for row in of_seeds]
+            active = [row["AU_kl"] if "AU_kl" in row else row["AU_kl_2"] for row in of_seeds]
+            objective_cells.append(measurements.format_seeds(values) if values else "-")
+            unit_cells.append(measurements.format_seeds(active) if active else "-")
+        headroom = measurements.format_seeds(nats, 3) if nats else "-"
+        objectives.append([script, setting, headroom, *objective_cells])
+        units.append([script, setting, *unit_cells])
+    return [
+        "The negative β-ELBO on the test images, in nats (lower is better):",
+        markdown_table(objectives),
+        "Active units of z, or of z2 in the HVAE:",
+        markdown_table(units),
+    ]
+
+
+def no_tables(commands):
+    """No table of its own, for a result whose numbers stand beside the released code's."""
+    return []
+
+
+def prediction_tables(commands):
+    """The rank correlation of each nonlinear script, with both objectives together."""
+    by_script = {}
+    for command in commands:
+        by_script.setdefault(command.script, []).append(command)
+    table = [["script", "settings", "rank correlation of predicted and trained KL"]]
+    for script, of_script in by_script.items():
+        correlations = measurements.rank_correlations(of_script)
+        if not correlations:
+            continue
+        parts = []
+        for metric, value in correlations.items():
+            latent = "" if metric == "kl" else f"z{metric[-1]} "
+            parts.append(f"{latent}{value:.2f}")
+        settings = len(measurements.distinct_settings(of_script))
+        table.append([script, str(settings), ", ".join(parts)])
+    return [markdown_table(table)] if len(table) > 1 else []
+
+
+def deep_tables(commands):
+    """The table of the deep models, then their differences from the first model, term by term."""
+    means = {}
+    for command in commands:
+        rows = measurements.finished_rows(command.rows)
+        if rows:
+            numbers = {name for name in rows[0] if isinstance(rows[0][name], (int, float))}
+            means[command.script] = {name: measurements.seed_mean(rows, name) for name in numbers}
+            levels = measurements.mean_of_levels(rows, "kl from the top")
+            context = levels[0] if "context_baseline" in rows[0] else 0.0
+            means[command.script]["context"] = context
+    if len(means) < 2:
+        return setting_tables(commands)
+
+    first_script, *others = means
+    first = means[first_script]
+    table = [["model", "log_px", "elbo", "reconstruction", "learned latents", "context"]]
+    for script in others:
+        model = means[script]
+        learned = (first["kl"] - first["context"]) - (model["kl"] - model["context"])
+        differences = [
+            model["log_px"] - first["log_px"] if "log_px" in model else None,
+            model["elbo"] - first["elbo"],
+            first["reconstruction"] - model["reconstruction"],
+            learned,
+            first["context"] - model["context"],
+        ]
+        cells = ["-" if nats is None else f"{nats:+.2f}" for nats in differences]
+        table.append([script, *cells])
+    caption = (
+        f"Difference from {first_script} in nats. The last three columns are the terms of the ELBO "
+        "and add up to its difference."
+    )
+    return [*setting_tables(commands), caption, markdown_table(table)]
+
+
+# ---------------------------------------------------------------- beside the authors' released code
+
+@dataclass
+class ReleasedValue:
+    """A number that the authors' released code prints.
+
+    result, setting, metric  the name of the result, the label of the setting, the column of ours
+    text                     the number as it is printed
+    """
+
+    result: str
+    setting: str
+    metric: str
+    text: str
+
+    @property
+    def decimals(self):
+        """The number of decimals that the released code's number is printed with."""
+        return len(self.text.partition(".")[2])
+
+    def difference_in_words(self, values):
+        """How it differs from our values over the seeds; None within two standard deviations.
+
+        The number is rounded, so half a unit of its last digit does not count as a difference.
+        """
+        rounding = 0.5 * 10**-self.decimals
+        difference = abs(float(self.text) - np.mean(values))
+        if difference <= 2 * np.std(values, ddof=1) + rounding:
+            return None
+        ours = measurements.format_seeds(values, self.decimals)
+        return f"{self.metric} at {self.setting} ({self.text} there, {ours} here)"
+
+
+def read_released_values(folder, name):
+    """The ReleasedValues of one result, in the order of the file released_code.csv."""
+    path = Path(folder, "released_code.csv")
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        values = [ReleasedValue(**row) for row in csv.DictReader(file)]
+    return [value for value in values if value.result == name]
+
+
+# The decoder's squared error, which the released code prints in place of the reconstruction.
+SQUARED_ERROR = "squared error / η_dec²"
+
+
+def own_value(row, metric):
+    """Our value of a metric of the released code. The squared error is that of the last epoch.
+
+    -E[log p(x given z)] = squared error / (2 η_dec²) + 784/2 ln(2 π η_dec²)
+
+    None if the row lacks it.
+    """
+    if metric != SQUARED_ERROR:
+        return row.get(metric)
+    if "last epoch reconstruction" not in row:
+        return None
+    constant = 784 / 2 * math.log(2 * math.pi * row["eta_dec"] ** 2)
+    return 2 * (row["last epoch reconstruction"] - constant)
+
+
+@dataclass
+class ReleasedComparison:
+    """The released code's numbers beside ours.
+
+    table        the rows of the table, its head first
+    seeds        the number of our seeds
+    differences  for each number None, or in words how it differs from ours
+    """
+
+    table: list
+    seeds: int
+    differences: list
+
+    @property
+    def sentence(self):
+        """Which numbers differ from ours by more than two standard deviations."""
+        outside = [words for words in self.differences if words]
+        total = len(self.differences)
+        if not total:
+            return "There are too few seeds for a comparison."
+        if not outside:
+            return (
+                f"All {total} numbers of the released code are within two standard deviations of "
+                "ours."
+            )
+        beginning = "The other is" if len(outside) == 1 else "The others are"
+        return (
+            f"{total - len(outside)} of {total} numbers of the released code are within two "
+            f"standard deviations of ours. {beginning} {'; '.join(outside)}."
+        )
+
+    def paragraphs(self):
+        """The comparison in Markdown."""
+        caption = (
+            "Beside the authors' released code, which was run with one seed. Ours is trained with "
+            f"`--released_objective`, over {measurements.plural(self.seeds, 'seed')}."
+        )
+        return [caption, markdown_table(self.table), self.sentence]
+
+
+def compare_with_released_code(released, commands):
+    """The ReleasedComparison of a result, or None if there is nothing to compare.
+
+    released are its ReleasedValues. Ours are those of the commands with the released objective.
+    """
+    ours = {}
+    for command in commands:
+        if command.is_released:
+            for values, rows in command.by_setting().items():
+                ours[command.label(values)] = rows
+    by_setting = {}
+    for value in released:
+        if value.setting in ours:
+            by_setting.setdefault(value.setting, []).append(value)
+    if not by_setting:
+        return None
+
+    head = ["setting"]
+    for value in next(iter(by_setting.values())):
+        head += [f"{value.metric}, released code", f"{value.metric}, here"]
+    comparison = ReleasedComparison(table=[head], seeds=0, differences=[])
+    for setting, values in by_setting.items():
+        cells = [setting]
+        for value in values:
+            numbers = [own_value(row, value.metric) for row in ours[setting]]
+            if None in numbers:
+                cells += [value.text, "-"]
+                continue
+            cells += [value.text, measurements.format_seeds(numbers, value.decimals)]
+            comparison.seeds = len(numbers)
+            if len(numbers) > 1:
+                comparison.differences.append(value.difference_in_words(numbers))
+        comparison.table.append(cells)
+    return comparison
+
+
+# -------------------------------------------------------------------------- the summary of the page
+
+@dataclass
+class Measured:
+    """A result with all that the page shows of it.
+
+    name        name of the experiment
+    experiment  its Experiment
+    commands    its measurements.Command list
+    comparison  its ReleasedComparison, or None
+    comment     its part of comments.md, or ""
+    """
+
+    name: str
+    experiment: Experiment
+    commands: list
+    comparison: ReleasedComparison | None
+    comment: str
+
+    @property
+    def answer(self):
+        """The answer to the question, in a sentence or two."""
+        if self.experiment.answer is None:
+            return self.comparison.sentence if self.comparison else ""
+        return self.experiment.answer(self.commands)
+
+
+def summary_table(results):
+    """The table at the top of the page, with a row per Measured that has a table of its own."""
+    head = [
+        "question",
+        "answer",
+        "steps in the paper's direction",
+        "rank correlation of predicted and trained KL",
+        "levels collapsed by the objective / by training",
+        "seeds, epochs",
+    ]
+    table = [head]
+    names = {result.name for result in results}
+    for section in SECTIONS:
+        of_section = [result for result in results if result.experiment.section == section]
+        if of_section:
+            table.append([f"**{section}**"] + [""] * (len(head) - 1))
+        for result in of_section:
+            if result.experiment.numbers_in not in names:
+                table.append(summary_row(result))
+    return markdown_table(table)
+
+
+def summary_row(result):
+    """The row of one Measured in the summary. Its question is a link to its part of the page."""
+    commands = result.commands
+    return [
+        f"[{result.experiment.question}](#{result.name})",
+        result.answer,
+        *statistics_cells(result),
+        ", ".join(part for part in (seeds_in_words(commands), epochs_in_words(commands)) if part),
+    ]
+
+
+def statistics_cells(result):
+    """The steps, the rank correlations and the causes of a result in the summary."""
+    if not result.experiment.is_sweep:
+        return ["-", "-", "-"]
+    commands = result.commands
+    return [steps_cell(commands), correlation_cell(commands), causes_cell(commands)]
+
+
+def steps_cell(commands):
+    """How many steps of all commands go the paper's way, such as "12 of 12"."""
+    steps = [step for command in commands for step in measurements.steps_of(command)]
+    if not steps:
+        return "-"
+    agreeing = sum(step.agreeing for step in steps)
+    return f"{agreeing} of {sum(step.total for step in steps)}"
+
+
+def correlation_cell(commands):
+    """The range of the rank correlations over the scripts and both objectives, by level."""
+    groups = {}
+    for command in commands:
+        groups.setdefault((command.script, command.is_released), []).append(command)
+    by_metric = {}
+    for group in groups.values():
+        for metric, value in measurements.rank_correlations(group).items():
+            by_metric.setdefault(metric, []).append(value)
+
+    parts = []
+    for metric, values in by_metric.items():
+        latent = "" if metric == "kl" else f"z{metric[-1]} "
+        low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+        parts.append(latent + (low if low == high else f"{low} to {high}"))
+    return ", ".join(parts) or "-"
+
+
+def causes_cell(commands):
+    """How many levels the objective and training collapsed, such as "13 / 35 of 48"."""
+    causes = measurements.causes_of_collapse(commands)
+    if not causes.levels:
+        return "-"
+    return f"{causes.by_objective} / {causes.by_training} of {causes.levels}"
+
+
+def seeds_in_words(commands):
+    """The number of seeds of a result, such as "3 seeds"."""
+    return measurements.plural(len({row["seed"] for row in all_rows(commands)}), "seed")
+
+
+def epochs_in_words(commands):
+    """The epochs of a result, such as "100 epochs" or "30 and 100 epochs"; "" for no training."""
+    epochs = sorted({row["num_epochs"] for row in all_rows(commands) if "num_epochs" in row})
+    if not epochs:
+        return ""
+    noun = "epoch" if epochs == [1] else "epochs"
+    return f"{measurements.join_words(str(number) for number in epochs)} {noun}"
+
+
+def all_rows(commands):
+    """The rows of all commands, one after another."""
+    return [row for command in commands for row in command.rows]
+
+
+# ----------------------------------------------------------------------------------------- the page
+
+def provenance(name, commands):
+    """What a result was made of, in one line, with the link to its .csv file."""
+    rows = all_rows(commands)
+    seeds = sorted({row["seed"] for row in rows})
+    seconds = sum(row["seconds"] for row in measurements.distinct_rows(commands))
+    parts = [
+        epochs_in_words(commands),
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {measurements.join_words(map(str, seeds))}",
+        measurements.plural(round(seconds / 60), "minute"),
+        different_values(rows, "device"),
+        f"torch {different_values(rows, 'torch')}",
+    ]
+    return (
+        f"*Data: {different_values(rows, 'dataset')}. "
+        f"{', '.join(part for part in parts if part)}. "
+        f"All columns: [{name}.csv]({name}.csv).*"
+    )
+
+
+def different_values(rows, column):
+    """The different values of a column as a list in a sentence."""
+    return measurements.join_words(dict.fromkeys(str(row[column]) for row in rows))
+
+
+def command_lines(commands):
+    """The command lines as a code block.
+
+    If every command is also run with --released_objective, a sentence says so in place of these
+    lines.
+    """
+    exact = [command.line for command in commands if not command.is_released]
+    released = [command.line for command in commands if command.is_released]
+    if exact and sorted(f"{line} --released_objective" for line in exact) == sorted(released):
+        block = "\n".join(f"    python {line}" for line in exact)
+        return f"{block}\n\nEach command is also run with `--released_objective`."
+    return "\n".join(f"    python {command.line}" for command in commands)
+
+
+def result_paragraphs(result, names, has_picture):
+    """One Measured as Markdown paragraphs. names are those of all results on the page."""
+    name, experiment, commands = result.name, result.experiment, result.commands
+    paragraphs = [f"### {name}", f"**{experiment.question}** {result.answer}"]
+    if has_picture:
+        paragraphs.append(f"![{experiment.question}]({name}.png)")
+    paragraphs += experiment.tables_of(commands, names)
+    if result.comparison:
+        paragraphs += result.comparison.paragraphs()
+    return [*paragraphs, result.comment, provenance(name, commands), command_lines(commands)]
+
+
+def write_page(folder, experiments, commands_by_name):
+    """Write README.md of a folder from the results there and from comments.md.
+
+    experiments {name: Experiment} are in the order of the page. commands_by_name {name: [Command]}
+    has the rows of those that have a .csv file. The page opens with the part of comments.md before
+    its first heading. The comment "Summary" stands below the summary, and comments whose heading is
+    no result close the page.
+    """
+    introduction, comments = read_comments(Path(folder, "comments.md"))
+    results = []
+    for name, experiment in experiments.items():
+        if name in commands_by_name:
+            commands = commands_by_name[name]
+            released = read_released_values(folder, name)
+            comparison = compare_with_released_code(released, commands)
+            comment = comments.get(name, "")
+            results.append(Measured(name, experiment, commands, comparison, comment))
+
+    names = {result.name for result in results}
+    used = {result.experiment.section for result in results}
+    sections = [section for section in SECTIONS if section in used]
+    below_summary = comments.pop("Summary", "")
+    closing = [heading for heading in comments if heading not in experiments]
+    titles = ["Summary", *sections, *closing]
+    contents = [f"{i}. [{title}](#{anchor(title)})" for i, title in enumerate(titles, 1)]
+
+    paragraphs = [introduction, "\n".join(contents), "## Summary", summary_table(results)]
+    paragraphs += [single_seed_sentence(results), below_summary]
+    for section in sections:
+        paragraphs.append(f"## {section}")
+        for result in results:
+            if result.experiment.section == section:
+                has_picture = Path(folder, f"{result.name}.png").exists()
+                paragraphs += result_paragraphs(result, names, has_picture)
+    for heading in closing:
+        paragraphs += [f"## {heading}", comments[heading]]
+    text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+    files.write_text(Path(folder, "README.md"), text + "\n")
+
+
+def single_seed_sentence(results):
+    """Which results rest on a single seed."""
+    names = [result.name for result in results if seeds_in_words(result.commands) == "1 seed"]
+    if not names:
+        return ""
+    return f"These results rest on a single seed: {measurements.join_words(names)}."
+
+
+def anchor(heading):
+    """The anchor of a heading on GitHub: lower case, without punctuation, with hyphens."""
+    kept = re.sub(r"[^\w\s-]", "", heading.lower())
+    return re.sub(r"\s", "-", kept)
+
+
+def read_comments(path):
+    """The text before the first "## " heading of comments.md, and that under each heading.
+
+    Returns (introduction, {heading: text}). Without the file the introduction is a title.
+    """
+    if not path.exists():
+        return "# Results", {}
+    introduction, *parts = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)
+    comments = {}
+    for part in parts:
+        heading, _, text = part.partition("\n")
+        comments[heading.strip()] = text.strip()
+    return introduction.strip(), comments

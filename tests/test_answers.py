@@ -1,0 +1,513 @@
+"""answers.py: what each answer says of made-up rows, as expected and when they contradict it."""
+import unittest
+
+import answers
+from tests.test_measurements import command_with, predicted_sweep, sweep
+
+
+class FirstWords(unittest.TestCase):
+    def test_yes_or_no(self):
+        self.assertEqual(answers.yes_or_no(3, 3), "Yes.")
+        self.assertEqual(answers.yes_or_no(2, 3), "Mostly.")
+        # Half of the cases are not most of them.
+        self.assertEqual(answers.yes_or_no(2, 4), "No.")
+        self.assertEqual(answers.yes_or_no(0, 3), "No.")
+
+
+class Directions(unittest.TestCase):
+    def test_as_expected(self):
+        commands = [sweep("kl", [3.0, 2.0, 1.0]), sweep("kl", [2.0, 1.0], flag="eta_dec")]
+        self.assertEqual(
+            answers.directions(commands),
+            "Yes. Along β the KL falls in 2 of 2 steps. Along η_dec the KL falls in 1 of 1 step.",
+        )
+
+    def test_otherwise(self):
+        rising = sweep("kl", [1.0, 2.0, 3.0])
+        self.assertEqual(
+            answers.directions([rising]), "No. Along β the KL falls in 0 of 2 steps."
+        )
+        once = sweep("kl", [3.0, 2.0, 1.0, 5.0])
+        self.assertEqual(
+            answers.directions([once]), "Mostly. Along β the KL falls in 2 of 3 steps."
+        )
+
+    def test_levels_and_objectives(self):
+        """z2 is named. The released objective is not counted."""
+        exact = sweep("kl_2", [1.0, 2.0], flag="beta_1")
+        released = sweep("kl_2", [2.0, 1.0], "x.py --released_objective", flag="beta_1")
+        self.assertEqual(
+            answers.directions([exact, released]),
+            "Yes. Along β1 the KL of z2 rises in 1 of 1 step.",
+        )
+
+    def test_no_step(self):
+        """All settings except one diverged, so nothing supports a yes."""
+        self.assertFalse(answers.directions([sweep("kl", [3.0, None])]).startswith("Yes"))
+
+
+def hierarchical(active, flag="beta_1"):
+    """A sweep of an HVAE with these active units of z1 (of 4) and of z2 (of 8)."""
+    settings = [float(k) for k in range(1, 1 + len(active))]
+    rows = []
+    for setting, (active_1, active_2) in zip(settings, active):
+        rows.append({
+            flag: setting, "elbo": 0.0, "kl_1": 1.0, "kl_2": 1.0, "d_1": 4, "d_2": 8,
+            "AU_kl_1": active_1, "AU_kl_2": active_2,
+        })
+    return command_with("MNIST_HVAE_Relu.py", {flag: settings}, rows)
+
+
+class LevelsInUse(unittest.TestCase):
+    def test_two_levels(self):
+        self.assertEqual(
+            answers.levels_in_use([hierarchical([(4, 0), (4, 3), (4, 8)])]),
+            "z1 keeps 4 of 4 units at every β1. z2 keeps 0 of 8 units at β1 = 1.0 and 8 at "
+            "β1 = 3.0.",
+        )
+
+    def test_otherwise(self):
+        self.assertEqual(
+            answers.levels_in_use([hierarchical([(4, 8), (0, 8)], flag="beta_2")]),
+            "z1 keeps 4 of 4 units at β2 = 1.0 and 0 at β2 = 2.0. z2 keeps 8 of 8 units at every "
+            "β2.",
+        )
+
+    def test_one_level_and_seeds(self):
+        """The mean over the seeds: 3 and 4 units, then 1 and 1."""
+        rows = []
+        for beta, seed, active in ((1.0, 1, 3), (1.0, 2, 4), (2.0, 1, 1), (2.0, 2, 1)):
+            rows.append({
+                "beta": beta, "seed": seed, "elbo": 0.0, "kl": 1.0, "dim_z": 16, "AU_kl": active,
+            })
+        command = command_with("x.py", {"beta": [1.0, 2.0]}, rows)
+        self.assertEqual(
+            answers.levels_in_use([command]),
+            "z keeps 3.5 of 16 units at β = 1.0 and 1 at β = 2.0.",
+        )
+
+    def test_settings_that_diverged(self):
+        """If the first one diverged, the second one is named. If all did, no count is named."""
+        command = hierarchical([(4, 0), (4, 3), (4, 8)])
+        command.rows[0] = {"beta_1": 1.0, "seed": 1}
+        answer = answers.levels_in_use([command])
+        self.assertIn("3 of 8 units at β1 = 2.0 and 8 at β1 = 3.0", answer)
+        command.rows = [{"beta_1": 1.0, "seed": 1}]
+        self.assertNotIn("units", answers.levels_in_use([command]))
+
+
+def grid_of_betas(active):
+    """A grid over beta_1 and beta_2, from {(beta_1, beta_2): active units of z2}."""
+    flags = {
+        "beta_1": sorted({beta_1 for beta_1, _ in active}),
+        "beta_2": sorted({beta_2 for _, beta_2 in active}),
+    }
+    rows = []
+    for (beta_1, beta_2), count in active.items():
+        rows.append({
+            "beta_1": beta_1, "beta_2": beta_2, "elbo": 0.0, "kl_2": float(count),
+            "AU_kl_2": count,
+        })
+    return command_with("MNIST_HVAE_Relu.py", flags, rows)
+
+
+class WhereZ2IsEmpty(unittest.TestCase):
+    def answer(self, active):
+        return answers.where_z2_is_empty([grid_of_betas(active)])
+
+    def test_a_threshold(self):
+        """The ratios are 1, 2, 1/2 and 1."""
+        active = {(1.0, 1.0): 3, (1.0, 2.0): 0, (2.0, 1.0): 8, (2.0, 2.0): 1}
+        self.assertEqual(
+            self.answer(active),
+            "All units of z2 are collapsed in 1 of 4 settings. These are exactly the ones with "
+            "β2 / β1 ≥ 2. The others have β2 / β1 ≤ 1.",
+        )
+
+    def test_no_threshold(self):
+        """With the ratio 1, z2 is empty in one setting and in use in the other."""
+        active = {(1.0, 1.0): 0, (1.0, 2.0): 0, (2.0, 1.0): 8, (2.0, 2.0): 1}
+        answer = self.answer(active)
+        self.assertIn("in 2 of 4 settings.", answer)
+        self.assertNotIn("exactly", answer)
+        self.assertIn("β2 / β1 < 1 ", answer)
+        self.assertIn("β2 / β1 > 1 ", answer)
+
+    def test_all_or_none(self):
+        for count, empty in ((0, 2), (1, 0)):
+            self.assertEqual(
+                self.answer({(1.0, 1.0): count, (1.0, 2.0): count}),
+                f"All units of z2 are collapsed in {empty} of 2 settings.",
+            )
+
+    def test_seeds(self):
+        """z2 counts as empty only if it is empty for all seeds."""
+        command = grid_of_betas({(1.0, 1.0): 0, (1.0, 2.0): 0})
+        command.rows.append({**command.rows[1], "seed": 2, "AU_kl_2": 1})
+        self.assertIn("in 1 of 2 settings.", answers.where_z2_is_empty([command]))
+
+
+class OrderOfDigits(unittest.TestCase):
+    def digits(self, trained, script="MNIST_CVAE_Relu_single_digit.py"):
+        return predicted_sweep(list(zip([1.0, 2.0, 3.0], trained)), line=script)
+
+    def test_as_expected_and_otherwise(self):
+        answer = answers.order_of_digits([self.digits([4.0, 5.0, 6.0])])
+        self.assertIn("1.00 (MNIST_CVAE_Relu_single_digit).", answer)
+        answer = answers.order_of_digits([self.digits([6.0, 5.0, 4.0])])
+        self.assertIn("-1.00 (MNIST_CVAE_Relu_single_digit).", answer)
+
+    def test_two_scripts(self):
+        commands = [self.digits([4.0, 5.0, 6.0]), self.digits([4.0, 6.0, 5.0], "x.py")]
+        answer = answers.order_of_digits(commands)
+        self.assertIn("1.00 (MNIST_CVAE_Relu_single_digit) and 0.50 (x).", answer)
+
+    def test_no_correlation(self):
+        """The KL of all digits is the same. The sentence must not end in "of"."""
+        self.assertNotIn("of .", answers.order_of_digits([self.digits([4.0, 4.0, 4.0])]))
+
+
+class LearnableAndFixed(unittest.TestCase):
+    def command(self, script, active):
+        """A command with these active units of 5, for each seed."""
+        rows = []
+        for seed, count in enumerate(active):
+            rows.append({"seed": seed, "elbo": 0.0, "beta": 4.0, "d_1": 5, "AU_kl": count})
+        return command_with(script, {}, rows)
+
+    def answer(self, learnable, fixed, kind="Relu"):
+        return answers.learnable_and_fixed([
+            self.command(f"MNIST_VAE_{kind}_learnable_sigma.py", learnable),
+            self.command(f"MNIST_VAE_{kind}_nonlearnable_sigma.py", fixed),
+        ])
+
+    def test_as_expected(self):
+        answer = self.answer([2, 2], [5, 5])
+        self.assertTrue(answer.startswith("In 1 of 1 "), answer)
+        self.assertIn("the ReLU model keeps 2 of 5 units with a learnable variance and 5 ", answer)
+
+    def test_otherwise(self):
+        for learnable in ([5, 5], [3, 3]):
+            answer = self.answer(learnable, [3, 3], kind="Linear")
+            self.assertTrue(answer.startswith("In 0 of 1 "), answer)
+            self.assertIn("With beta = 4, the linear model keeps ", answer)
+
+    def test_seeds(self):
+        """3 and 4 units are fewer than 4 and 4 on average."""
+        answer = self.answer([3, 4], [4, 4])
+        self.assertTrue(answer.startswith("In 1 of 1 "), answer)
+        self.assertIn("keeps 3.5 ± 0.7 of 5 units", answer)
+
+    def test_a_command_without_rows(self):
+        """The .csv file lacks one of the fixed ones. The others are still the right pair."""
+        answer = answers.learnable_and_fixed([
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [5]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", []),
+            self.command("MNIST_VAE_Relu_learnable_sigma.py", [1]),
+            self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [3]),
+        ])
+        self.assertTrue(answer.startswith("In 1 of 1 "), answer)
+        self.assertIn("the ReLU model keeps 1 of 5 units with a learnable variance and 3 ", answer)
+
+    def test_all_seeds_diverged(self):
+        commands = [
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [2]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", [2]),
+        ]
+        commands[0].rows = [{"seed": 1, "beta": 4.0, "d_1": 5}]
+        answer = answers.learnable_and_fixed(commands)
+        self.assertNotIn("nan", answer)
+        self.assertFalse(answer.startswith("In 1"), answer)
+
+
+class Prediction(unittest.TestCase):
+    def test_range_over_scripts(self):
+        """The linear model is left out, although its order is the worst."""
+        commands = [
+            predicted_sweep([(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)], line="a.py"),
+            predicted_sweep([(1.0, 1.0), (2.0, 3.0), (3.0, 2.0)], line="b.py"),
+            predicted_sweep([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)], line="MNIST_CVAE_Linear.py"),
+        ]
+        self.assertIn("0.50 to 1.00.", answers.prediction(commands))
+
+    def test_otherwise(self):
+        backwards = predicted_sweep([(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)], line="a.py")
+        self.assertIn("-1.00", answers.prediction([backwards]))
+
+    def test_too_few(self):
+        answer = answers.prediction([predicted_sweep([(1.0, 1.0)])])
+        self.assertEqual(answer, "There are too few settings for a rank correlation.")
+
+
+def linear_models(verdicts, gaps):
+    """A command with a trained linear model for each verdict and gap."""
+    rows = []
+    for seed, (verdict, gap) in enumerate(zip(verdicts, gaps)):
+        rows.append({"seed": seed, "elbo": 0.0, "verdict": verdict, "gap": gap})
+    return command_with("MNIST_CVAE_Linear.py", {}, rows)
+
+
+def brute_force(verdicts, errors):
+    """A command that checks a theorem with several seeds."""
+    rows = []
+    for seed, (verdict, error) in enumerate(zip(verdicts, errors)):
+        rows.append({"seed": seed, "verdict": verdict, "max error": error, "gap": 0.0})
+    return command_with("matrix_VAE.py", {}, rows)
+
+
+class LinearModels(unittest.TestCase):
+    OFF = "a singular value is off"
+
+    def test_trained_as_predicted(self):
+        command = linear_models(["as predicted"] * 2, [0.001, 0.3])
+        self.assertEqual(
+            answers.trained_as_predicted([command]),
+            "Yes. 2 of 2 trained models pass every check of the closed form.",
+        )
+
+    def test_some_and_none_of_them(self):
+        """The largest gap is that of a model that differs."""
+        command = linear_models(
+            [self.OFF, "as predicted", "as predicted", self.OFF], [0.02, 0.7, 0.001, 0.004]
+        )
+        answer = answers.trained_as_predicted([command])
+        self.assertTrue(answer.startswith("No. 2 of 4 trained models "), answer)
+        self.assertIn("at most 0.02 nats", answer)
+
+        command.rows[0]["verdict"] = "as predicted"
+        answer = answers.trained_as_predicted([command])
+        self.assertTrue(answer.startswith("Mostly. 3 of 4 trained models "), answer)
+        self.assertIn("at most 0.004 nats", answer)
+
+    def test_a_model_that_diverged(self):
+        """It does not pass the checks."""
+        command = linear_models(["as predicted"], [0.0])
+        command.rows.append({"seed": 9})
+        self.assertFalse(answers.trained_as_predicted([command]).startswith("Yes"))
+
+    def test_theorems(self):
+        commands = [
+            brute_force(["VERIFIED", "VERIFIED"], [2e-9, 3e-12]),
+            linear_models(["as predicted"] * 3, [0.0] * 3),
+        ]
+        answer = answers.theorems(commands)
+        self.assertTrue(answer.startswith("Yes. "), answer)
+        self.assertIn("in 2 of 2 runs, with a largest error of 2e-09. 3 of 3 trained", answer)
+
+    def test_theorems_fail(self):
+        trained = linear_models(["as predicted"], [0.0])
+        answer = answers.theorems([brute_force(["FAILED"], [0.5]), trained])
+        self.assertTrue(answer.startswith("No. "), answer)
+        self.assertIn("in 0 of 1 run, with a largest error of 5e-01", answer)
+
+    def test_trained_models_fail(self):
+        """The question asks for training, too, so the answer is not yes."""
+        verified = brute_force(["VERIFIED"], [0.0])
+        answer = answers.theorems([verified, linear_models([self.OFF], [0.2])])
+        self.assertIn("0 of 1 trained models", answer)
+        self.assertFalse(answer.startswith("Yes"), answer)
+
+    def test_only_trained_models(self):
+        """The .csv file has no checks by brute force."""
+        answer = answers.theorems([linear_models(["as predicted"], [0.0])])
+        self.assertIn("1 of 1 trained models", answer)
+
+
+# The flags of each remedy, and their values without it.
+REMEDY_FLAGS = {
+    "none": {},
+    "start": {"start_std": 0.1},
+    "warm-up": {"beta_warmup": 25.0},
+    "cycles": {"beta_cycles": 4},
+    "free bits": {"free_bits": 0.1},
+}
+NO_REMEDY_FLAGS = {"start_std": 1.0, "beta_warmup": 0.0, "beta_cycles": 1, "free_bits": 0.0}
+
+
+def remedy_commands(objectives, headroom=0.5, script="MNIST_CVAE_Relu.py"):
+    """A command for each of the REMEDIES, with beta = 2 and two seeds.
+
+    objectives are the negative beta-ELBOs of seed 1. Those of seed 2 are 1 nat higher.
+    """
+    commands = []
+    for k, (objective, remedy) in enumerate(zip(objectives, answers.REMEDIES)):
+        rows = []
+        for seed in (1, 2):
+            # The objective is reconstruction + 2 kl.
+            rows.append({
+                **NO_REMEDY_FLAGS, **REMEDY_FLAGS[remedy.name],
+                "seed": seed, "beta": 2.0, "elbo": 0.0, "kl": 1.5,
+                "reconstruction": objective - 3.0 + (seed - 1), "headroom": headroom,
+                "AU_kl": k + seed,
+            })
+        flags = remedy.flags.format(start="--start_std", quarter=25)
+        commands.append(command_with(f"{script} --beta 2.0 {flags}", {}, rows))
+    return commands
+
+
+class Remedies(unittest.TestCase):
+    def test_plain_objective(self):
+        row = {"reconstruction": 10.0, "beta": 0.5, "kl": 4.0}
+        self.assertEqual(answers.plain_objective(row), 12.0)
+        # The released objective counts the reconstruction twice.
+        row["released_objective"] = True
+        self.assertEqual(answers.plain_objective(row), 22.0)
+        row = {"reconstruction": 10.0, "beta_1": 0.5, "beta_2": 3.0, "kl_1": 4.0, "kl_2": 1.0}
+        self.assertEqual(answers.plain_objective(row), 15.0)
+
+    def test_cases(self):
+        cases = answers.remedy_cases(remedy_commands([9.0] * 5))
+        [(key, by_remedy)] = cases.items()
+        self.assertEqual(key, ("MNIST_CVAE_Relu", "beta = 2.0"))
+        self.assertEqual(list(by_remedy), ["none", "start", "warm-up", "cycles", "free bits"])
+        self.assertEqual(by_remedy["cycles"][2]["AU_kl"], 5)
+
+    def test_cases_of_two_models(self):
+        """Each has its own remedies. A row that diverged is left out."""
+        commands = remedy_commands([9.0] * 5) + remedy_commands([5.0] * 5, script="y.py")
+        for row in commands[6].rows:
+            row.pop("elbo")
+        cases = answers.remedy_cases(commands)
+        self.assertEqual(list(cases), [("MNIST_CVAE_Relu", "beta = 2.0"), ("y", "beta = 2.0")])
+        self.assertNotIn("start", cases["y", "beta = 2.0"])
+
+    def test_a_command_without_rows(self):
+        """The .csv file lacks the command with a start, so no other remedy takes its name."""
+        commands = remedy_commands([9.0] * 5)
+        commands[1].rows = []
+        [by_remedy] = answers.remedy_cases(commands).values()
+        self.assertNotIn("start", by_remedy)
+        self.assertEqual(by_remedy["free bits"][1]["free_bits"], 0.1)
+        self.assertEqual(by_remedy["warm-up"][1]["beta_warmup"], 25.0)
+
+    def test_changes(self):
+        """Three remedies of training change the objective by -2, -1 and 0 for both seeds.
+
+        Free bits change another objective.
+        """
+        cases = answers.remedy_cases(remedy_commands([9.0, 7.0, 8.0, 9.0, 20.0]))
+        changes = answers.objective_changes(cases, has_headroom=True)
+        self.assertEqual(sorted(changes), [-2.0, -2.0, -1.0, -1.0, 0.0, 0.0])
+        self.assertEqual(answers.objective_changes(cases, has_headroom=False), [])
+        changes = answers.objective_changes(cases, has_headroom=True, changes_objective=True)
+        self.assertEqual(changes, [11.0, 11.0])
+
+    def test_a_seed_without_a_run_to_compare(self):
+        commands = remedy_commands([9.0, 7.0, 8.0, 9.0, 20.0])
+        commands[0].rows.pop()
+        cases = answers.remedy_cases(commands)
+        self.assertEqual(
+            answers.objective_changes(cases, has_headroom=True), [-2.0, -1.0, 0.0]
+        )
+
+    def test_as_expected(self):
+        """Training collapsed units, and 4 of 6 changes are below -0.01. Their mean is -1."""
+        answer = answers.remedies(remedy_commands([9.0, 7.0, 8.0, 9.0, 20.0]))
+        self.assertIn("training had collapsed units", answer)
+        self.assertIn("in 4 of 6 cases", answer)
+        self.assertIn("-1.00 nats", answer)
+        self.assertNotIn("objective or nothing", answer)
+
+    def test_otherwise(self):
+        """The objective collapsed units, and the remedies raise it by 1 nat each."""
+        answer = answers.remedies(remedy_commands([9.0, 10.0, 10.0, 10.0, 9.0], headroom=0.01))
+        self.assertIn("Elsewhere, the remedies", answer)
+        self.assertIn("in 0 of 6 cases", answer)
+        self.assertIn("+1.00 nats", answer)
+        self.assertNotIn("Where training", answer)
+
+
+def deep(script, active, **columns):
+    """A command of a deep model: for each seed the active units per level, the top level first."""
+    rows = []
+    for seed, counts in enumerate(active, 1):
+        row = {"seed": seed, "elbo": 0.0, "AU_kl from the top": counts}
+        rows.append(row | columns)
+    return command_with(script, {}, rows)
+
+
+class DeepModels(unittest.TestCase):
+    def test_levels_and_likelihoods(self):
+        """The context, which is the top level of the DCT-VAE, is not learned."""
+        answer = answers.deep_models([
+            deep("MNIST_HVAE_Ladder.py", ["5, 0, 3"], log_px=-90.0),
+            deep("MNIST_HVAE_DCT.py", ["0, 7, 8"], log_px=-80.0, context_baseline=1.0),
+        ])
+        self.assertIn("MNIST_HVAE_Ladder 2 of 3 and MNIST_HVAE_DCT 2 of 2.", answer)
+        self.assertIn("MNIST_HVAE_DCT has the highest log p(x), -80.00 nats.", answer)
+
+    def test_otherwise(self):
+        answer = answers.deep_models([
+            deep("MNIST_HVAE_Ladder.py", ["0, 0, 3"], log_px=-70.0),
+            deep("MNIST_HVAE_DCT.py", ["9, 0, 0"], log_px=-80.0, context_baseline=1.0),
+        ])
+        self.assertIn("MNIST_HVAE_Ladder 1 of 3 and MNIST_HVAE_DCT 0 of 2.", answer)
+        self.assertIn("MNIST_HVAE_Ladder has the highest log p(x), -70.00 nats.", answer)
+
+    def test_seeds_and_a_model_with_one_level(self):
+        """Without draws there is no log p(x). A cell with one number was read as a number."""
+        answer = answers.deep_models([deep("x.py", ["5, 0", "5, 1"]), deep("y.py", [3])])
+        self.assertIn("x 1.5 ± 0.7 of 2 and y 1 of 1.", answer)
+        self.assertNotIn("log p(x)", answer)
+
+    def test_a_model_that_diverged(self):
+        diverged = command_with("y.py", {}, [{"seed": 1}])
+        answer = answers.deep_models([deep("x.py", ["5, 0"], log_px=-90.0), diverged])
+        self.assertIn("x 1 of 2", answer)
+
+
+class Ablation(unittest.TestCase):
+    def change(self, script, before, after):
+        """A command whose log p(x) changes along the flag grad_clip."""
+        return sweep("log_px", [before, after], line=script, flag="grad_clip")
+
+    def test_the_largest_change(self):
+        answer = answers.ablation([
+            self.change("x.py", -90.0, -89.0),
+            self.change("y.py", -90.0, -92.5),
+            command_with("z.py", {}, [{"elbo": 0.0, "log_px": 0.0}]),
+        ])
+        self.assertIn("-2.50 nats (y, grad_clip = 2.0)", answer)
+        answer = answers.ablation([
+            self.change("x.py", -90.0, -86.0), self.change("y.py", -90.0, -92.5),
+        ])
+        self.assertIn("+4.00 nats (x, grad_clip = 2.0)", answer)
+
+    def test_too_few(self):
+        answer = answers.ablation([sweep("log_px", [-1.0, None])])
+        self.assertEqual(answer, "There are too few settings to compare.")
+
+
+class RatesAboveDelta(unittest.TestCase):
+    def command(self, *rates):
+        """A command with these (delta, KL). The standard prior has delta 0."""
+        rows = []
+        for delta, kl in rates:
+            rows.append({"elbo": 0.0, "delta": delta, "smallest_rate": delta, "kl": kl})
+        return command_with("MNIST_VAE_Delta.py", {"delta": [delta for delta, _ in rates]}, rows)
+
+    def test_as_expected(self):
+        standard = self.command((0.0, 0.04))
+        answer = answers.rates_above_delta([standard, self.command((2.0, 2.25), (5.0, 8.5))])
+        self.assertEqual(
+            answer,
+            "Yes. The KL is 2.25 nats for δ = 2 and 8.50 nats for δ = 5. With the standard prior "
+            "it is 0.04 nats.",
+        )
+
+    def test_otherwise(self):
+        answer = answers.rates_above_delta([self.command((2.0, 1.5), (5.0, 4.0))])
+        self.assertTrue(answer.startswith("No. "), answer)
+        answer = answers.rates_above_delta([self.command((2.0, 2.5), (5.0, 6.0), (9.0, 8.0))])
+        self.assertTrue(answer.startswith("Mostly. "), answer)
+        self.assertNotIn("standard prior", answer)
+
+    def test_no_delta(self):
+        """All settings with a delta diverged, so nothing supports a yes."""
+        answer = answers.rates_above_delta([self.command((0.0, 0.04))])
+        self.assertFalse(answer.startswith("Yes"), answer)
+        self.assertNotIn("is .", answer)
+
+
+if __name__ == "__main__":
+    unittest.main()

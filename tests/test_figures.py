@@ -1,0 +1,525 @@
+"""figures.py: the pictures of results, drawn from made-up rows and arrays."""
+import unittest
+import warnings
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import figures
+import pictures
+from tests import small
+from tests.test_measurements import command_with, predicted_sweep
+
+PNG = b"\x89PNG"
+
+
+def axes_of(draw, commands, arrays=None):
+    """The axes (rows, columns) into which a function of figures.py draws."""
+    with mock.patch("pictures.save_figure") as save:
+        draw("x.png", commands, arrays)
+    save.assert_called_once()
+    sizes = save.call_args.kwargs
+    axes = Figure().subplots(sizes["rows"], sizes["columns"], squeeze=False)
+    sizes["draw"](axes)
+    return axes
+
+
+def lines(ax):
+    """The lines of some axes with a label of their own: {label: [(x, y), ...]}."""
+    points = {}
+    for line in ax.get_lines():
+        if not line.get_label().startswith("_"):
+            points[line.get_label()] = list(zip(line.get_xdata(), line.get_ydata()))
+    return points
+
+
+def trained_dots(ax):
+    """The points with error bars in some axes: {label: [(x, y), ...]}."""
+    points = {}
+    for container in ax.containers:
+        line = container.lines[0]
+        points[container.get_label()] = list(zip(line.get_xdata(), line.get_ydata()))
+    return points
+
+
+def bars(ax):
+    """The bars in some axes: {label: [height, ...]}. Bars without a label follow under ""."""
+    heights = {}
+    for container in ax.containers:
+        if hasattr(container, "patches"):
+            label = container.get_label()
+            key = "" if label.startswith("_") else label
+            heights.setdefault(key, []).extend(patch.get_height() for patch in container.patches)
+    return heights
+
+
+class Drawn(small.InFolder):
+    """Tests that draw into a file."""
+
+    def picture(self, draw, commands, arrays=None, name="x.png"):
+        """The bytes of the PNG file that a function draws, without any warning."""
+        path = self.folder / name
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw(path, commands, arrays)
+        content = path.read_bytes()
+        self.assertTrue(content.startswith(PNG))
+        return content
+
+    def check_saved_arrays_draw_the_same(self, draw, commands, arrays):
+        """The picture of arrays that were saved and read again is the same in every byte."""
+        np.savez_compressed(self.folder / "x.npz", **arrays)
+        with np.load(self.folder / "x.npz") as file:
+            saved = {key: file[key] for key in file.files}
+        first = self.picture(draw, commands, arrays)
+        self.assertEqual(first, self.picture(draw, commands, saved, "y.png"))
+
+
+# ------------------------------------------------------------------------------------ over a flag
+
+def hierarchical_sweep(line="MNIST_HVAE_Relu.py", flag="beta_1", shift=0.0):
+    """Two settings with two seeds of a two-level model."""
+    rows = []
+    for setting in (0.5, 2.0):
+        for seed in (1, 2):
+            row = {flag: setting, "seed": seed, "elbo": 0.0, "d_1": 4, "d_2": 8}
+            for level in ("_1", "_2"):
+                row[f"kl{level}"] = setting + seed + shift
+                row[f"AU_kl{level}"] = 3
+                row[f"linear kl{level}"] = 10.0 * setting
+                row[f"linear AU{level}"] = 4
+            rows.append(row)
+    return command_with(line, {flag: [0.5, 2.0]}, rows)
+
+
+class OverFlags(Drawn):
+    def test_several_commands(self):
+        """One column for each command with the exact objective, and one scale in each row."""
+        commands = [
+            hierarchical_sweep(),
+            hierarchical_sweep("MNIST_HVAE_Relu.py --released_objective", shift=1000.0),
+            hierarchical_sweep(flag="beta_2", shift=50.0),
+        ]
+        self.picture(figures.over_flags, commands, {})
+        axes = axes_of(figures.over_flags, commands)
+        self.assertEqual(axes.shape, (2, 2))
+        for row in axes:
+            self.assertEqual(row[0].get_ylim(), row[1].get_ylim())
+        self.assertLess(axes[0][0].get_ylim()[1], 500)
+        self.assertEqual([ax.get_xlabel() for ax in axes[1]], ["β1", "β2"])
+
+    def test_one_command(self):
+        """Its two panels are side by side. Dots are the means over the seeds."""
+        command = hierarchical_sweep()
+        self.picture(figures.over_flags, [command], {})
+        axes = axes_of(figures.over_flags, [command])
+        self.assertEqual(axes.shape, (1, 2))
+        kl, units = axes[0]
+        # Seeds 1 and 2 have the KLs 1.5 and 2.5, then 3 and 4.
+        self.assertEqual(trained_dots(kl)["z1, trained"], [(0.5, 2.0), (2.0, 3.5)])
+        self.assertEqual(lines(kl)["z2, linear theory"], [(0.5, 5.0), (2.0, 20.0)])
+        self.assertEqual(trained_dots(units)["z2, trained"], [(0.5, 3.0), (2.0, 3.0)])
+        self.assertEqual(lines(units)["z2, linear theory"], [(0.5, 4.0), (2.0, 4.0)])
+
+    def test_a_flag_with_texts(self):
+        """The settings are at equal distances, in the order of the command. One seed has no bar."""
+        rows = []
+        for corr_type, kl in (("Random", 9.0), ("Identical", 0.0)):
+            rows.append({"corr_type": corr_type, "elbo": 0.0, "kl": kl, "AU_kl": 1})
+        command = command_with("x.py", {"corr_type": ["Identical", "Random"]}, rows)
+        self.picture(figures.over_flags, [command], {})
+        [[kl, _]] = axes_of(figures.over_flags, [command])
+        self.assertEqual(trained_dots(kl)["z, trained"], [(0, 0.0), (1, 9.0)])
+        self.assertEqual([text.get_text() for text in kl.get_xticklabels()], ["1", "0"])
+
+    def test_settings_that_diverged(self):
+        """A setting has no dot. A command without any result does not end the program."""
+        command = hierarchical_sweep()
+        command.rows = command.rows[2:] + [{"beta_1": 0.5, "seed": 1}]
+        [[kl, _]] = axes_of(figures.over_flags, [command])
+        self.assertEqual(trained_dots(kl)["z1, trained"], [(2.0, 3.5)])
+        diverged = command_with("x.py", {"beta_2": [1.0, 2.0]}, [{"beta_2": 1.0}, {"beta_2": 2.0}])
+        self.picture(figures.over_flags, [hierarchical_sweep(), diverged], {})
+
+
+# ---------------------------------------------------------------------------------- collapse curves
+
+class CollapseCurves(Drawn):
+    def test_one_number_per_unit_is_enough(self):
+        """It has the collapse curve of all examples, for any number of them."""
+        random = np.random.default_rng(0)
+        for n in (1, 2, 7, 19, 20, 21, 39, 40, 41, 100, 137, 1000):
+            for dtype in (np.float32, np.float64):
+                unit_kl = random.gamma(0.3, 0.2, (n, 6)).astype(dtype)
+                # A unit that is never in use, and one whose KLs are thresholds.
+                unit_kl[:, 0] = 0
+                unit_kl[:, 1] = random.choice(pictures.EPSILON, n)
+                quantiles = figures.kl_of_most_examples(unit_kl)
+                self.assertEqual(quantiles.shape, (6,))
+                np.testing.assert_array_equal(
+                    pictures.collapse_curve(quantiles[None], pictures.EPSILON),
+                    pictures.collapse_curve(unit_kl, pictures.EPSILON),
+                )
+
+    def test_by_hand(self):
+        """Of 20 examples, 19 are 95 %. Of 21 examples, 20 are the fewest with at least 95 %."""
+        unit_kl = np.arange(20.0)[:, None]
+        self.assertEqual(figures.kl_of_most_examples(unit_kl), [18.0])
+        unit_kl = np.arange(21.0)[:, None]
+        self.assertEqual(figures.kl_of_most_examples(unit_kl), [19.0])
+
+    def run_with(self, units, seeds=(1,), diverged=(), is_released=False):
+        """Like a reproduce.Run: settings beta = 0, 1, ... for each seed, seed after seed.
+
+        units is a list with the arrays of each setting of the first seed.
+        """
+        results = []
+        for seed in seeds:
+            for k in range(len(units)):
+                is_diverged = seed == seeds[0] and k in diverged
+                results.append(SimpleNamespace(metrics=None if is_diverged else {"kl": 1.0}))
+        return SimpleNamespace(
+            results=results,
+            is_released=is_released,
+            first_seed_indices=lambda: list(range(len(units))),
+            setting_labels=lambda: [{"beta": float(k)} for k in range(len(units))],
+            units=lambda i: units[i],
+        )
+
+    def test_arrays(self):
+        """Those of the exact objective and the first seed, without settings that diverged."""
+        units = []
+        for kl in (3.0, 0.0, 1.0):
+            units.append({
+                "log_px": np.zeros(40),
+                "unit_kl_1": np.full((40, 2), kl),
+                "unit_kl_2": np.full((40, 3), 2 * kl),
+            })
+        arrays = figures.collapse_arrays([
+            self.run_with(units[:1], is_released=True),
+            self.run_with(units, seeds=(1, 2), diverged=(1,)),
+        ])
+        self.assertEqual(sorted(arrays), ["labels", "unit_kl_1", "unit_kl_2"])
+        self.assertEqual(arrays["labels"].tolist(), ["beta = 0.0", "beta = 2.0"])
+        np.testing.assert_array_equal(arrays["unit_kl_1"], [[3.0] * 2, [1.0] * 2])
+        np.testing.assert_array_equal(arrays["unit_kl_2"], [[6.0] * 3, [2.0] * 3])
+
+    def test_values_of_examples_that_are_missing(self):
+        """Another process removed units.npz, or it is broken. The other settings are kept."""
+        units = [None, {"unit_kl": np.ones((40, 2))}]
+        arrays = figures.collapse_arrays([self.run_with(units)])
+        self.assertEqual(arrays["labels"].tolist(), ["beta = 1.0"])
+        np.testing.assert_array_equal(arrays["unit_kl"], [[1.0, 1.0]])
+
+    def arrays(self, kls_of_z1):
+        """z2 has a collapsed unit. z1 has units with these KLs in all settings."""
+        return {
+            "labels": np.array(["beta = 1.0", "beta = 2.0"]),
+            "unit_kl_1": np.array([kls_of_z1, kls_of_z1], dtype=np.float32),
+            "unit_kl_2": np.array([[0.0, 1.0], [3.0, 4.0]], dtype=np.float32),
+        }
+
+    def titles(self, arrays):
+        """The titles of the panels from the top."""
+        return [ax.get_title() for [ax] in axes_of(figures.collapse_curves, [], arrays)]
+
+    def test_levels(self):
+        """A panel for each level with a collapsed unit. Without any, the first level is shown."""
+        self.assertEqual(self.titles(self.arrays([0.0, 1.0])), ["units of z1", "units of z2"])
+        arrays = self.arrays([0.5, 1.0])
+        self.assertEqual(self.titles(arrays), ["units of z2"])
+        arrays["unit_kl_2"] += 1
+        self.assertEqual(self.titles(arrays), ["units of z1"])
+        self.assertEqual(
+            self.titles({"labels": arrays["labels"], "unit_kl": arrays["unit_kl_1"]}),
+            ["units of z"],
+        )
+
+    def test_curves(self):
+        """At the largest threshold every unit is collapsed. At 0.5 nats one of two is, or none."""
+        [[ax]] = axes_of(figures.collapse_curves, [], self.arrays([0.5, 1.0]))
+        for label, share in (("beta = 1.0", 50.0), ("beta = 2.0", 0.0)):
+            curve = dict(lines(ax)[label])
+            epsilons = [epsilon for epsilon in curve if epsilon < 0.5]
+            self.assertEqual(curve[max(epsilons)], share)
+            self.assertEqual(curve[max(curve)], 100.0)
+
+    def test_saved_arrays_draw_the_same(self):
+        self.check_saved_arrays_draw_the_same(
+            figures.collapse_curves, [], self.arrays([0.0, 1.0])
+        )
+
+    def test_all_settings_diverged(self):
+        """There may be no picture, but no error either."""
+        figures.collapse_curves(self.folder / "x.png", [], {"labels": np.array([])})
+
+
+# ------------------------------------------------------------------------ arrays that a grid leaves
+
+def arrays_of_units():
+    """The arrays of pictures.unit_curves for a two-level model with two settings."""
+    arrays = {
+        "flag": np.array("beta_2"),
+        "levels": np.array(["_1", "_2"]),
+        "x": np.linspace(1.0, 2.0, 5),
+        "trained_x": np.array([1.0, 2.0]),
+        "dense": np.array(True),
+    }
+    for level in ("_1", "_2"):
+        arrays[f"predicted{level}"] = np.array([[2.0, 0.5], [2, 0.2], [2, 0], [2, 0], [1, 0]])
+        arrays[f"trained{level}"] = np.array([[2.0, 0.4], [1.0, 0.0]])
+        arrays[f"collapse{level}"] = np.array([1.3])
+    return arrays
+
+
+def arrays_of_images():
+    """The arrays of pictures.sheet_arrays for 2 x 2 settings, one of which diverged."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "row_flag": np.array("beta_1"),
+        "column_flag": np.array("beta_2"),
+        "row_values": np.array(["0.1", "1.0"]),
+        "column_values": np.array(["1.0", "2.0"]),
+        "title_0": np.array("test images"),
+        "originals": random.integers(0, 256, (3, 1, 28, 28), dtype=np.uint8),
+    }
+    for kind in (1, 2):
+        arrays[f"title_{kind}"] = np.array(f"reconstructed through z{kind}")
+        arrays[f"images_{kind}"] = random.integers(0, 256, (2, 2, 3, 1, 28, 28), dtype=np.uint8)
+        arrays[f"shown_{kind}"] = np.array([[True, True], [True, False]])
+    return arrays
+
+
+class GridArrays(Drawn):
+    def test_unit_curves(self):
+        self.check_saved_arrays_draw_the_same(figures.unit_curves, [], arrays_of_units())
+
+    def test_contact_sheet(self):
+        self.check_saved_arrays_draw_the_same(figures.contact_sheet, [], arrays_of_images())
+
+    def test_the_sheet_is_that_of_z2(self):
+        """Each cell has the images of z2, and the strip above them has the test images."""
+        arrays = arrays_of_images()
+        with mock.patch("pictures.show_bytes") as show:
+            self.picture(figures.contact_sheet, [], arrays)
+        shown = [call.args[1] for call in show.call_args_list]
+        wanted = [arrays["originals"], *arrays["images_2"][arrays["shown_2"]]]
+        self.assertEqual(len(shown), 4)
+        for images, wanted_images in zip(shown, wanted):
+            np.testing.assert_array_equal(images, wanted_images)
+
+    def test_reading(self):
+        """The arrays are in the folder of the grid of the first run."""
+        np.savez_compressed(self.folder / "theory.npz", **arrays_of_units())
+        runs = [SimpleNamespace(grid_dir=lambda: self.folder)]
+        arrays = figures.grid_arrays("theory.npz")(runs)
+        self.assertEqual(list(arrays), list(arrays_of_units()))
+        np.testing.assert_array_equal(arrays["trained_x"], [1.0, 2.0])
+
+
+# --------------------------------------------------------------------------------------- bars
+
+class PerDigit(Drawn):
+    def command(self, script, shift=0.0, predicted=True):
+        """Digits 0 and 1 with three seeds, whose KLs are 1, 2 and 3 plus the digit."""
+        rows = []
+        for digit in (0, 1):
+            for seed in (1, 2, 3):
+                row = {
+                    "digit": digit, "seed": seed, "elbo": 0.0, "kl": seed + digit + shift,
+                    "AU_kl": 7,
+                }
+                if predicted:
+                    row |= {"linear kl": 5.0 + digit, "linear AU": 9}
+                rows.append(row)
+        return command_with(script, {"digit": [0, 1]}, rows)
+
+    def test_dots_and_lines(self):
+        """The seeds of a digit are side by side. All rows have one scale."""
+        commands = [self.command("x.py"), self.command("y.py", shift=20.0)]
+        self.picture(figures.per_digit, commands, {})
+        axes = axes_of(figures.per_digit, commands)
+        self.assertEqual(axes.shape, (2, 2))
+        for column in (0, 1):
+            self.assertEqual(axes[0][column].get_ylim(), axes[1][column].get_ylim())
+        dots = lines(axes[0][0])["trained, one dot per seed"]
+        self.assertEqual([y for _, y in dots], [1.0, 2.0, 3.0])
+        np.testing.assert_allclose([x for x, _ in dots], [-0.2, 0.0, 0.2])
+        self.assertEqual([y for _, y in lines(axes[0][0])["linear theory"]], [5.0, 5.0])
+        self.assertEqual([y for _, y in lines(axes[1][1])["linear theory"]], [9, 9])
+        self.assertEqual([ax.get_title() for ax in axes[:, 0]], ["x", "y"])
+
+    def test_without_a_prediction(self):
+        self.picture(figures.per_digit, [self.command("x.py", predicted=False)], {})
+
+    def test_a_digit_that_diverged(self):
+        command = self.command("x.py")
+        command.rows[0] = {"digit": 0, "seed": 1}
+        self.picture(figures.per_digit, [command], {})
+        [[kl, _]] = axes_of(figures.per_digit, [command])
+        dots = lines(kl)["trained, one dot per seed"]
+        self.assertEqual([y for _, y in dots], [2.0, 3.0])
+
+
+class SigmaBars(Drawn):
+    def command(self, script, active, beta=1.0):
+        rows = []
+        for seed, count in enumerate(active):
+            rows.append({
+                "seed": seed, "elbo": 0.0, "beta": beta, "d_1": 16, "AU_kl": count,
+                "kl": 2.0 * count,
+            })
+        return command_with(script, {}, rows)
+
+    def test_pairs(self):
+        commands = [
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [1, 2, 3]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", [5, 5, 5]),
+            self.command("MNIST_VAE_Relu_learnable_sigma.py", [7], beta=4.0),
+            self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [8], beta=4.0),
+        ]
+        self.picture(figures.sigma_bars, commands, {})
+        [[units, kl]] = axes_of(figures.sigma_bars, commands)
+        self.assertEqual(bars(units), {"learnable": [2.0], "fixed": [5.0], "": [7.0, 8.0]})
+        self.assertEqual(bars(kl), {"learnable": [4.0], "fixed": [10.0], "": [14.0, 16.0]})
+        names = [text.get_text() for text in units.get_xticklabels()]
+        self.assertIn("linear, beta = 1", names[0])
+        self.assertIn("ReLU, beta = 4", names[1])
+
+    def test_all_seeds_diverged(self):
+        commands = [
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [1, 2]),
+            command_with(
+                "MNIST_VAE_Linear_nonlearnable_sigma.py", {}, [{"seed": 1, "beta": 1.0, "d_1": 16}]
+            ),
+        ]
+        figures.sigma_bars(self.folder / "x.png", commands, {})
+        self.assertFalse((self.folder / "x.png").exists())
+
+    def test_a_command_without_rows(self):
+        """The .csv file lacks the fixed variance."""
+        commands = [
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [1]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", []),
+        ]
+        figures.sigma_bars(self.folder / "x.png", commands, {})
+        self.assertFalse((self.folder / "x.png").exists())
+
+
+class DeltaBars(Drawn):
+    def test_bars_and_deltas(self):
+        def row(**columns):
+            return {"elbo": 0.0, **columns}
+
+        commands = [
+            command_with("x.py --prior standard", {}, [
+                row(prior="standard", delta=1.0, smallest_rate=0.0, kl=0.5, rate_auxiliary=0.25),
+            ]),
+            command_with("x.py --delta 2,5", {"delta": [2.0, 5.0]}, [
+                row(prior="ar1", delta=2.0, smallest_rate=2.0, kl=2.5, rate_auxiliary=1.0),
+                row(prior="ar1", delta=5.0, smallest_rate=5.0, kl=8.0, rate_auxiliary=4.0),
+            ]),
+        ]
+        self.picture(figures.delta_bars, commands, {})
+        [[ax]] = axes_of(figures.delta_bars, commands)
+        own, auxiliary = [bars(ax)[label] for label in bars(ax) if label]
+        self.assertEqual((own, auxiliary), ([0.5, 2.5, 8.0], [0.25, 1.0, 4.0]))
+        self.assertEqual(
+            [line.get_ydata()[0] for line in ax.get_lines()], [0.0, 2.0, 5.0]
+        )
+        self.assertEqual(
+            [text.get_text() for text in ax.get_xticklabels()],
+            ["standard prior", "δ = 2", "δ = 5"],
+        )
+
+
+class LevelBars(Drawn):
+    def command(self, script, kls, active, **columns):
+        return command_with(script, {}, [{
+            "elbo": 0.0, "kl from the top": kls, "AU_kl from the top": active, **columns,
+        }])
+
+    def ladder(self):
+        return self.command("MNIST_HVAE_Ladder.py", "4, 3", "8, 6")
+
+    def dct(self):
+        return self.command("MNIST_HVAE_DCT.py", "9, 2, 1", "49, 0, 5", context_baseline=3.0)
+
+    def test_levels(self):
+        """Level 1 is next to the image, so it is the last number of a cell."""
+        commands = [self.ladder(), self.dct()]
+        self.picture(figures.level_bars, commands, {})
+        [[kl, units]] = axes_of(figures.level_bars, commands)
+        self.assertEqual(
+            bars(kl), {"MNIST_HVAE_Ladder": [3.0, 4.0], "MNIST_HVAE_DCT": [1.0, 2.0, 9.0]}
+        )
+        self.assertEqual(
+            bars(units), {"MNIST_HVAE_Ladder": [6.0, 8.0], "MNIST_HVAE_DCT": [5.0, 0.0, 49.0]}
+        )
+        names = [text.get_text() for text in kl.get_xticklabels()]
+        self.assertEqual(len(names), 3)
+        self.assertIn("context", names[2])
+
+    def test_without_a_context(self):
+        [[kl, _]] = axes_of(figures.level_bars, [self.ladder()])
+        names = [text.get_text() for text in kl.get_xticklabels()]
+        self.assertNotIn("context", "".join(names))
+
+    def test_a_model_that_diverged(self):
+        """The others keep their names. A seed that diverged is not the seed that is shown."""
+        diverged = command_with("MNIST_HVAE_Ladder.py", {}, [{"seed": 1}])
+        [[kl, _]] = axes_of(figures.level_bars, [diverged, self.dct()])
+        self.assertEqual(bars(kl), {"MNIST_HVAE_DCT": [1.0, 2.0, 9.0]})
+        dct = self.dct()
+        dct.rows.insert(0, {"seed": 0})
+        [[kl, _]] = axes_of(figures.level_bars, [self.ladder(), dct])
+        self.assertEqual(bars(kl)["MNIST_HVAE_DCT"], [1.0, 2.0, 9.0])
+        figures.level_bars(self.folder / "x.png", [diverged], {})
+        self.assertFalse((self.folder / "x.png").exists())
+
+
+# -------------------------------------------------------------------------- prediction and training
+
+class AgainstPrediction(Drawn):
+    def test_panels(self):
+        """One for each script and level with at least three settings, and colours for flags."""
+        pairs = [(1.0, 1.5), (2.0, 2.5), (3.0, 2.0)]
+        commands = [
+            predicted_sweep(pairs, line="x.py --a"),
+            predicted_sweep([(5.0, 6.0)], line="x.py --b"),
+            predicted_sweep(pairs[:2], line="y.py"),
+            predicted_sweep(pairs, "kl_2", "z.py"),
+        ]
+        commands[1].flags = {}
+        panels = figures.prediction_panels(commands)
+        self.assertEqual(list(panels), ["x", "z, z2"])
+        np.testing.assert_array_equal(panels["x"]["beta"], pairs)
+        np.testing.assert_array_equal(panels["x"][""], [(5.0, 6.0)])
+        self.picture(figures.against_prediction, commands, {})
+
+    def test_equal_axes_hold_all_points(self):
+        commands = [predicted_sweep([(1.0, 9.0), (2.0, 2.5), (-3.0, 2.0)], line="x.py")]
+        ax = axes_of(figures.against_prediction, commands).flat[0]
+        self.assertEqual(ax.get_xlim(), ax.get_ylim())
+        self.assertLess(ax.get_xlim()[0], -3.0)
+        self.assertGreater(ax.get_xlim()[1], 9.0)
+
+    def test_too_few_settings(self):
+        """No script has three settings, so there may be no picture, but no error either."""
+        path = self.folder / "x.png"
+        figures.against_prediction(path, [predicted_sweep([(1.0, 1.0)])], {})
+
+
+class Scales(unittest.TestCase):
+    def test_share_y(self):
+        axes = Figure().subplots(1, 2)
+        axes[0].set(ylim=(0, 3))
+        axes[1].set(ylim=(-1, 2))
+        figures.share_y(axes)
+        self.assertEqual([ax.get_ylim() for ax in axes], [(-1, 3), (-1, 3)])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,419 @@
+"""measurements.py: rows of .csv files, and statistics of them that are worked out by hand."""
+import unittest
+
+import numpy as np
+
+import measurements
+from tests import small
+
+# The columns that every row has beside its flags and metrics.
+DESCRIPTION = {"dataset": "mnist", "device": "cpu", "torch": "2.0", "seconds": 60.0}
+
+
+def command_with(line, flags, rows):
+    """A measurements.Command with made-up rows, each {column: value}.
+
+    flags is {name: values}. A row without "seed" has seed 1.
+    """
+    return measurements.Command(
+        line=line,
+        flags=flags,
+        rows=[{"command": line, **DESCRIPTION, "seed": 1, **row} for row in rows],
+    )
+
+
+def sweep(metric, values, line="MNIST_CVAE_Relu.py", flag="beta"):
+    """A Command whose flag takes the values 1.0, 2.0, ... with these values of a metric.
+
+    A setting whose value is None diverged.
+    """
+    settings = [float(k) for k in range(1, 1 + len(values))]
+    rows = []
+    for setting, value in zip(settings, values):
+        measured = {} if value is None else {"elbo": -1.0, metric: value}
+        rows.append({flag: setting, **measured})
+    return command_with(line, {flag: settings}, rows)
+
+
+class Reading(small.InFolder):
+    def test_parse(self):
+        for text, value in (
+            ("3", 3),
+            ("-2", -2),
+            ("3.0", 3.0),
+            ("1e-05", 0.00001),
+            ("inf", np.inf),
+            ("True", True),
+            ("False", False),
+            ("Random", "Random"),
+            ("2,2", "2,2"),
+            ("10 -> 10, 3 -> 4", "10 -> 10, 3 -> 4"),
+        ):
+            parsed = measurements.parse(text)
+            self.assertEqual(parsed, value)
+            self.assertIs(type(parsed), type(value), text)
+
+    def test_rows(self):
+        """Empty cells are left out. A quoted cell may hold commas."""
+        path = self.folder / "x.csv"
+        path.write_text(
+            "command,beta,seed,elbo,headroom\n"
+            '"x.py --beta 1,2",1.0,3,-2.5,\n'
+            '"x.py --beta 1,2",2.0,3,,\n',
+            encoding="utf-8",
+        )
+        self.assertEqual(measurements.read_rows(path), [
+            {"command": "x.py --beta 1,2", "beta": 1.0, "seed": 3, "elbo": -2.5},
+            {"command": "x.py --beta 1,2", "beta": 2.0, "seed": 3},
+        ])
+
+    def test_no_file_and_no_rows(self):
+        self.assertEqual(measurements.read_rows(self.folder / "x.csv"), [])
+        (self.folder / "x.csv").write_text("command,beta\n", encoding="utf-8")
+        self.assertEqual(measurements.read_rows(self.folder / "x.csv"), [])
+
+
+class Settings(unittest.TestCase):
+    def test_order_and_seeds(self):
+        """The order is that of the flag's values. The rows of a setting are those of its seeds."""
+        command = command_with("x.py", {"beta": [2.0, 0.5, 1.0]}, [
+            {"beta": 0.5, "seed": 1, "elbo": -1.0},
+            {"beta": 1.0, "seed": 1, "elbo": -2.0},
+            {"beta": 2.0, "seed": 1, "elbo": -3.0},
+            {"beta": 0.5, "seed": 2, "elbo": -4.0},
+            {"beta": 1.0, "seed": 2, "elbo": -5.0},
+            {"beta": 2.0, "seed": 2, "elbo": -6.0},
+        ])
+        elbos = []
+        for values, rows in command.by_setting().items():
+            elbos.append((values, [row["elbo"] for row in rows]))
+        self.assertEqual(elbos, [
+            ((2.0,), [-3.0, -6.0]), ((0.5,), [-1.0, -4.0]), ((1.0,), [-2.0, -5.0]),
+        ])
+
+    def test_two_flags(self):
+        """The first flag varies slowest."""
+        flags = {"beta_1": [1.0, 2.0], "corr_type": ["Random", "Identical"]}
+        rows = []
+        for corr_type in ("Identical", "Random"):
+            for beta_1 in (2.0, 1.0):
+                rows.append({"beta_1": beta_1, "corr_type": corr_type, "elbo": 0.0})
+        command = command_with("x.py", flags, rows)
+        self.assertEqual(list(command.by_setting()), [
+            (1.0, "Random"), (1.0, "Identical"), (2.0, "Random"), (2.0, "Identical"),
+        ])
+        self.assertEqual(command.label((1.0, "Random")), "beta_1 = 1.0, corr_type = Random")
+
+    def test_seeds_and_settings_that_diverged(self):
+        command = command_with("x.py", {"lr": [0.1, 10.0]}, [
+            {"lr": 0.1, "seed": 1},
+            {"lr": 0.1, "seed": 2, "elbo": -1.0},
+            {"lr": 10.0, "seed": 1},
+            {"lr": 10.0, "seed": 2},
+        ])
+        settings = command.by_setting()
+        self.assertEqual(list(settings), [(0.1,)])
+        self.assertEqual([row["seed"] for row in settings[0.1,]], [2])
+
+    def test_a_check_of_a_theorem_is_finished(self):
+        command = command_with("matrix_VAE.py", {}, [{"max error": 1e-9}])
+        self.assertEqual(list(command.by_setting()), [()])
+        self.assertEqual(command.label(()), "")
+
+    def test_line(self):
+        command = command_with("MNIST_CVAE_Relu.py --beta 1 --released_objective", {}, [])
+        self.assertEqual(command.script, "MNIST_CVAE_Relu")
+        self.assertTrue(command.is_released)
+        self.assertFalse(command_with("MNIST_CVAE_Relu.py --beta 1", {}, []).is_released)
+
+
+class Shared(unittest.TestCase):
+    """What two commands share counts once."""
+
+    def setUp(self):
+        """Both commands have beta = 1 and eta_dec = 1, with two seeds. The times differ."""
+        by_beta = []
+        by_eta = []
+        for seed in (1, 2):
+            for value in (1.0, 2.0):
+                by_beta.append({"beta": value, "eta_dec": 1.0, "seed": seed, "elbo": -value})
+                row = {"beta": 1.0, "eta_dec": value, "seed": seed, "elbo": -value}
+                by_eta.append({**row, "seconds": 99.0, "device": "cuda", "torch": "3.0"})
+        self.commands = [
+            command_with("x.py --beta 1,2", {"beta": [1.0, 2.0]}, by_beta),
+            command_with("x.py --eta_dec 1,2", {"eta_dec": [1.0, 2.0]}, by_eta),
+        ]
+
+    def test_rows(self):
+        """Four rows each, two of which are the same."""
+        self.assertEqual(len(measurements.distinct_rows(self.commands)), 6)
+
+    def test_settings(self):
+        settings = measurements.distinct_settings(self.commands)
+        self.assertEqual(len(settings), 3)
+        self.assertEqual([len(rows) for rows in settings], [2, 2, 2])
+
+    def test_other_scripts_and_seeds_are_not_the_same(self):
+        rows = [{"beta": 1.0, "elbo": -1.0}]
+        commands = [command_with("x.py", {}, rows), command_with("y.py", {}, rows)]
+        self.assertEqual(len(measurements.distinct_rows(commands)), 2)
+        self.assertEqual(len(measurements.distinct_settings(commands)), 2)
+        rows = [{"beta": 1.0, "elbo": -1.0, "seed": seed} for seed in (1, 2)]
+        command = command_with("x.py", {}, rows)
+        self.assertEqual(len(measurements.distinct_rows([command])), 2)
+
+    def test_rows_that_diverged(self):
+        """A row counts, but it is no setting with results."""
+        command = sweep("kl", [None, 3.0])
+        self.assertEqual(len(measurements.distinct_rows([command])), 2)
+        self.assertEqual(len(measurements.distinct_settings([command])), 1)
+
+
+class Directions(unittest.TestCase):
+    def counts(self, command):
+        """{(flag, metric, direction): (agreeing steps, all steps)}"""
+        counts = {}
+        for step in measurements.steps_of(command):
+            counts[step.flag, step.metric, step.direction] = (step.agreeing, step.total)
+        return counts
+
+    def test_one_flag(self):
+        """It falls, then grows by less than is printed, then by more."""
+        self.assertEqual(
+            self.counts(sweep("kl", [4.0, 3.0, 3.004, 3.2])), {("beta", "kl", "falls"): (2, 3)}
+        )
+
+    def test_ties_as_printed(self):
+        self.assertEqual(
+            self.counts(sweep("kl", [1.0, 1.0049, 1.01])), {("beta", "kl", "falls"): (1, 2)}
+        )
+        rising = sweep("kl_2", [1.0, 0.9951, 0.99], flag="beta_1")
+        self.assertEqual(self.counts(rising), {("beta_1", "kl_2", "rises"): (1, 2)})
+
+    def test_no_step_to_a_setting_that_diverged(self):
+        self.assertEqual(
+            self.counts(sweep("kl", [4.0, None, 5.0, 1.0])), {("beta", "kl", "falls"): (1, 1)}
+        )
+        self.assertEqual(self.counts(sweep("kl", [4.0, None])), {})
+
+    def test_means_over_the_seeds(self):
+        """The mean falls from 3 to 2.5, although it rises for seed 2."""
+        rows = []
+        for beta, seed, kl in ((1.0, 1, 4.0), (1.0, 2, 2.0), (2.0, 1, 1.0), (2.0, 2, 4.0)):
+            rows.append({"beta": beta, "seed": seed, "elbo": 0.0, "kl": kl})
+        command = command_with("x.py", {"beta": [1.0, 2.0]}, rows)
+        self.assertEqual(self.counts(command), {("beta", "kl", "falls"): (1, 1)})
+
+    def test_the_order_of_the_flag_counts(self):
+        """The flag's values are in the order of the command, from Identical to Random."""
+        rows = []
+        for corr_type, kl in (("Random", 9.0), ("Gaussian_noise_1_2", 5.0), ("Identical", 0.0)):
+            rows.append({"corr_type": corr_type, "elbo": 0.0, "kl": kl})
+        flags = {"corr_type": ["Identical", "Gaussian_noise_1_2", "Random"]}
+        command = command_with("x.py", flags, rows)
+        self.assertEqual(self.counts(command), {("corr_type", "kl", "rises"): (2, 2)})
+
+    def test_two_flags(self):
+        """A step changes one flag. A row for each beta_1, a column for each beta_2."""
+        kl_2 = [
+            [5.0, 3.0],
+            [6.0, 7.0],
+            [4.0, 8.0],
+        ]
+        rows = []
+        for beta_1, values in zip((1.0, 2.0, 4.0), kl_2):
+            for beta_2, value in zip((1.0, 2.0), values):
+                rows.append({"beta_1": beta_1, "beta_2": beta_2, "elbo": 0.0, "kl_2": value})
+        flags = {"beta_1": [1.0, 2.0, 4.0], "beta_2": [1.0, 2.0]}
+        command = command_with("MNIST_HVAE_Relu.py", flags, rows)
+        # Along beta_1: 5, 6, 4 and 3, 7, 8. Along beta_2: 5, 3 and 6, 7 and 4, 8.
+        self.assertEqual(self.counts(command), {
+            ("beta_1", "kl_2", "rises"): (3, 4), ("beta_2", "kl_2", "falls"): (1, 3),
+        })
+
+    def test_eta_dec(self):
+        """It has the KL of a one-level model, and the KL of z2 of a hierarchical one."""
+        self.assertEqual(
+            self.counts(sweep("kl", [2.0, 1.0], flag="eta_dec")),
+            {("eta_dec", "kl", "falls"): (1, 1)},
+        )
+        rows = [
+            {"eta_dec": 1.0, "elbo": 0.0, "kl_1": 1.0, "kl_2": 1.0},
+            {"eta_dec": 2.0, "elbo": 0.0, "kl_1": 0.0, "kl_2": 3.0},
+        ]
+        command = command_with("x.py", {"eta_dec": [1.0, 2.0]}, rows)
+        self.assertEqual(self.counts(command), {("eta_dec", "kl_2", "falls"): (0, 1)})
+
+    def test_a_flag_of_which_the_paper_says_nothing(self):
+        self.assertEqual(self.counts(sweep("kl", [4.0, 3.0], flag="d_hidden")), {})
+
+
+def predicted_sweep(pairs, metric="kl", line="MNIST_CVAE_Relu.py"):
+    """A sweep over beta with pairs of the predicted and the trained value of a metric."""
+    rows = []
+    for k, (predicted, trained) in enumerate(pairs):
+        rows.append({
+            "beta": float(k), "elbo": 0.0, f"linear {metric}": predicted, metric: trained,
+        })
+    return command_with(line, {"beta": [float(k) for k in range(len(pairs))]}, rows)
+
+
+class Predictions(unittest.TestCase):
+    def test_points(self):
+        """The means over the seeds. A setting of two commands counts once."""
+        rows = []
+        for beta, seed, predicted, trained in (
+            (1.0, 1, 5.0, 4.0), (1.0, 2, 5.0, 3.0), (2.0, 1, 2.0, 1.0), (2.0, 2, 4.0, 1.0),
+        ):
+            rows.append({
+                "beta": beta, "seed": seed, "elbo": 0.0, "linear kl": predicted, "kl": trained,
+            })
+        command = command_with("x.py --beta 1,2", {"beta": [1.0, 2.0]}, rows)
+        other = command_with("x.py --beta 1", {}, [row for row in rows if row["beta"] == 1.0])
+        points = measurements.predicted_and_trained([command, other], "kl")
+        np.testing.assert_array_equal(points, [[5.0, 3.5], [3.0, 1.0]])
+
+    def test_settings_without_a_prediction(self):
+        points = measurements.predicted_and_trained([sweep("kl", [1.0, 2.0])], "kl")
+        self.assertEqual(points.shape, (0, 2))
+
+    def test_rank_correlations(self):
+        """Spearman's: with n ranks it is 1 - 6 (sum of squared differences) / (n (n^2 - 1))."""
+        for trained, correlation in (
+            ([0.1, 0.2, 0.3], 1.0),
+            # The differences of the ranks are 0, 1 and 1: 1 - 6 * 2 / 24.
+            ([0.1, 0.3, 0.2], 0.5),
+            ([0.3, 0.2, 0.1], -1.0),
+        ):
+            command = predicted_sweep(list(zip([1.0, 2.0, 30.0], trained)))
+            correlations = measurements.rank_correlations([command])
+            self.assertEqual(list(correlations), ["kl"])
+            self.assertAlmostEqual(correlations["kl"], correlation)
+
+    def test_of_the_means_over_the_seeds(self):
+        """The ranks are 2, 1, 3 for one seed and 1, 3, 2 for the other. The means are 1, 2, 3."""
+        rows = []
+        for beta, predicted, by_seed in (
+            (1.0, 1.0, (2.0, 0.0)), (2.0, 2.0, (1.0, 3.0)), (3.0, 3.0, (4.0, 2.0)),
+        ):
+            for seed, trained in enumerate(by_seed):
+                rows.append({
+                    "beta": beta, "seed": seed, "elbo": 0.0, "linear kl": predicted, "kl": trained,
+                })
+        command = command_with("x.py", {"beta": [1.0, 2.0, 3.0]}, rows)
+        self.assertAlmostEqual(measurements.rank_correlations([command])["kl"], 1.0)
+
+    def test_levels(self):
+        rows = []
+        for beta_2, kl_1, kl_2 in ((1.0, 1.0, 9.0), (2.0, 2.0, 5.0), (3.0, 3.0, 1.0)):
+            rows.append({
+                "beta_2": beta_2, "elbo": 0.0, "kl_1": kl_1, "kl_2": kl_2,
+                "linear kl_1": beta_2, "linear kl_2": beta_2,
+            })
+        command = command_with("x.py", {"beta_2": [1.0, 2.0, 3.0]}, rows)
+        correlations = measurements.rank_correlations([command])
+        self.assertEqual(list(correlations), ["kl_1", "kl_2"])
+        self.assertAlmostEqual(correlations["kl_1"], 1.0)
+        self.assertAlmostEqual(correlations["kl_2"], -1.0)
+
+    def test_too_few_settings_and_equal_values(self):
+        few = predicted_sweep([(1.0, 2.0), (2.0, 3.0)])
+        equal = predicted_sweep([(1.0, 2.0), (1.0, 3.0), (1.0, 4.0)])
+        for command in (few, equal):
+            self.assertEqual(measurements.rank_correlations([command]), {})
+
+
+class CausesOfCollapse(unittest.TestCase):
+    def causes(self, *commands):
+        return measurements.causes_of_collapse(commands)
+
+    def command(self, rows, line="MNIST_CVAE_Relu.py"):
+        rows = [{"elbo": -float(k), **row} for k, row in enumerate(rows)]
+        return command_with(line, {}, rows)
+
+    def test_one_level(self):
+        causes = self.causes(self.command([
+            {"dim_z": 16, "AU_kl": 16, "headroom": 0.0},
+            # At most 0.01 nats are the objective's.
+            {"dim_z": 16, "AU_kl": 13, "headroom": 0.01},
+            {"dim_z": 16, "AU_kl": 0, "headroom": 0.0},
+            {"dim_z": 16, "AU_kl": 13, "headroom": 0.02},
+            {"dim_z": 16, "AU_kl": 0, "headroom": 0.5},
+            {"dim_z": 16, "AU_kl": 1, "headroom": 0.3},
+        ]))
+        self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (6, 2, 3))
+
+    def test_level_2_of_a_hierarchical_model(self):
+        """z1 has no headroom, so its collapsed units do not count."""
+        causes = self.causes(self.command([
+            {"d_1": 4, "d_2": 8, "AU_kl_1": 0, "AU_kl_2": 8, "headroom_2": 0.0},
+            {"d_1": 4, "d_2": 8, "AU_kl_1": 4, "AU_kl_2": 4, "headroom_2": 0.0},
+            {"d_1": 4, "d_2": 8, "AU_kl_1": 4, "AU_kl_2": 4, "headroom_2": 1.0},
+        ]))
+        self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (3, 1, 1))
+
+    def test_units_of_a_vae(self):
+        """Its flag is d_1."""
+        causes = self.causes(self.command([
+            {"d_1": 5, "AU_kl": 5, "headroom": 0.0}, {"d_1": 5, "AU_kl": 4, "headroom": 0.0},
+        ]))
+        self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (2, 1, 0))
+
+    def test_rows_that_do_not_count(self):
+        """A row without a headroom, a row that diverged, and the second one of a shared row."""
+        rows = [{"dim_z": 16, "AU_kl": 0, "headroom": 0.0}]
+        diverged = command_with("MNIST_CVAE_Relu.py", {}, [{"dim_z": 16}])
+        without_headroom = self.command([{"dim_z": 16, "AU_kl": 0}], "y.py")
+        causes = self.causes(
+            self.command(rows, "x.py --a"), self.command(rows, "x.py"), diverged, without_headroom
+        )
+        self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (1, 1, 0))
+
+
+class Text(unittest.TestCase):
+    def test_numbers_over_seeds(self):
+        for values, text in (
+            ([1.0], "1.00"),
+            # The sample standard deviation of 1 and 3 is the square root of 2.
+            ([1.0, 3.0], "2.00 ± 1.41"),
+            # Their standard deviation is 0.0007, which would be printed as 0.00.
+            ([1.0, 1.001], "1.00"),
+            ([-2.0, -2.0, -2.0], "-2.00"),
+        ):
+            self.assertEqual(measurements.format_seeds(values), text)
+        self.assertEqual(measurements.format_seeds([1.0, 1.001], 4), "1.0005 ± 0.0007")
+
+    def test_counts_over_seeds(self):
+        for values, text in (
+            ([3], "3"),
+            ([3, 3, 3], "3"),
+            # The deviations from 3.5 are 1/2, so the variance is (1/4 + 1/4) / 1.
+            ([3, 4], "3.5 ± 0.7"),
+            ([0, 0], "0"),
+        ):
+            self.assertEqual(measurements.format_seeds(values), text)
+
+    def test_words(self):
+        self.assertEqual(measurements.join_words([]), "")
+        self.assertEqual(measurements.join_words(["a"]), "a")
+        self.assertEqual(measurements.join_words(["a", "b"]), "a and b")
+        self.assertEqual(measurements.join_words(name for name in "abc"), "a, b and c")
+        self.assertEqual(measurements.plural(1, "seed"), "1 seed")
+        self.assertEqual(measurements.plural(0, "seed"), "0 seeds")
+        self.assertEqual(measurements.plural(2, "seed"), "2 seeds")
+
+    def test_levels(self):
+        one_level = {"elbo": 0, "kl_train": 1, "kl": 1, "linear kl": 1, "kl_start": 1}
+        self.assertEqual(measurements.levels_of_row(one_level), [""])
+        two_levels = {"kl_1": 1, "kl_1_train": 1, "kl_2": 1}
+        self.assertEqual(measurements.levels_of_row(two_levels), ["_1", "_2"])
+        self.assertEqual(measurements.levels_of_row({"kl from the top": "1, 2"}), [])
+
+    def test_numbers_of_a_cell(self):
+        """A cell with a single number was parsed as one."""
+        self.assertEqual(measurements.numbers_of("27.91, 0.01, 9"), [27.91, 0.01, 9.0])
+        self.assertEqual(measurements.numbers_of(3), [3.0])
+
+
+if __name__ == "__main__":
+    unittest.main()
