@@ -31,7 +31,6 @@ SYMBOLS = {
     "beta_1": "β1",
     "beta_2": "β2",
     "eta_dec": "η_dec",
-    "corr_type": "corr_type, from Identical to Random,",
 }
 
 
@@ -46,13 +45,17 @@ def directions(commands):
     sentences = []
     for step in steps:
         latent = "" if step.metric == "kl" else f" of z{step.metric[-1]}"
+        growing = f"Along {symbol(step.flag)}"
+        if step.flag == "corr_type":
+            growing = "As the correlation of x and y falls from 1 to 0,"
+        unchanged = f" and stays in {step.unchanged}" if step.unchanged else ""
         sentences.append(
-            f"Along {symbol(step.flag)} the KL{latent} {step.direction} in {step.agreeing} of "
-            f"{measurements.plural(step.total, 'step')}."
+            f"{growing} the KL{latent} {step.direction} in {step.agreeing} of "
+            f"{measurements.plural(step.total, 'step')}{unchanged}."
         )
     if not steps:
         return "There are too few settings for a step."
-    agreeing = sum(step.agreeing for step in steps)
+    agreeing = sum(step.agreeing + step.unchanged for step in steps)
     total = sum(step.total for step in steps)
     return " ".join([yes_or_no(agreeing, total), *sentences])
 
@@ -91,7 +94,10 @@ def where_z2_is_empty(commands):
     in_use = []
     for (beta_1, beta_2), rows in command.by_setting().items():
         active = measurements.seed_mean(rows, "AU_kl_2")
-        (empty if active == 0 else in_use).append(beta_2 / beta_1)
+        if active == 0:
+            empty.append(beta_2 / beta_1)
+        else:
+            in_use.append(beta_2 / beta_1)
 
     if not empty and not in_use:
         return "All settings diverged."
@@ -127,26 +133,22 @@ def order_of_digits(commands):
 def learnable_and_fixed(commands):
     """How many units stay active with a learnable encoder variance, and with a fixed one.
 
-    The commands are pairs: a learnable variance, then a fixed one.
+    The commands are pairs: a learnable variance, then a fixed one. The units are counted by their
+    KL, and by the variance of their posterior means. A unit with a fixed variance has a KL even if
+    it ignores x, unless the variance is the prior's.
     """
     sentences = []
-    more_collapse = 0
-    pairs = finished_pairs(commands)
-    if not pairs:
-        return "No pair of models is finished."
-    for learnable, fixed in pairs:
+    for learnable, fixed in finished_pairs(commands):
         kind = "ReLU" if "Relu" in learnable.script else "linear"
-        counts = [active_units(command) for command in (learnable, fixed)]
-        units = learnable.rows[0]["d_1"]
-        beta = learnable.rows[0]["beta"]
-        more_collapse += np.mean(counts[0]) < np.mean(counts[1])
-        texts = [measurements.format_seeds(values) for values in counts]
+        row = learnable.rows[0]
+        by_kl = [active_units(command, "AU_kl") for command in (learnable, fixed)]
+        by_mean = [active_units(command, "AU") for command in (learnable, fixed)]
         sentences.append(
-            f"With beta = {beta:g}, the {kind} model keeps {texts[0]} of {units} units with a "
-            f"learnable variance and {texts[1]} with a fixed one."
+            f"With β = {row['beta']:g}, {by_kl[0]} of {row['d_1']} units of the {kind} model have "
+            f"a KL with a learnable variance, and {by_kl[1]} with a fixed one. The posterior means "
+            f"of {by_mean[0]} and {by_mean[1]} units vary."
         )
-    beginning = f"In {more_collapse} of {len(pairs)} models."
-    return " ".join([beginning, *sentences])
+    return " ".join(sentences) or "No pair of models is finished."
 
 
 def finished_pairs(commands):
@@ -158,9 +160,10 @@ def finished_pairs(commands):
     return pairs
 
 
-def active_units(command):
-    """The number of units with a KL above 0.01 nats, for each seed of a command."""
-    return [row["AU_kl"] for row in command.rows if measurements.is_finished(row)]
+def active_units(command, metric):
+    """The number of active units of a command's one setting as text, over its seeds."""
+    rows = measurements.finished_rows(command.rows)
+    return measurements.format_seeds([row[metric] for row in rows])
 
 
 def prediction(commands):
@@ -170,8 +173,8 @@ def prediction(commands):
         if "Linear" not in command.script:
             by_script.setdefault(command.script, []).append(command)
     correlations = []
-    for of_script in by_script.values():
-        correlations += measurements.rank_correlations(of_script).values()
+    for script_commands in by_script.values():
+        correlations += measurements.rank_correlations(script_commands).values()
     if not correlations:
         return "There are too few settings for a rank correlation."
     return (
@@ -202,7 +205,7 @@ def models_in_words(commands):
     sentences = [f"{agreeing} of {total} trained models pass every check of the closed form."]
     gaps = [row["gap"] for row in rows if row.get("verdict", "as predicted") != "as predicted"]
     if gaps:
-        sentences.append(f"The loss of the others is at most {max(gaps):.1g} nats too large.")
+        sentences.append(f"The rest is at most {max(gaps):.1g} nats above the optimal loss.")
     diverged = total - len(measurements.finished_rows(rows))
     if diverged:
         sentences.append(f"{measurements.plural(diverged, 'model')} diverged.")
@@ -235,15 +238,12 @@ def theorems(commands):
 class Remedy:
     """A remedy against collapse.
 
-    name               its name in the table
-    flags              its flags; {start} is the model's start_flag, {quarter} a quarter of the
-                       epochs
-    changes_objective  whether it minimises another objective instead of acting on training alone
+    name   its name in the table
+    flags  its flags; {start} is the model's start_flag, {quarter} about a quarter of the epochs
     """
 
     name: str
     flags: str
-    changes_objective: bool = False
 
 
 NO_REMEDY = "none"
@@ -253,7 +253,7 @@ REMEDIES = (
     Remedy("start", "{start} 0.1"),
     Remedy("warm-up", "{start} 1.0 --beta_warmup {quarter}"),
     Remedy("cycles", "{start} 1.0 --beta_cycles 4"),
-    Remedy("free bits", "{start} 1.0 --free_bits 0.1", changes_objective=True),
+    Remedy("free bits", "{start} 1.0 --free_bits 0.1"),
 )
 
 
@@ -290,36 +290,41 @@ def plain_objective(row):
 
 
 def remedies(commands):
-    """In how many cases a remedy that acts on training alone lowered the objective."""
+    """By how much each remedy changes the objective, where training collapsed units and elsewhere.
+
+    A run is a setting with a seed.
+    """
     cases = remedy_cases(commands)
     sentences = []
     for has_headroom, place in ((True, "Where training had collapsed units"), (False, "Elsewhere")):
-        changes = objective_changes(cases, has_headroom)
-        lowered = sum(change < -theory.ACTIVE for change in changes)
-        if changes:
+        parts = []
+        for remedy in REMEDIES:
+            changes = objective_changes(cases, has_headroom, remedy.name)
+            if changes:
+                parts.append(f"{remedy.name} {np.mean(changes):+.2f}")
+        if parts:
             sentences.append(
-                f"{place}, the remedies of training lowered the objective in {lowered} of "
-                f"{len(changes)} cases, and changed it by {np.mean(changes):+.2f} nats on average."
+                f"{place}, the objective changes on average by these nats: "
+                f"{measurements.join_words(parts)}."
             )
     return " ".join(sentences) or "No remedy can be compared yet."
 
 
-def objective_changes(cases, has_headroom, changes_objective=False):
-    """The changes of the plain test objective by remedies of one kind, in nats.
+def objective_changes(cases, has_headroom, name):
+    """The changes of the plain test objective by the remedy of this name, in nats.
 
-    The list has a number per setting, seed and remedy. A seed is left out where the setting has no
-    finished run without a remedy, or where the headroom of that run is not as has_headroom asks.
+    The list has a number per setting and seed. A seed is left out where the setting has no finished
+    run without a remedy, or where the headroom of that run is not as has_headroom asks.
     """
     changes = []
     for by_remedy in cases.values():
         without_remedy = by_remedy.get(NO_REMEDY, {})
-        for remedy in REMEDIES:
-            if remedy.name == NO_REMEDY or remedy.changes_objective != changes_objective:
+        for seed, row in by_remedy.get(name, {}).items():
+            before = without_remedy.get(seed)
+            if name == NO_REMEDY or before is None:
                 continue
-            for seed, row in by_remedy.get(remedy.name, {}).items():
-                before = without_remedy.get(seed)
-                if before and (headroom_of_row(before) > theory.ACTIVE) == has_headroom:
-                    changes.append(plain_objective(row) - plain_objective(before))
+            if (headroom_of_row(before) > theory.ACTIVE) == has_headroom:
+                changes.append(plain_objective(row) - plain_objective(before))
     return changes
 
 
@@ -343,7 +348,7 @@ def deep_models(commands):
         if not rows:
             continue
         counts = [learned_levels(row) for row in rows]
-        in_use = [sum(count > 0 for count in of_row) for of_row in counts]
+        in_use = [sum(count > 0 for count in level_counts) for level_counts in counts]
         parts.append(f"{command.script} {measurements.format_seeds(in_use)} of {len(counts[0])}")
         if "log_px" in rows[0]:
             log_px[command.script] = measurements.seed_mean(rows, "log_px")

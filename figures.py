@@ -146,9 +146,11 @@ def collapse_arrays(runs):
     A unit is collapsed at a threshold if at least 95 % of the test examples have a smaller KL. So
     one number per unit is enough: the KL that 95 % of the examples do not exceed. Returns
     {"unit_kl" or "unit_kl_<level>": (settings, d)} in nats, and "labels" (settings,). None if no
-    setting has left its arrays.
+    setting has left its arrays, or if a setting is unfinished.
     """
     [run] = [run for run in runs if not run.is_released]
+    if len(run.results) < len(run.settings):
+        return None
     labels = []
     quantiles = {}
     for i, flags in zip(run.first_seed_indices(), run.setting_labels()):
@@ -271,7 +273,7 @@ def plot_digits(ax, command, commands, metric):
 
 
 def sigma_bars(path, commands, arrays):
-    """Draw KL and active units with a learnable and with a fixed encoder variance.
+    """Draw active units, by KL and by mean, and KL with a learnable and a fixed encoder variance.
 
     The commands are pairs: a learnable variance, then a fixed one.
     """
@@ -280,8 +282,12 @@ def sigma_bars(path, commands, arrays):
         return
 
     def draw(axes):
-        [[left, right]] = axes
-        for ax, metric, ylabel in ((left, "AU_kl", "active units"), (right, "kl", "KL (nats)")):
+        [[left, middle, right]] = axes
+        for ax, metric, ylabel in (
+            (left, "AU_kl", "units with a KL above 0.01 nats"),
+            (middle, "AU", "units whose posterior mean varies"),
+            (right, "kl", "KL (nats)"),
+        ):
             for position, (learnable, fixed) in enumerate(pairs):
                 # The first pair gives the legend.
                 labels = ("learnable", "fixed") if position == 0 else (None, None)
@@ -291,7 +297,7 @@ def sigma_bars(path, commands, arrays):
             ax.set_xticks(range(len(pairs)), [pair_name(pair[0]) for pair in pairs], fontsize=8)
         left.legend(fontsize=8, title="encoder variance", title_fontsize=8)
 
-    pictures.save_figure(path, columns=2, rows=1, width=4.4, height=3.2, caption="", draw=draw)
+    pictures.save_figure(path, columns=3, rows=1, width=3.4, height=3.2, caption="", draw=draw)
 
 
 def plot_bar(ax, command, metric, x, color, label):
@@ -315,7 +321,7 @@ def pair_name(command):
     """The name of a pair of commands with a learnable and a fixed encoder variance."""
     kind = "ReLU" if "Relu" in command.script else "linear"
     row = command.rows[0]
-    return f"{kind}, beta = {row['beta']:g},\n{row['d_1']} units"
+    return f"{kind}, β = {row['beta']:g},\n{row['d_1']} units"
 
 
 def delta_bars(path, commands, arrays):
@@ -323,13 +329,13 @@ def delta_bars(path, commands, arrays):
     settings = measurements.distinct_settings(commands)
     if not settings:
         return
-    rows = [of_seeds[0] for of_seeds in settings]
+    rows = [seed_rows[0] for seed_rows in settings]
 
     def draw(axes):
         [[ax]] = axes
         x = np.arange(len(rows))
-        own = [measurements.seed_mean(of_seeds, "kl") for of_seeds in settings]
-        auxiliary = [measurements.seed_mean(of_seeds, "rate_auxiliary") for of_seeds in settings]
+        own = [measurements.seed_mean(seed_rows, "kl") for seed_rows in settings]
+        auxiliary = [measurements.seed_mean(seed_rows, "rate_auxiliary") for seed_rows in settings]
         ax.bar(x - 0.2, own, 0.4, color="C0", label="KL from the model's own prior")
         ax.bar(x + 0.2, auxiliary, 0.4, color="C1", label="rate against the fitted prior")
         for k, row in enumerate(rows):
@@ -403,9 +409,10 @@ def against_prediction(path, commands, arrays):
     flags = sorted({flag for points in panels.values() for flag in points})
 
     def draw(ax, title, points):
-        for flag, of_flag in points.items():
+        for flag, flag_points in points.items():
             color = f"C{flags.index(flag)}"
-            ax.plot(of_flag[:, 0], of_flag[:, 1], "o", color=color, markersize=4, label=flag)
+            x, y = flag_points.T
+            ax.plot(x, y, "o", color=color, markersize=4, label=flag)
         low, high = ax.dataLim.intervalx[0], ax.dataLim.intervalx[1]
         low, high = min(low, ax.dataLim.intervaly[0]), max(high, ax.dataLim.intervaly[1])
         margin = 0.06 * (high - low)
@@ -439,13 +446,13 @@ def prediction_panels(commands):
         by_script.setdefault(command.script, []).append(command)
 
     panels = {}
-    for script, of_script in by_script.items():
+    for script, script_commands in by_script.items():
         for metric in ("kl", "kl_1", "kl_2"):
-            if len(measurements.predicted_and_trained(of_script, metric)) < 3:
+            if len(measurements.predicted_and_trained(script_commands, metric)) < 3:
                 continue
             latent = metric.removeprefix("kl").replace("_", ", z")
             points = {}
-            for command in of_script:
+            for command in script_commands:
                 own = measurements.predicted_and_trained([command], metric)
                 flag = ", ".join(command.flags)
                 points[flag] = np.concatenate([points[flag], own]) if flag in points else own

@@ -23,8 +23,8 @@ DIRECTIONS = {
     "beta_2": {"kl_2": "falls"},
 }
 
-# Metrics that differ by less than this are equal as they are printed.
-PRINTED_DIFFERENCE = 0.005
+# A metric that changes by less than this, in nats, counts as unchanged.
+SMALLEST_CHANGE = 0.005
 
 # The columns of a row that do not determine its result.
 DESCRIPTIONS = ("command", "dataset", "device", "torch", "seconds")
@@ -168,7 +168,8 @@ class Steps:
 
     flag, metric  the flag that grows, and the metric that should change
     direction     "falls" or "rises"
-    agreeing      steps in which the metric changes in this direction, or stays as it is printed
+    agreeing      the number of steps in which the metric changes in this direction
+    unchanged     the number of steps in which it changes by less than SMALLEST_CHANGE
     total         all steps. A step leads from one setting to the next one, all other flags equal.
     """
 
@@ -176,6 +177,7 @@ class Steps:
     metric: str
     direction: str
     agreeing: int
+    unchanged: int
     total: int
 
 
@@ -188,8 +190,15 @@ def steps_of(command):
             sign = 1 if direction == "rises" else -1
             growths = growths_along(command, position, metric, settings)
             if growths:
-                agreeing = sum(sign * growth > -PRINTED_DIFFERENCE for growth in growths)
-                steps.append(Steps(flag, metric, direction, agreeing, len(growths)))
+                changes = np.array(growths)
+                steps.append(Steps(
+                    flag=flag,
+                    metric=metric,
+                    direction=direction,
+                    agreeing=int((sign * changes >= SMALLEST_CHANGE).sum()),
+                    unchanged=int((abs(changes) < SMALLEST_CHANGE).sum()),
+                    total=len(growths),
+                ))
     return steps
 
 

@@ -40,11 +40,13 @@ COLUMNS = (
 # Columns whose numbers need another format than two decimals, and columns with another heading.
 DECIMALS = {"headroom": 3, "headroom_2": 3}
 HEADINGS = {
-    "AU_kl": "AU",
-    "AU_kl_1": "AU_1",
-    "AU_kl_2": "AU_2",
-    "AU_kl from the top": "AU from the top",
-    "active predicted -> trained": "AU predicted -> trained",
+    "AU": "active by mean",
+    "AU_kl": "active",
+    "AU_kl_1": "active_1",
+    "AU_kl_2": "active_2",
+    "AU_kl from the top": "active from the top",
+    "linear AU": "linear active",
+    "linear AU_2": "linear active_2",
 }
 
 
@@ -102,6 +104,17 @@ def setting_tables(commands):
     return paragraphs
 
 
+def sigma_tables(commands):
+    """The table of the models with a learnable and with a fixed encoder variance.
+
+    It also has the number of active units by the variance of their means, since a unit with a fixed
+    variance has a KL even if it ignores x.
+    """
+    shown = [command for command in commands if command.rows]
+    columns = [*columns_of(measurements.finished_rows(all_rows(shown))), "AU"]
+    return [markdown_table(table_rows(shown, columns))]
+
+
 def tables_of_commands(commands):
     """One table for the trained models, and one for the checks of theorems by brute force."""
     paragraphs = []
@@ -112,7 +125,8 @@ def tables_of_commands(commands):
                 shown.append(command)
         if not shown:
             continue
-        paragraphs.append(markdown_table(table_rows(shown)))
+        columns = columns_of(measurements.finished_rows(all_rows(shown)))
+        paragraphs.append(markdown_table(table_rows(shown, columns)))
         if any(len(command.all_settings()) > MOST_SETTINGS for command in shown):
             paragraphs.append(
                 "The table shows some of the settings. The .csv file has all of them."
@@ -120,9 +134,8 @@ def tables_of_commands(commands):
     return paragraphs
 
 
-def columns_of(commands):
-    """The COLUMNS that the rows of some commands have."""
-    rows = measurements.finished_rows(all_rows(commands))
+def columns_of(rows):
+    """The COLUMNS that some rows have."""
     names = set()
     for row in rows:
         names.update(row)
@@ -132,23 +145,17 @@ def columns_of(commands):
     return [name for name in COLUMNS if name in names] or ["result"]
 
 
-def table_rows(commands):
+def table_rows(commands, columns):
     """The rows of a table: its head, then one per setting, with the mean over the seeds."""
-    columns = columns_of(commands)
     several_scripts = len({command.script for command in commands}) > 1
     first = "script" if several_scripts else "setting"
     table = [[first, *(HEADINGS.get(name, name) for name in columns)]]
-    seen = set()
     for command in commands:
         name = command_name(command, commands)
         settings = list(command.all_settings().items())
         step = math.ceil(len(settings) / MOST_SETTINGS)
         for values, rows in settings[::step]:
-            key = (command.script, *(measurements.result_of_row(row) for row in rows))
-            # A setting that two commands share has one row.
-            if key not in seen:
-                seen.add(key)
-                table.append(table_row(row_label(command, values, name), columns, rows))
+            table.append(table_row(row_label(command, values, name), columns, rows))
     return table
 
 
@@ -222,11 +229,11 @@ def beta_tables(commands):
     for beta_1 in betas_1:
         cells = []
         for beta_2 in betas_2:
-            of_seeds = settings.get((beta_1, beta_2))
-            if of_seeds is None:
+            seed_rows = settings.get((beta_1, beta_2))
+            if seed_rows is None:
                 cells.append("-")
             else:
-                cells.append(f"{cell('kl_2', of_seeds)} ({cell('AU_kl_2', of_seeds)})")
+                cells.append(f"{cell('kl_2', seed_rows)} ({cell('AU_kl_2', seed_rows)})")
         rows.append([f"**{beta_1}**", *cells])
     caption = "KL of z2 in nats, and in parentheses the number of its 16 units that are active."
     return [caption, markdown_table(rows)]
@@ -244,9 +251,9 @@ def remedy_tables(commands):
         objective_cells = []
         unit_cells = []
         for name in names:
-            of_seeds = by_remedy.get(name, {}).values()
-            values = [answers.plain_objective(row) for row in of_seeds]
-            active = [row["AU_kl"] if "AU_kl" in row else row["AU_kl_2"] for row in of_seeds]
+            seed_rows = by_remedy.get(name, {}).values()
+            values = [answers.plain_objective(row) for row in seed_rows]
+            active = [row["AU_kl"] if "AU_kl" in row else row["AU_kl_2"] for row in seed_rows]
             objective_cells.append(measurements.format_seeds(values) if values else "-")
             unit_cells.append(measurements.format_seeds(active) if active else "-")
         headroom = measurements.format_seeds(nats, 3) if nats else "-"
@@ -271,15 +278,15 @@ def prediction_tables(commands):
     for command in commands:
         by_script.setdefault(command.script, []).append(command)
     table = [["script", "settings", "rank correlation of predicted and trained KL"]]
-    for script, of_script in by_script.items():
-        correlations = measurements.rank_correlations(of_script)
+    for script, script_commands in by_script.items():
+        correlations = measurements.rank_correlations(script_commands)
         if not correlations:
             continue
         parts = []
         for metric, value in correlations.items():
             latent = "" if metric == "kl" else f"z{metric[-1]} "
             parts.append(f"{latent}{value:.2f}")
-        settings = len(measurements.distinct_settings(of_script))
+        settings = len(measurements.distinct_settings(script_commands))
         table.append([script, str(settings), ", ".join(parts)])
     return [markdown_table(table)] if len(table) > 1 else []
 
@@ -363,6 +370,9 @@ def read_released_values(folder, name):
     return [value for value in values if value.result == name]
 
 
+# At most this number of differences is described in words.
+MOST_DIFFERENCES = 3
+
 # The decoder's squared error, which the released code prints in place of the reconstruction.
 SQUARED_ERROR = "squared error / η_dec²"
 
@@ -407,11 +417,14 @@ class ReleasedComparison:
                 f"All {total} numbers of the released code are within two standard deviations of "
                 "ours."
             )
-        beginning = "The other is" if len(outside) == 1 else "The others are"
-        return (
+        within = (
             f"{total - len(outside)} of {total} numbers of the released code are within two "
-            f"standard deviations of ours. {beginning} {'; '.join(outside)}."
+            "standard deviations of ours."
         )
+        if len(outside) > MOST_DIFFERENCES:
+            return f"{within} A star marks the others."
+        beginning = "The other is" if len(outside) == 1 else "The others are"
+        return f"{within} {beginning} {'; '.join(outside)}."
 
     def paragraphs(self):
         """The comparison in Markdown."""
@@ -450,10 +463,12 @@ def compare_with_released_code(released, commands):
             if None in numbers:
                 cells += [value.text, "-"]
                 continue
-            cells += [value.text, measurements.format_seeds(numbers, value.decimals)]
+            words = value.difference_in_words(numbers) if len(numbers) > 1 else None
+            star = " *" if words else ""
+            cells += [value.text + star, measurements.format_seeds(numbers, value.decimals)]
             comparison.seeds = len(numbers)
             if len(numbers) > 1:
-                comparison.differences.append(value.difference_in_words(numbers))
+                comparison.differences.append(words)
         comparison.table.append(cells)
     return comparison
 
@@ -498,10 +513,10 @@ def summary_table(results):
     table = [head]
     names = {result.name for result in results}
     for section in SECTIONS:
-        of_section = [result for result in results if result.experiment.section == section]
-        if of_section:
+        section_results = [result for result in results if result.experiment.section == section]
+        if section_results:
             table.append([f"**{section}**"] + [""] * (len(head) - 1))
-        for result in of_section:
+        for result in section_results:
             if result.experiment.numbers_in not in names:
                 table.append(summary_row(result))
     return markdown_table(table)
@@ -527,12 +542,14 @@ def statistics_cells(result):
 
 
 def steps_cell(commands):
-    """How many steps of all commands go the paper's way, such as "12 of 12"."""
+    """How many steps of all commands go the paper's way, such as "11 of 12, 1 unchanged"."""
     steps = [step for command in commands for step in measurements.steps_of(command)]
     if not steps:
         return "-"
     agreeing = sum(step.agreeing for step in steps)
-    return f"{agreeing} of {sum(step.total for step in steps)}"
+    unchanged = sum(step.unchanged for step in steps)
+    cell = f"{agreeing} of {sum(step.total for step in steps)}"
+    return f"{cell}, {unchanged} unchanged" if unchanged else cell
 
 
 def correlation_cell(commands):
@@ -629,7 +646,8 @@ def result_paragraphs(result, names, has_picture):
     paragraphs += experiment.tables_of(commands, names)
     if result.comparison:
         paragraphs += result.comparison.paragraphs()
-    return [*paragraphs, result.comment, provenance(name, commands), command_lines(commands)]
+    measured = [command for command in commands if command.rows]
+    return [*paragraphs, result.comment, provenance(name, commands), command_lines(measured)]
 
 
 def write_page(folder, experiments, commands_by_name):

@@ -63,16 +63,18 @@ class Flags(common.BaseFlags):
     )
     num_epochs: int = common.flag(
         0,
-        "passes over the training set; 0 for each script's own number",
+        "number of passes over the training set; 0 takes each script's own number",
         low=0,
     )
     seed: int = common.flag(0, "seed, or a list of seeds", low=0)
-    device: str = common.flag("auto", "auto, cpu, cuda, cuda:1, ...", metavar="DEVICE")
-    data_dir: str = common.flag("data", "folder of the data sets", metavar="FOLDER")
+    device: str = common.flag(
+        "auto", "device that computes: auto, cpu, cuda, cuda:1 and so on", metavar="DEVICE"
+    )
+    data_dir: str = common.flag("data", "folder that holds the data sets", metavar="FOLDER")
     out_dir: str = common.flag("runs", "folder for the runs of the scripts", metavar="FOLDER")
     results_dir: str = common.flag(
         "results",
-        "folder for the tables and figures",
+        "folder for the tables, the pictures and the page of results",
         metavar="FOLDER",
     )
 
@@ -256,7 +258,7 @@ EXPERIMENTS = {
     ),
     "figure_hvae_samples": page.Experiment(
         section=page.HVAES,
-        question="For which β1 and β2 does z2 still distinguish the digits?",
+        question="For which β1 and β2 does z2 of a ReLU HVAE distinguish the digits?",
         commands=["MNIST_HVAE_Relu.py --beta_1 0.1,1,2,4,6 --beta_2 0.1,1,2,4,6 --num_samples 0"],
         answer=answers.where_z2_is_empty,
         picture=figures.contact_sheet,
@@ -265,7 +267,7 @@ EXPERIMENTS = {
     ),
     "figure_hvae_cnn_samples": page.Experiment(
         section=page.HVAES,
-        question="Is it the same with convolutions?",
+        question="For which β1 and β2 does z2 of a convolutional HVAE distinguish the digits?",
         commands=["MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16 --num_samples 0"],
         answer=answers.where_z2_is_empty,
         picture=figures.contact_sheet,
@@ -301,22 +303,22 @@ EXPERIMENTS = {
     ),
     "figure_single_digit": page.Experiment(
         section=page.CVAES,
-        question="Does the linear theory predict, from a digit's images alone, how much z says "
-        "about it?",
+        question="Does the linear theory predict, from the images of one digit, how much z of a "
+        "CVAE says about it?",
         commands=DIGITS[:2],
         answer=answers.order_of_digits,
         picture=figures.per_digit,
     ),
     "figure_single_digit_cnn": page.Experiment(
         section=page.CVAES,
-        question="Is it the same with convolutions?",
+        question="Does it predict this for a convolutional CVAE, too?",
         commands=DIGITS[2:],
         answer=answers.order_of_digits,
         picture=figures.per_digit,
     ),
     "table_correlation": page.Experiment(
         section=page.CVAES,
-        question="The better x predicts y, do more units of a CVAE collapse?",
+        question="Does the KL of a CVAE fall the better x predicts y?",
         commands=both_objectives(CORRELATION),
         answer=answers.directions,
         picture=figures.over_flags,
@@ -329,6 +331,7 @@ EXPERIMENTS = {
         commands=VAES,
         answer=answers.learnable_and_fixed,
         picture=figures.sigma_bars,
+        tables=page.sigma_tables,
     ),
 
     # Prediction and training.
@@ -692,8 +695,8 @@ def read_commands(f, name):
                     raise KeyError(f"a row has no {column}")
         commands = []
         for line in EXPERIMENTS[name].commands:
-            of_command = [row for row in rows if row["command"] == line]
-            commands.append(measurements.Command(line, varying_flags(line), of_command))
+            command_rows = [row for row in rows if row["command"] == line]
+            commands.append(measurements.Command(line, varying_flags(line), command_rows))
             # Fails if a row is of a setting that the command does not have.
             commands[-1].all_settings()
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
@@ -703,64 +706,69 @@ def read_commands(f, name):
 
 
 def read_arrays(f, name):
-    """The content of data/<name>.npz, {name: array}; None without the file or if it is broken."""
+    """The content of data/<name>.npz, {name: array}. None if the file is missing or broken.
+
+    A broken file is named on stderr.
+    """
     path = Path(f.results_dir, "data", f"{name}.npz")
+    if not path.exists():
+        return None
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except FileNotFoundError:
-        return None
     except Exception as error:  # A broken archive raises exceptions of a dozen classes.
-        print(f"{path} cannot be read, so its picture stays as it is ({error})", file=sys.stderr)
+        print(f"{path} cannot be read, so its picture is not drawn ({error})", file=sys.stderr)
         return None
 
 
 def draw_picture(f, name, commands):
-    """Draw the picture of a result from its files. Without its arrays the picture stays."""
+    """Draw the picture of a result from its files. Returns whether it has what it needs."""
     experiment = EXPERIMENTS[name]
     if experiment.picture is None:
-        return
+        return True
     arrays = read_arrays(f, name) if experiment.arrays else {}
     if arrays is None:
-        return
+        return False
     try:
         experiment.picture(Path(f.results_dir, f"{name}.png"), commands, arrays)
     except (KeyError, IndexError, ValueError) as error:
         path = Path(f.results_dir, "data", f"{name}.npz")
-        print(f"{path} is of another kind, so its picture stays ({error!r})", file=sys.stderr)
+        print(f"{path} does not fit its picture, which is not drawn ({error!r})", file=sys.stderr)
+    return True
 
 
 def write_page(f, names_to_draw):
     """Draw the pictures of these results, and write the page, all from the files in a folder."""
     commands_by_name = {}
+    without_arrays = []
     for name in EXPERIMENTS:
         commands = read_commands(f, name)
         if commands is None:
             continue
         commands_by_name[name] = commands
-        if name in names_to_draw:
-            draw_picture(f, name, commands)
+        if name in names_to_draw and not draw_picture(f, name, commands):
+            without_arrays.append(name)
     page.write_page(f.results_dir, EXPERIMENTS, commands_by_name)
 
-
-def write_arrays(f, name, arrays):
-    """Write data/<name>.npz, or remove it if the runs have left no arrays."""
-    path = Path(f.results_dir, "data", f"{name}.npz")
-    if arrays is not None:
-        files.write(path, lambda file: np.savez_compressed(file, **arrays))
-        return
-    path.unlink(missing_ok=True)
-    print(f"{name} has no picture, because its runs have left no arrays for it", file=sys.stderr)
+    if without_arrays:
+        names = ", ".join(without_arrays)
+        folder = Path(f.results_dir, "data")
+        print(f"not drawn, because {folder} has no arrays for them: {names}", file=sys.stderr)
 
 
 def write_result(f, name, runs):
     """Write the files of an experiment whose runs are finished, and the page."""
     experiment = EXPERIMENTS[name]
-    # An old picture would not show the new numbers.
+    # An old picture, and its arrays, would not show the new numbers.
     Path(f.results_dir, f"{name}.png").unlink(missing_ok=True)
+    Path(f.results_dir, "data", f"{name}.npz").unlink(missing_ok=True)
     files.write_text(Path(f.results_dir, f"{name}.csv"), csv_text(runs))
-    if experiment.arrays:
-        write_arrays(f, name, experiment.arrays(runs))
+    arrays = experiment.arrays(runs) if experiment.arrays else None
+    if arrays is not None:
+        files.write(
+            Path(f.results_dir, "data", f"{name}.npz"),
+            lambda file: np.savez_compressed(file, **arrays),
+        )
     write_page(f, [name])
     print(f"written: {Path(f.results_dir, name)}.csv", file=sys.stderr)
 
@@ -869,7 +877,7 @@ def parse_command_line(argv):
         if name not in EXPERIMENTS:
             common.stop(
                 f,
-                f"{name!r}: no such table or figure, wants some of {', '.join(EXPERIMENTS)}",
+                f"got {name!r}, wants names of tables and figures: {', '.join(EXPERIMENTS)}",
             )
     if f.page and (names or f.all):
         common.stop(f, "--page takes no names, since it writes the whole page")
@@ -944,7 +952,8 @@ def main(argv=None):
     runs_by_name = {}
     for name in names:
         runs_by_name[name] = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
-    all_runs = [run for runs in runs_by_name.values() for run in runs]
+    # Several results may need the same command.
+    all_runs = list({run.command: run for runs in runs_by_name.values() for run in runs}.values())
     costs = expected_seconds(f.results_dir, all_runs)
 
     # 2. Several processes share the runs. Process 0 then finds all of them finished.
@@ -958,8 +967,13 @@ def main(argv=None):
     # 3. The runs that are left, and the files of each experiment.
     status = 0
     progress = CommandProgress(costs)
+    made = set()
     for name, runs in runs_by_name.items():
         for run in runs:
+            if run.command in made:
+                run.read()
+                continue
+            made.add(run.command)
             status = max(status, progress.make(run))
         write_result(f, name, runs)
     return status

@@ -743,8 +743,7 @@ def verify(Problem, settings):
     checks = []
     for f in settings:
         check = _check_setting(Problem, f)
-        if check.comparison is not None:
-            _write_result(check)
+        _write_result(check)
         checks.append(check)
         if len(settings) > 1:
             print(f"checked {len(checks)} of {len(settings)} settings", file=sys.stderr)
@@ -870,7 +869,10 @@ def _finite_comparison(problem, parameters, loss):
 
 
 def _write_result(check):
-    """Write the result.json of a check."""
+    """Write the result.json of a check, or remove an old one if no minimum is finite."""
+    if check.comparison is None:
+        (files.run_dir(check.f, None) / "result.json").unlink(missing_ok=True)
+        return
     result = files.description(check.f, None)
     result["seconds"] = {"minimise": check.seconds}
     result["max_error"] = check.max_error()

@@ -182,6 +182,7 @@ class CollapseCurves(Drawn):
                 results.append(SimpleNamespace(metrics=None if is_diverged else {"kl": 1.0}))
         return SimpleNamespace(
             results=results,
+            settings=list(results),
             is_released=is_released,
             first_seed_indices=lambda: list(range(len(units))),
             setting_labels=lambda: [{"beta": float(k)} for k in range(len(units))],
@@ -369,7 +370,7 @@ class SigmaBars(Drawn):
         for seed, count in enumerate(active):
             rows.append({
                 "seed": seed, "elbo": 0.0, "beta": beta, "d_1": 16, "AU_kl": count,
-                "kl": 2.0 * count,
+                "AU": count - 1, "kl": 2.0 * count,
             })
         return command_with(script, {}, rows)
 
@@ -381,12 +382,13 @@ class SigmaBars(Drawn):
             self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [8], beta=4.0),
         ]
         self.picture(figures.sigma_bars, commands, {})
-        [[units, kl]] = axes_of(figures.sigma_bars, commands)
+        [[units, by_mean, kl]] = axes_of(figures.sigma_bars, commands)
         self.assertEqual(bars(units), {"learnable": [2.0], "fixed": [5.0], "": [7.0, 8.0]})
+        self.assertEqual(bars(by_mean), {"learnable": [1.0], "fixed": [4.0], "": [6.0, 7.0]})
         self.assertEqual(bars(kl), {"learnable": [4.0], "fixed": [10.0], "": [14.0, 16.0]})
         names = [text.get_text() for text in units.get_xticklabels()]
-        self.assertIn("linear, beta = 1", names[0])
-        self.assertIn("ReLU, beta = 4", names[1])
+        self.assertIn("linear, β = 1", names[0])
+        self.assertIn("ReLU, β = 4", names[1])
 
     def test_all_seeds_diverged(self):
         commands = [

@@ -171,28 +171,31 @@ class Shared(unittest.TestCase):
 
 class Directions(unittest.TestCase):
     def counts(self, command):
-        """{(flag, metric, direction): (agreeing steps, all steps)}"""
+        """{(flag, metric, direction): (agreeing, unchanged, all steps)}"""
         counts = {}
         for step in measurements.steps_of(command):
-            counts[step.flag, step.metric, step.direction] = (step.agreeing, step.total)
+            counts[step.flag, step.metric, step.direction] = (
+                step.agreeing, step.unchanged, step.total
+            )
         return counts
 
     def test_one_flag(self):
-        """It falls, then grows by less than is printed, then by more."""
+        """It falls, then hardly changes, then grows."""
         self.assertEqual(
-            self.counts(sweep("kl", [4.0, 3.0, 3.004, 3.2])), {("beta", "kl", "falls"): (2, 3)}
+            self.counts(sweep("kl", [4.0, 3.0, 3.004, 3.2])), {("beta", "kl", "falls"): (1, 1, 3)}
         )
 
-    def test_ties_as_printed(self):
+    def test_unchanged(self):
+        """Changes by 0.0049 nats are none, in either direction. Changes by 0.0051 nats are."""
         self.assertEqual(
-            self.counts(sweep("kl", [1.0, 1.0049, 1.01])), {("beta", "kl", "falls"): (1, 2)}
+            self.counts(sweep("kl", [1.0, 1.0049, 1.01])), {("beta", "kl", "falls"): (0, 1, 2)}
         )
-        rising = sweep("kl_2", [1.0, 0.9951, 0.99], flag="beta_1")
-        self.assertEqual(self.counts(rising), {("beta_1", "kl_2", "rises"): (1, 2)})
+        rising = sweep("kl_2", [1.0, 0.9951, 1.0002], flag="beta_1")
+        self.assertEqual(self.counts(rising), {("beta_1", "kl_2", "rises"): (1, 1, 2)})
 
     def test_no_step_to_a_setting_that_diverged(self):
         self.assertEqual(
-            self.counts(sweep("kl", [4.0, None, 5.0, 1.0])), {("beta", "kl", "falls"): (1, 1)}
+            self.counts(sweep("kl", [4.0, None, 5.0, 1.0])), {("beta", "kl", "falls"): (1, 0, 1)}
         )
         self.assertEqual(self.counts(sweep("kl", [4.0, None])), {})
 
@@ -202,7 +205,7 @@ class Directions(unittest.TestCase):
         for beta, seed, kl in ((1.0, 1, 4.0), (1.0, 2, 2.0), (2.0, 1, 1.0), (2.0, 2, 4.0)):
             rows.append({"beta": beta, "seed": seed, "elbo": 0.0, "kl": kl})
         command = command_with("x.py", {"beta": [1.0, 2.0]}, rows)
-        self.assertEqual(self.counts(command), {("beta", "kl", "falls"): (1, 1)})
+        self.assertEqual(self.counts(command), {("beta", "kl", "falls"): (1, 0, 1)})
 
     def test_the_order_of_the_flag_counts(self):
         """The flag's values are in the order of the command, from Identical to Random."""
@@ -211,7 +214,7 @@ class Directions(unittest.TestCase):
             rows.append({"corr_type": corr_type, "elbo": 0.0, "kl": kl})
         flags = {"corr_type": ["Identical", "Gaussian_noise_1_2", "Random"]}
         command = command_with("x.py", flags, rows)
-        self.assertEqual(self.counts(command), {("corr_type", "kl", "rises"): (2, 2)})
+        self.assertEqual(self.counts(command), {("corr_type", "kl", "rises"): (2, 0, 2)})
 
     def test_two_flags(self):
         """A step changes one flag. A row for each beta_1, a column for each beta_2."""
@@ -228,21 +231,21 @@ class Directions(unittest.TestCase):
         command = command_with("MNIST_HVAE_Relu.py", flags, rows)
         # Along beta_1: 5, 6, 4 and 3, 7, 8. Along beta_2: 5, 3 and 6, 7 and 4, 8.
         self.assertEqual(self.counts(command), {
-            ("beta_1", "kl_2", "rises"): (3, 4), ("beta_2", "kl_2", "falls"): (1, 3),
+            ("beta_1", "kl_2", "rises"): (3, 0, 4), ("beta_2", "kl_2", "falls"): (1, 0, 3),
         })
 
     def test_eta_dec(self):
         """It has the KL of a one-level model, and the KL of z2 of a hierarchical one."""
         self.assertEqual(
             self.counts(sweep("kl", [2.0, 1.0], flag="eta_dec")),
-            {("eta_dec", "kl", "falls"): (1, 1)},
+            {("eta_dec", "kl", "falls"): (1, 0, 1)},
         )
         rows = [
             {"eta_dec": 1.0, "elbo": 0.0, "kl_1": 1.0, "kl_2": 1.0},
             {"eta_dec": 2.0, "elbo": 0.0, "kl_1": 0.0, "kl_2": 3.0},
         ]
         command = command_with("x.py", {"eta_dec": [1.0, 2.0]}, rows)
-        self.assertEqual(self.counts(command), {("eta_dec", "kl_2", "falls"): (0, 1)})
+        self.assertEqual(self.counts(command), {("eta_dec", "kl_2", "falls"): (0, 0, 1)})
 
     def test_a_flag_of_which_the_paper_says_nothing(self):
         self.assertEqual(self.counts(sweep("kl", [4.0, 3.0], flag="d_hidden")), {})

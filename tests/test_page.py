@@ -60,7 +60,7 @@ class SettingTables(unittest.TestCase):
             })
         [table] = self.tables(command_with("x.py", {"beta": [1.0, 2.0]}, rows))
         self.assertEqual(cells(table), [
-            ["setting", "elbo", "kl", "AU", "headroom"],
+            ["setting", "elbo", "kl", "active", "headroom"],
             ["beta = 1.0", "-2.00", "5.00 ± 1.41", "3", "0.062"],
             ["beta = 2.0", "-2.00", "0.50", "0.5 ± 0.7", "0.062"],
         ])
@@ -90,7 +90,7 @@ class SettingTables(unittest.TestCase):
         self.assertEqual(labels, [f"beta = {k}.0" for k in range(1, 16, 2)])
         self.assertIn("some of the settings", sentence)
 
-    def test_a_shared_setting_has_one_row(self):
+    def test_a_shared_setting_has_a_row_in_each_sweep(self):
         both = {"beta": 1.0, "eta_dec": 1.0, "elbo": -1.0}
         by_beta = command_with(
             "x.py --beta 1,2", {"beta": [1.0, 2.0]}, [both, {**both, "beta": 2.0}]
@@ -100,7 +100,8 @@ class SettingTables(unittest.TestCase):
         )
         [table] = self.tables(by_beta, by_eta)
         self.assertEqual(
-            [row[0] for row in cells(table)[1:]], ["beta = 1.0", "beta = 2.0", "eta_dec = 2.0"]
+            [row[0] for row in cells(table)[1:]],
+            ["beta = 1.0", "beta = 2.0", "eta_dec = 1.0", "eta_dec = 2.0"],
         )
 
     def test_scripts_with_equal_numbers(self):
@@ -132,7 +133,7 @@ class SettingTables(unittest.TestCase):
             })
         [table] = self.tables(command_with("MNIST_CVAE_Linear.py", {}, rows))
         self.assertEqual(cells(table), [
-            ["setting", "elbo", "AU predicted -> trained", "gap", "verdict"],
+            ["setting", "elbo", "active predicted -> trained", "gap", "verdict"],
             [
                 "MNIST_CVAE_Linear", "-1.00", "47 -> 47 / 47 -> 48", "6e-03",
                 "differs in 1 of 2 seeds",
@@ -420,6 +421,8 @@ class SummaryCells(unittest.TestCase):
             sweep("kl", [4.0, 3.0, 2.0, 1.0]), sweep("kl", [2.0, 3.0, 1.0], flag="eta_dec"),
         ]
         self.assertEqual(page.steps_cell(commands), "4 of 5")
+        commands.append(sweep("kl", [2.0, 1.0, 1.0]))
+        self.assertEqual(page.steps_cell(commands), "5 of 7, 1 unchanged")
         self.assertEqual(page.steps_cell([sweep("kl", [1.0, 2.0], flag="digit")]), "-")
 
     def test_correlations(self):

@@ -219,7 +219,7 @@ DEFINITIONS = {
     "figure_cvae_linear": {"1"},
     "figure_vae_sigma": {"1"},
     "figure_prediction": {"1"},
-    "table_remedies": {"0.1", "1", "2", "0"},
+    "table_remedies": {"0.1", "1", "2", "0", "0.01"},
 }
 
 
@@ -254,7 +254,7 @@ class Page(unittest.TestCase):
             commands = commands_of(name)
             if commands and experiment.answer:
                 with self.subTest(result=name):
-                    self.assertIn(experiment.answer(commands), text)
+                    self.assertTrue(experiment.answer(commands) in text)
 
 
 class Glance(unittest.TestCase):
@@ -286,14 +286,15 @@ class Glance(unittest.TestCase):
             ("In a ReLU HVAE", "table_hvae"),
             ("The better x predicts y", "table_correlation"),
         ):
-            self.assertIn(page.steps_cell(commands_of(name)), self.row(beginning))
+            steps = page.steps_cell(commands_of(name)).replace(", ", " steps, ")
+            self.assertIn(steps, self.row(beginning))
 
     def test_encoder_variance(self):
         _, _, learnable, fixed, *_ = commands_of("figure_vae_sigma")
         row = self.row("A learnable encoder variance")
-        counts = answers.active_units(learnable)
-        self.assertIn(f"{min(counts)} to {max(counts)} of 16", row)
-        self.assertEqual(set(answers.active_units(fixed)), {16})
+        for metric in ("AU_kl", "AU"):
+            for command in (learnable, fixed):
+                self.assertIn(answers.active_units(command, metric), row)
 
     def test_beyond_the_paper(self):
         words = answers.prediction(commands_of("figure_prediction"))
@@ -308,6 +309,8 @@ class Glance(unittest.TestCase):
 
         row = self.row("Do remedies help?")
         cases = answers.remedy_cases(commands_of("table_remedies"))
-        changes = answers.objective_changes(cases, has_headroom=True)
+        changes = []
+        for name in ("start", "warm-up", "cycles"):
+            changes += answers.objective_changes(cases, has_headroom=True, name=name)
         lowered = sum(change < -0.01 for change in changes)
         self.assertIn(f"{lowered} of {len(changes)}", row)
