@@ -215,7 +215,7 @@ NUMBERS = {
 DEFINITIONS = {
     "table_hvae_released": {"8"},
     "figure_hvae_beta_1": {"95", "2019"},
-    "figure_cvae_beta": {"2"},
+    "figure_cvae_beta": {"1", "2"},
     "figure_cvae_linear": {"1"},
     "figure_vae_sigma": {"1"},
     "figure_prediction": {"1"},
