@@ -424,15 +424,15 @@ class ReleasedComparison:
         if len(outside) > MOST_DIFFERENCES:
             return f"{within} A star marks the others."
         beginning = "The other is" if len(outside) == 1 else "The others are"
-        return f"{within} {beginning} {'; '.join(outside)}."
+        return f"{within} {beginning} {measurements.join_words(outside)}."
 
     def paragraphs(self):
-        """The comparison in Markdown."""
+        """The table in Markdown, with a caption."""
         caption = (
             "Beside the authors' released code, which was run with one seed. Ours is trained with "
             f"`--released_objective`, over {measurements.plural(self.seeds, 'seed')}."
         )
-        return [caption, markdown_table(self.table), self.sentence]
+        return [caption, markdown_table(self.table)]
 
 
 def compare_with_released_code(released, commands):
@@ -646,6 +646,8 @@ def result_paragraphs(result, names, has_picture):
     paragraphs += experiment.tables_of(commands, names)
     if result.comparison:
         paragraphs += result.comparison.paragraphs()
+        if experiment.answer:
+            paragraphs.append(result.comparison.sentence)
     measured = [command for command in commands if command.rows]
     return [*paragraphs, result.comment, provenance(name, commands), command_lines(measured)]
 
