@@ -389,7 +389,7 @@ class Made(Reproduced):
         commands = ["MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"]
         with experiments_with(figure_cvae_linear=commands):
             err = self.made("figure_cvae_linear")
-        self.assertRegex(err, "not drawn, because .*data has no arrays for them: figure_cvae_linear")
+        self.assertRegex(err, "not drawn, because .*data has no arrays .*: figure_cvae_linear")
         self.assertEqual(len(self.rows("figure_cvae_linear")), 2)
         self.assertIn("### figure_cvae_linear", self.page())
 
