@@ -205,7 +205,7 @@ class Killed(Processes):
             self.assertNotIn("Traceback", self.log(name))
             [checkpoint] = (self.folder / name / "MNIST_CVAE_Relu" / "checkpoints").iterdir()
             self.run_to_its_end(name)
-            self.assertIn(f", from {checkpoint}", self.log(name))
+            self.assertIn(f"from the checkpoint {checkpoint}", self.log(name))
             self.assertEqual(self.left(name), expected)
 
     @unittest.skipIf(WINDOWS, "there is no limit for the size of files")
