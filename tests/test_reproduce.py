@@ -653,7 +653,7 @@ class Broken(Reproduced):
             results = self.saved_without_seconds()
             self.assertEqual(len(results), 2)
 
-            for content in ("null", "[]", "{}", "not json"):
+            for content in ("null", "not json"):
                 with self.subTest(content=content):
                     for path in results:
                         path.write_text(content, encoding="utf-8")
