@@ -168,13 +168,10 @@ def active_units(command, metric):
 
 def prediction(commands):
     """How well the closed form orders the KLs of the nonlinear models, script by script."""
-    by_script = {}
-    for command in commands:
-        if "Linear" not in command.script:
-            by_script.setdefault(command.script, []).append(command)
     correlations = []
-    for script_commands in by_script.values():
-        correlations += measurements.rank_correlations(script_commands).values()
+    for script, script_commands in measurements.by_script(commands).items():
+        if "Linear" not in script:
+            correlations += measurements.rank_correlations(script_commands).values()
     if not correlations:
         return "There are too few settings for a rank correlation."
     return (

@@ -17,9 +17,6 @@ import measurements
 import pictures
 import theory
 
-# The share of test examples that decides whether a unit is collapsed, see pictures.collapse_curve.
-DELTA = 0.05
-
 # The colours of the levels of a model, and of predicted values.
 LEVEL_COLORS = {"": "C0", "_1": "C2", "_2": "C0"}
 PREDICTED_COLOR = "0.45"
@@ -160,20 +157,11 @@ def collapse_arrays(runs):
         labels.append(", ".join(f"{name} = {value}" for name, value in flags.items()))
         for name, unit_kl in units.items():
             if name.startswith("unit_kl"):
-                quantiles.setdefault(name, []).append(kl_of_most_examples(unit_kl))
+                quantiles.setdefault(name, []).append(pictures.kl_of_most_examples(unit_kl))
     if not labels:
         return None
     arrays = {name: np.array(rows, dtype=np.float32) for name, rows in quantiles.items()}
     return {"labels": np.array(labels), **arrays}
-
-
-def kl_of_most_examples(unit_kl):
-    """The KL of each unit that 95 % of the examples do not exceed. unit_kl is (n, d). Returns (d,).
-
-    It is the value that `pictures.collapse_curve` compares with its thresholds.
-    """
-    count = math.ceil(round(len(unit_kl) * (1 - DELTA), 9))
-    return np.sort(unit_kl, axis=0)[count - 1]
 
 
 def collapse_curves(path, commands, arrays):
@@ -441,12 +429,8 @@ def prediction_panels(commands):
 
     The columns of an array are the predicted and the trained KL, means over the seeds.
     """
-    by_script = {}
-    for command in commands:
-        by_script.setdefault(command.script, []).append(command)
-
     panels = {}
-    for script, script_commands in by_script.items():
+    for script, script_commands in measurements.by_script(commands).items():
         for metric in ("kl", "kl_1", "kl_2"):
             if len(measurements.predicted_and_trained(script_commands, metric)) < 3:
                 continue

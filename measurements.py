@@ -121,6 +121,14 @@ def parse(text):
     return text
 
 
+def by_script(commands):
+    """The commands of each script: {script: [Command]}."""
+    scripts = {}
+    for command in commands:
+        scripts.setdefault(command.script, []).append(command)
+    return scripts
+
+
 def result_of_row(row):
     """The flags and metrics of a row as text, the same for two rows of one setting and seed."""
     return str(sorted((name, row[name]) for name in row if name not in DESCRIPTIONS))

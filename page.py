@@ -273,12 +273,9 @@ def no_tables(commands):
 
 
 def prediction_tables(commands):
-    """The rank correlation of each nonlinear script, with both objectives together."""
-    by_script = {}
-    for command in commands:
-        by_script.setdefault(command.script, []).append(command)
+    """The rank correlation of each script that has one, with both objectives together."""
     table = [["script", "settings", "rank correlation of predicted and trained KL"]]
-    for script, script_commands in by_script.items():
+    for script, script_commands in measurements.by_script(commands).items():
         correlations = measurements.rank_correlations(script_commands)
         if not correlations:
             continue

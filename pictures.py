@@ -334,11 +334,19 @@ def collapse_curve(unit_kl, epsilon, delta=0.05):
     A unit is collapsed if P_x[KL_i < epsilon] >= 1 - delta. unit_kl (n, d) is in nats, and epsilon
     is (m,). Returns (m,).
     """
-    # Let k be the smallest number of examples whose share is at least 1 - delta. A unit is
-    # collapsed if its k-th smallest KL is below epsilon. Rounding removes the error of 1 - delta.
-    k = math.ceil(round(len(unit_kl) * (1 - delta), 9))
-    kth_smallest = np.sort(unit_kl, axis=0)[k - 1]
-    return (kth_smallest[:, None] < epsilon).mean(axis=0)
+    return (kl_of_most_examples(unit_kl, delta)[:, None] < epsilon).mean(axis=0)
+
+
+def kl_of_most_examples(unit_kl, delta=0.05):
+    """The KL of each unit that a share of 1 - delta of the examples does not exceed.
+
+    A unit is (epsilon, delta)-collapsed if this KL is below epsilon. unit_kl is (n, d), in nats.
+    Returns (d,).
+    """
+    # The smallest number of examples whose share is at least 1 - delta. Rounding removes the error
+    # of 1 - delta.
+    count = math.ceil(round(len(unit_kl) * (1 - delta), 9))
+    return np.sort(unit_kl, axis=0)[count - 1]
 
 
 def draw_headroom(path, levels, caption):

@@ -412,7 +412,7 @@ class TheoremResult:
     theory      the minimum that was found compared with the theorem
 
     Where code treats all results alike, this class has the attributes of a report.RunResult, too.
-    A matrix script trains no network, so it has no metrics and no headroom.
+    A matrix script trains no network, so it has no metrics.
     """
 
     settings: dict
@@ -425,7 +425,6 @@ class TheoremResult:
 
     side_by_side = 1
     metrics = None
-    headroom = None
 
     @classmethod
     def read(cls, f):
@@ -445,7 +444,7 @@ class TheoremResult:
             )
         except (KeyError, TypeError) as error:
             path = files.run_dir(f, None) / "result.json"
-            print(f"{path} is not whole: made again ({error!r})", file=sys.stderr)
+            print(f"{path} is incomplete, so the check is made again ({error!r})", file=sys.stderr)
             return None
 
 
@@ -491,7 +490,7 @@ class Run:
         values["out_dir"] = f.out_dir
         if f.num_epochs:
             values["num_epochs"] = f.num_epochs
-            # A warm-up takes the same share of the epochs as in answers.REMEDIES.
+            # A warm-up takes about the same share of the epochs as in answers.REMEDIES.
             if "--beta_warmup" in argv:
                 values["beta_warmup"] = f.num_epochs / 4
 
@@ -846,8 +845,8 @@ class CommandProgress:
         self.done += 1
         print(
             f"{self.prefix}command {self.done} of {len(self.costs)}, "
-            f"{datetime.timedelta(seconds=round(elapsed))}, "
-            f"about {datetime.timedelta(seconds=round(left))} left: python {run.command}",
+            f"elapsed {datetime.timedelta(seconds=round(elapsed))}, "
+            f"remaining about {datetime.timedelta(seconds=round(left))}: python {run.command}",
             file=sys.stderr,
             flush=True,
         )

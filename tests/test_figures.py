@@ -156,7 +156,7 @@ class CollapseCurves(Drawn):
                 # A unit that is never in use, and one whose KLs are thresholds.
                 unit_kl[:, 0] = 0
                 unit_kl[:, 1] = random.choice(pictures.EPSILON, n)
-                quantiles = figures.kl_of_most_examples(unit_kl)
+                quantiles = pictures.kl_of_most_examples(unit_kl)
                 self.assertEqual(quantiles.shape, (6,))
                 np.testing.assert_array_equal(
                     pictures.collapse_curve(quantiles[None], pictures.EPSILON),
@@ -166,9 +166,9 @@ class CollapseCurves(Drawn):
     def test_by_hand(self):
         """Of 20 examples, 19 are 95 %. Of 21 examples, 20 are the fewest with at least 95 %."""
         unit_kl = np.arange(20.0)[:, None]
-        self.assertEqual(figures.kl_of_most_examples(unit_kl), [18.0])
+        self.assertEqual(pictures.kl_of_most_examples(unit_kl), [18.0])
         unit_kl = np.arange(21.0)[:, None]
-        self.assertEqual(figures.kl_of_most_examples(unit_kl), [19.0])
+        self.assertEqual(pictures.kl_of_most_examples(unit_kl), [19.0])
 
     def run_with(self, units, seeds=(1,), diverged=(), is_released=False):
         """Like a reproduce.Run: settings beta = 0, 1, ... for each seed, seed after seed.

@@ -185,7 +185,10 @@ class TableAndFigure(Reproduced):
         wanted = []
         for command in reproduce.EXPERIMENTS["table_cvae"].commands:
             wanted.append((str(len(wanted) + 1), command))
-        line = r"^command (\d) of 4, \d:\d\d:\d\d, about \d+:\d\d:\d\d left: python (.*)$"
+        line = (
+            r"^command (\d) of 4, elapsed \d:\d\d:\d\d, "
+            r"remaining about \d+:\d\d:\d\d: python (.*)$"
+        )
         self.assertEqual(re.findall(line, err, flags=re.M), wanted)
         # The exact and the released objective, in two sweeps, with two seeds.
         finished = re.findall(r"^training 2 settings: epoch 1/1, .*100%", err, flags=re.M)
