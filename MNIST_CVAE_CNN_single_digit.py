@@ -170,10 +170,10 @@ class CVAE(nn.Module):
         headroom.py asks whether one more unit of z would lower the loss. The expectation over z is
         a mean over `draws` draws.
         """
-        z = self.q_z(x, y, f).sample((draws,))
+        z = self.q_z(x, y, f).sample((2, draws))
         residual = headroom.Residual(
             encoder_input=(x, y),
-            mean_parts=[(None, self.y_mean(x, z).mean(0))],
+            mean_parts=[(None, self.y_mean(x, z).mean(1))],
             beta=f.beta,
             weight=reconstruction_weight(f),
             std=f.eta_dec,

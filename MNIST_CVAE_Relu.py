@@ -135,12 +135,12 @@ class CVAE(nn.Module):
         The expectation over z is a mean over `draws` draws.
         """
         x = nn.functional.dropout(x, f.dropout)
-        z = self.q_z(x, y, f).sample((draws,))
+        z = self.q_z(x, y, f).sample((2, draws))
         residual = headroom.Residual(
             encoder_input=(x, y),
             mean_parts=[
                 (self.g_x[-1], self.g_x[:-1](x)),
-                (self.g_z[-1], self.g_z[:-1](z).mean(0)),
+                (self.g_z[-1], self.g_z[:-1](z).mean(1)),
             ],
             beta=f.beta,
             weight=reconstruction_weight(f),

@@ -146,10 +146,10 @@ class HVAE(nn.Module):
         One draw of z1 is the target. The expectation over z2 is a mean over `draws` draws.
         """
         z1 = self.q_z1(x, f).sample()
-        z2 = self.q_z2(z1, f).sample((draws,))
+        z2 = self.q_z2(z1, f).sample((2, draws))
         residual = headroom.Residual(
             encoder_input=(z1,),
-            mean_parts=[(None, self.p_z1(z2, f).mean.mean(0))],
+            mean_parts=[(None, self.p_z1(z2, f).mean.mean(1))],
             beta=f.beta_2,
             weight=f.beta_1,
             std=f.eta_dec,

@@ -111,10 +111,10 @@ class VAE(nn.Module):
 
         The expectation over z is a mean over `draws` draws.
         """
-        z = self.q_z(x, f).sample((draws,))
+        z = self.q_z(x, f).sample((2, draws))
         residual = headroom.Residual(
             encoder_input=(x,),
-            mean_parts=[(self.g[-1], self.g[:-1](z).mean(0))],
+            mean_parts=[(self.g[-1], self.g[:-1](z).mean(1))],
             beta=f.beta,
             weight=reconstruction_weight(f),
             std=f.eta_dec,

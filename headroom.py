@@ -4,20 +4,37 @@ A unit is collapsed if its mean KL is at most 0.01 nats. Its posterior then equa
 the decoder learns nothing from it. Collapse has two possible causes, with different remedies.
 Either no use of the unit would lower the loss, or training did not find the use that would. To
 decide between them, this module computes how far the loss of a trained model would fall if its
-collapsed units were used in the best linear way. The model may have any encoder and any decoder.
+collapsed units were used in the best way. The model may have any encoder and any decoder.
 
-Take one latent level with a learnable posterior q(z|u) and a Gaussian
-p(t|z) = N(mean(z), std^2 I). These are its terms:
+Take one latent level with a learnable posterior q(z|u). The loss of the level is
+
+    weight (-log p(t|z)) + beta KL(q(z|u) || p(z))
+
+These are its terms:
 
   u       the input of the level's encoder, with a constant 1 appended
   t       the target, which the latent units describe
-  r       the residual, t - E_q(z|u)[mean(z)]: the part of t that the trained model leaves
-          unexplained
+  r       the residual, the part of t that the trained model leaves unexplained
   T       the second moment of the best linear prediction of r from u:
           T = C A^+ C^T, where C = E[r u^T] and A = E[u u^T] over the training examples
-  tau_i   the eigenvalues of T in descending order, the variance that an i-th further linear
-          unit could explain
-  level   the variance above which a linear unit gains more than its KL costs:
+  F       the second moment of r itself: F = E[r r^T]
+
+T is what a further unit with a linear encoder can use, and F is what a further unit with any
+encoder can use. F is at least T. Where the encoder does not determine r, F is an upper bound.
+
+The encoder of a VAE reads x, and its target is x. The encoder of a CVAE reads x and y, and its
+target is y. Both have weight 1, or 2 with --released_objective. The encoder of level 2 in a
+two-level HVAE reads a draw of z1, and its target is the same draw. Its KL has the weight beta_2,
+and -log p(z1|z2) has the weight beta_1.
+
+
+A Gaussian decoder
+------------------
+Let p(t|z) be N(mean(z), std^2 I), where std is eta_dec. The residual is r = t - E_q(z|u)[mean(z)].
+
+  tau_i   the eigenvalues of T or of F in descending order, the variance that an i-th further unit
+          could explain
+  level   the variance above which a unit gains more than its KL costs:
           level = beta std^2 / weight
   G_k     the headroom of k units, in nats of the negative beta-ELBO per example:
 
@@ -25,27 +42,64 @@ p(t|z) = N(mean(z), std^2 I). These are its terms:
 
           summed over those i <= k for which tau_i > level
 
-Here the loss of the level is weight (-log p(t|z)) + beta KL, and std is eta_dec. The encoder of a
-VAE reads x, and its target is x. The encoder of a CVAE reads x and y, and its target is y. Both
-have weight 1, or 2 with --released_objective. The encoder of level 2 in a two-level HVAE reads a
-draw of z1, and its target is the same draw. Its KL has the weight beta_2, and -log p(z1|z2) has
-the weight beta_1, so that its level is beta_2 eta_dec^2 / beta_1.
+Let k be the number of collapsed units. With the eigenvalues of T, G_k is exactly the gain of k
+further units whose encoder means are linear in u, whose stds are learnable, and whose linear
+decoder is added to mean(z), at the best choice of all three. The rest of the model does not
+change. With the eigenvalues of F, it is exactly the gain of k further units with any encoder mean.
+The formula is the reverse water-filling of T or F. Theorem 2 of Dang et al. (2024, arXiv
+2306.05023) does the same with its matrix E.
 
-Let k be the number of collapsed units. Then G_k is exactly the gain of k further units whose
-encoder means are linear in u, whose stds are learnable, and whose linear decoder is added to
-mean(z), at the best choice of all three. The rest of the model does not change. The formula is
-the reverse water-filling of T. Theorem 2 of Dang et al. (2024, arXiv 2306.05023) does the same
-with its matrix E.
 
-  G_k <= 0.01 nats    The objective collapsed the units. No linear use of them gains more.
-  G_k >  0.01 nats    Training collapsed the units, or the networks cannot express their use.
+Any other decoder of an exponential family
+------------------------------------------
+The decoder's natural parameters a are the logits of a Bernoulli variable or of categories, or the
+log rates of a Poisson variable. A is the log-partition function and s(t) the sufficient statistic.
 
-G_k is a lower bound, because nonlinear units may gain more.
+  r       s(t) - E_q(z|u)[A'(a)], such as x - p for binary pixels
+  H       the mean Fisher information, E[A''(a)], such as p (1 - p) for binary pixels
+  rho_i   the eigenvalues of H^(-1/2) T H^(-1/2), and those with F in place of T
 
-The file has three parts. The first is the theory, for moments C and A from any source. The second
-is the measurement on a trained model. The third has two quantities that point to the cause if it
-was training: the number of dead ReLU units, and how far the loss still fell at the end.
+Collapse is unstable to a unit with a linear encoder if and only if rho_1 of T exceeds
+beta / weight. It is unstable to a unit with any encoder if and only if rho_1 of F does. Unstable
+means that an arbitrarily small step out of collapse lowers the loss: a collapsed unit with small
+decoder weights w and the mean m(u) gains weight (E[w^T r m] - w^T H w / 2) - beta E[m^2] / 2 to
+second order. The best m is weight w^T r / beta. Above the threshold, collapse is stable, which is
+a local statement: a solution with active units far from collapse is not excluded.
+
+For a decoder whose probabilities are right on average, the diagonal of H^(-1/2) F H^(-1/2) is 1, so
+that rho_1 of F is at least 1. At beta = 1 even the best encoder is then at its threshold or above.
+
+Where the curvature A'' is bounded, so is the gain from below. Let B be a matrix with A'' <= B.
+Then k further units gain at least G_k of the eigenvalues of B^(-1/2) T B^(-1/2), with the level
+beta / weight. For Bernoulli variables B is 1/4, and for categories it acts as 1/2 on r (Boehning
+1992). Where the logits do not depend on z or x, a smaller B is allowed (Jaakkola & Jordan 2000).
+A Poisson decoder has no such bound.
+
+
+The verdict
+-----------
+A Gaussian decoder:
+  G_k of T >  0.01 nats  Training collapsed the units, or the networks cannot express their use.
+  G_k of F >  0.01 nats  A linear unit would not pay, but one with a richer encoder could.
+  both     <= 0.01 nats  The objective collapsed the units.
+
+Another decoder:
+  G_k of T >  0.01 nats  Training collapsed the units, as above. They gain at least G_k.
+  G_k of F >  0.01 nats  As above. Units with a richer encoder gain at least this.
+  rho_1 of T >  beta     Collapse is unstable. Training could leave it, but no gain is guaranteed.
+  rho_1 of F >  beta     A small step would lower the loss, but only with a richer encoder.
+  otherwise              The objective collapsed the units: no small step lowers the loss.
+
+The first line that holds decides. Where -log p(t|z) has another weight than 1, it is beta / weight.
+
+For a Gaussian decoder, G_k of T is a lower bound, because nonlinear decoders may gain more.
+
+The file has four parts. The first is the theory of Gaussian decoders, for moments C and A from any
+source. The second is the theory of other decoders. The third is the measurement on a trained model.
+The fourth has two quantities that point to the cause if it was training: the number of dead ReLU
+units, and how far the loss still fell at the end.
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,11 +111,19 @@ from torch import nn
 
 import theory
 
-# The mean of p(t|z) is averaged over this number of draws of z per example.
-DRAWS = 8
+# The mean of p(t|z) is estimated twice, each time over this number of draws of z per example.
+DRAWS = 4
+
+# The ridge, as a share of the total variance of u, where units are measured on other rows than
+# those on which they were found.
+HELD_OUT_RIDGE = 1e-5
+
+# The least information of a column, summed over the rows, where rho is estimated from half of the
+# rows. For a rare binary pixel it is about the number of rows in which it is white.
+LEAST_INFORMATION = 100
 
 
-# ----------------------------------------------------------------------------------- the theory
+# ------------------------------------------------------------------ the theory of Gaussian decoders
 
 def pay_level(beta, weight, std):
     """The variance above which a linear unit gains more than its KL costs: beta std^2 / weight.
@@ -84,21 +146,42 @@ def linear_part(cross, moment):
     return explained @ explained.T
 
 
-def gain_of_units(tau, count, beta, weight, std):
-    """G_k for k = count: the gain of k further linear units, in nats per example.
+def any_encoder_part(residual, other):
+    """F (D, D), float64: the second moment E[r r^T] of the residual, without the noise of draws.
 
-    tau (D,) are the eigenvalues of T in descending order, float64. For the other arguments see
-    `pay_level`. A result of 0 means that no further linear unit lowers the loss.
+    residual and other (n, D) are two estimates of the residuals of the same n rows, from
+    independent draws of z. The product of one estimate with itself would count the noise of its
+    draws, too. Where r is exact, both are the same tensor.
     """
-    level = pay_level(beta, weight, std)
-    tau = tau[:count]
-    tau = tau[tau > level]
-    if not len(tau):
+    product = residual.double().T @ other.double() / len(residual)
+    return (product + product.T) / 2
+
+
+def gain_of_units(tau, count, beta, weight, std):
+    """G_k for k = count: the gain of k further units of a Gaussian decoder, in nats per example.
+
+    tau (D,) are the eigenvalues of T or F in descending order, float64, in squared units of t. For
+    the other arguments see `pay_level`. A result of 0 means that no further unit lowers the loss.
+    """
+    return gain_of_ratios(tau / std**2, count, beta, weight)
+
+
+def gain_of_ratios(ratios, count, beta, weight=1):
+    """G_k for k = count, in nats per example, for any decoder whose curvature A'' is at most B.
+
+    ratios (D,) are the eigenvalues of B^(-1/2) T B^(-1/2), or of those of F, in descending order,
+    float64. A further unit gains something if its ratio exceeds beta / weight. For a Gaussian
+    decoder B is 1 / std^2 and the gain is exact. For another decoder it is a lower bound.
+    """
+    level = pay_level(beta, weight, 1)
+    ratios = ratios[:count]
+    ratios = ratios[ratios > level]
+    if not len(ratios):
         return 0.0
 
     # This form of the formula also holds for beta = 0, where the level is 0.
-    gains = tau - level - torch.xlogy(level, tau / level)
-    return (weight / (2 * std**2) * gains.sum()).item()
+    gains = ratios - level - torch.xlogy(level, ratios / level)
+    return (weight / 2 * gains.sum()).item()
 
 
 def idle_units(cross, moment, count, beta, weight, std, ridge=0):
@@ -172,22 +255,212 @@ def held_out_gain(moments, ridge, count, beta, weight, std):
     return sum(gains) / 2
 
 
-def verdict(units, collapsed, nats):
+# --------------------------------------------------------------------- the theory of other decoders
+
+# The decoders whose collapse this module explains.
+LIKELIHOODS = ("gaussian", "bernoulli", "categorical", "poisson")
+
+# Upper bounds of the curvature A'' on the residuals (Boehning 1992). A Poisson decoder has none.
+CURVATURE_BOUNDS = {"bernoulli": 1 / 4, "categorical": 1 / 2}
+
+
+def expected_statistics(likelihood, parameters):
+    """A'(a), the mean of the sufficient statistic s(t), for natural parameters a of any shape.
+
+    It is the probability of a 1 for logits of Bernoulli variables, the rate for log rates of
+    Poisson variables, and the probabilities of the categories, in the last dimension, for their
+    logits.
+    """
+    if likelihood == "bernoulli":
+        return parameters.sigmoid()
+    if likelihood == "poisson":
+        return parameters.exp()
+    if likelihood == "categorical":
+        return parameters.softmax(-1)
+    raise ValueError(f"the likelihood {likelihood!r} is not one of {', '.join(LIKELIHOODS[1:])}")
+
+
+def mean_fisher(likelihood, means, sizes=()):
+    """The mean Fisher information H = E[A''(a)] over rows and draws, float64.
+
+    means (..., D) are the means A'(a) of the statistics. For Bernoulli and Poisson variables H is a
+    diagonal matrix and its diagonal (D,) is returned: the mean of p (1 - p), or of the rate.
+
+    For categories the columns of means are the probabilities of all categories of the first
+    variable, then those of the second variable, and so on. sizes has the number of categories of
+    each variable. H is the matrix (D, D) with a block E[diag(p) - p p^T] for each variable.
+    """
+    means = means.double().reshape(-1, means.shape[-1])
+    if likelihood == "bernoulli":
+        return (means * (1 - means)).mean(0)
+    if likelihood == "poisson":
+        return means.mean(0)
+    if likelihood == "categorical":
+        blocks = []
+        for p in means.split(list(sizes), dim=-1):
+            block = -p.T @ p / len(p)
+            # The difference of p and p^2 would lose the digits of a p next to 1.
+            block.diagonal().copy_((p * (1 - p)).mean(0))
+            blocks.append(block)
+        return torch.block_diag(*blocks)
+    raise ValueError(f"the likelihood {likelihood!r} is not one of {', '.join(LIKELIHOODS[1:])}")
+
+
+def whitened(part, information):
+    """B^(-1/2) M B^(-1/2) for a second moment M (D, D) of the residual, float64.
+
+    information is B: the diagonal (D,) of a matrix, or a matrix (D, D), of which the pseudo-inverse
+    is used. Columns without information are left out, so that the result may have fewer rows and
+    columns than M. For a diagonal B its rows are the columns of M with information, in their order.
+    """
+    if information.ndim == 1:
+        # A column whose value is certain has no information, and its residual is 0.
+        informative = information > 0
+        scale = information[informative].rsqrt()
+        return scale[:, None] * part[informative][:, informative] * scale
+    white = theory.whitening(information)
+    return white.T @ part @ white
+
+
+def instability_ratios(part, fisher):
+    """rho, the eigenvalues of H^(-1/2) M H^(-1/2) in descending order, float64.
+
+    part is M (D, D), either T or F in natural units. fisher is H, as `mean_fisher` returns it.
+    Collapse is unstable to a unit with a linear encoder (T) or with any encoder (F) if and only if
+    the first of them exceeds beta / weight.
+
+    Before training, at a decoder that gives each column its mean, T and F are the covariance of the
+    statistics, and H is `mean_fisher` of their means. For binary data the matrix is then the
+    correlation matrix of x. For categories it is that of multiple correspondence analysis.
+    """
+    return theory.spectrum(whitened(part, fisher))
+
+
+def curvature_ratios(part, likelihood):
+    """The eigenvalues of M / B for `gain_of_ratios`, where the bound B is Boehning's (1992).
+
+    part is M (D, D), either T or F in natural units, float64. Returns None for a Poisson decoder,
+    whose curvature has no bound.
+    """
+    bound = CURVATURE_BOUNDS.get(likelihood)
+    return None if bound is None else theory.spectrum(part) / bound
+
+
+def collapsed_curvature(logits):
+    """The curvature bound (D,) of Bernoulli logits (D,) that vary neither with x nor with z.
+
+    It is tanh(a / 2) / (2 a), at most 1/4 (Jaakkola & Jordan 2000). It holds for any change of the
+    logits a, so that the eigenvalues of `whitened(T, bound)` give a guaranteed gain.
+    """
+    logits = logits.double()
+    # The limit at 0 is 1/4. Next to 0 the quotient would lose its digits.
+    is_small = logits.abs() < 1e-4
+    safe = torch.where(is_small, 1.0, logits)
+    return torch.where(is_small, 0.25 - logits**2 / 48, (safe / 2).tanh() / (2 * safe))
+
+
+def gain_of_sequences(ratios, count, beta, weight, factor):
+    """The guaranteed gain of `count` further sequences of units under an AR(1) prior, in nats.
+
+    The prior of a sequence z_1..z_n has the covariance R, and the stds of its posterior are those
+    of the smallest KL, S = diag(std_t). A decoder that adds up the sequence with the right weights
+    sees one unit of noise 1 whose mean y costs y^2 / (2 factor), where factor is the largest
+    eigenvalue of S^(-1) R S^(-1) (see `sequence_factor`). With the best such decoder it gains
+
+        beta / (2 factor) sum (sqrt(q_i) - 1)^2,   q_i = factor weight ratio_i / beta,
+
+    summed over those i <= count for which q_i > 1. The gain may be larger, since the stds stay as
+    they are here, and since a sequence may describe several modes of T. ratios (D,) are those of
+    `gain_of_ratios`.
+    """
+    # This form of the formula also holds for beta = 0.
+    roots = (weight / 2 * ratios[:count]).sqrt() - math.sqrt(beta / (2 * factor))
+    return roots.clamp(min=0).square().sum().item()
+
+
+def sequence_factor(covariance, std):
+    """The largest eigenvalue of S^(-1) R S^(-1), by which a prior R multiplies every rho.
+
+    covariance (n, n) is R, and std (n,) is the diagonal of S, see `gain_of_sequences`. It is 1 for
+    a prior of independent units, R = I, whose posterior of the smallest KL has the stds 1.
+    """
+    scale = 1 / std.double()
+    return theory.spectrum(scale[:, None] * covariance.double() * scale)[0].item()
+
+
+# -------------------------------------------------------------------------------------- the verdict
+
+def instability(rho, rho_any, level):
+    """To which encoder the collapse of units is unstable, for a decoder that is not Gaussian.
+
+    rho and rho_any are rho_1 of T and of F, and level is beta / weight. Returns "linear" if a unit
+    with a linear encoder has a small step out of collapse that lowers the loss, "any" if only one
+    with a richer encoder has, and "" if collapse is stable.
+    """
+    if rho > level:
+        return "linear"
+    return "any" if rho_any > level else ""
+
+
+def cause_of_collapse(nats, nats_any, unstable=""):
+    """What collapsed the units of a level: "training", "encoder", "unstable" or "objective".
+
+    nats is their headroom with a linear encoder and nats_any that with any encoder. unstable is a
+    result of `instability`, and "" for a Gaussian decoder. "encoder" means that only units with a
+    richer encoder than a linear one would lower the loss. "unstable" means that units with a linear
+    encoder would, by an amount that is not known.
+    """
+    if nats > theory.ACTIVE:
+        return "training"
+    if nats_any > theory.ACTIVE:
+        return "encoder"
+    return {"linear": "unstable", "any": "encoder", "": "objective"}[unstable]
+
+
+def verdict(units, collapsed, nats, nats_any, unstable="", likelihood="gaussian"):
     """Whether the objective or training collapsed the units of a level, in words.
 
     units is the number of all units of the level, or None if unknown. collapsed is the number of
-    collapsed ones, and nats is their headroom.
+    collapsed ones. For nats, nats_any and unstable see `cause_of_collapse`. likelihood is one of
+    LIKELIHOODS. The gain is exact for a Gaussian decoder, and a lower bound for others.
     """
     words = collapse_in_words(units, collapsed)
     if not collapsed:
         return words
-    if nats > theory.ACTIVE:
-        pronoun = "it" if collapsed == 1 else "them"
+    cause = cause_of_collapse(nats, nats_any, unstable)
+    pronoun = "it" if collapsed == 1 else "them"
+    if cause == "training":
         return (
             f"{words} because of training: reviving {pronoun} would lower the loss by at least "
             f"{nats:.2g} nats"
         )
-    return f"{words} because of the objective"
+    if likelihood == "gaussian":
+        if cause == "objective":
+            return f"{words} because of the objective"
+        return (
+            f"{words}: with a linear encoder, reviving {pronoun} would not lower the loss; with a "
+            f"richer encoder it could, by up to {nats_any:.2g} nats"
+        )
+
+    # Another decoder than a Gaussian one.
+    if cause == "objective":
+        return (
+            f"{words} because of the objective: no small step out of collapse would lower the loss"
+        )
+    if nats_any > theory.ACTIVE:
+        return (
+            f"{words}: with a richer encoder than a linear one, reviving {pronoun} would lower the "
+            f"loss by at least {nats_any:.2g} nats"
+        )
+    if cause == "encoder":
+        return (
+            f"{words}: with a linear encoder, no small step out of collapse would lower the loss; "
+            "with a richer encoder one would, by an amount that is not known"
+        )
+    return (
+        f"{words}, but this is unstable: a small step out of collapse would lower the loss, by an "
+        "amount that is not known"
+    )
 
 
 def collapse_in_words(units, collapsed):
@@ -206,19 +479,19 @@ def collapse_in_words(units, collapsed):
 
 @dataclass
 class Residual:
-    """The residual r of one level, for a batch of B examples.
+    """The residual r of one level with a Gaussian decoder, for a batch of B examples.
 
     A model's method `residuals(*batch, f, draws)` returns {level suffix: Residual}, with one entry
-    for each level that has a learnable posterior and a Gaussian target. The suffix is "" in a
-    one-level model and "_2" for level 2. draws is the number of draws of z per example where the
-    expectation over z has no closed form.
+    for each level that has a learnable posterior. The suffix is "" in a one-level model and "_2"
+    for level 2. Where the expectation over z has no closed form, it is estimated twice, each time
+    from `draws` draws of z per example.
 
     encoder_input: the input of the level's encoder without the constant 1, a tuple of tensors
         (B, ...). The last one is the target.
     mean_parts: the parts whose sum is the mean of p(t|z), expected over q(z|u). This is a list of
-        (layer, hidden (B, h)). A part is layer(hidden) for an nn.Linear, or hidden itself if layer
-        is None. Because of this split, u is multiplied with the narrow hidden, not with the wide
-        mean.
+        (layer, hidden). A part is layer(hidden) for an nn.Linear, or hidden itself if layer is
+        None. hidden is (2, B, h), two independent estimates, or (B, h) if it is exact. Because of
+        this split, u is multiplied with the narrow hidden, not with the wide mean.
     beta: the weight of the KL in the loss. Like weight and std, a number or a 0-d tensor.
     weight: the weight of -log p(t|z) in the loss.
     std: the std of p(t|z).
@@ -229,21 +502,163 @@ class Residual:
     weight: float
     std: float
 
+    likelihood = "gaussian"
+    counts_means = False
+    sequence_length = 1
+    sequence_factor = 1.0
+
+    def products(self, u):
+        """Sums over the batch from which `moments` makes C and F. u is (B, p).
+
+        The mean is a matrix times h, where h joins all hidden and a 1.
+        """
+        hidden = []
+        for _, part in self.mean_parts:
+            hidden.append(part.expand(2, *part.shape[-2:]))
+        hidden.append(torch.ones_like(hidden[0][..., :1]))
+        first, second = torch.cat(hidden, dim=-1).to(u.dtype)
+        return {"hidden_input": (first + second).T @ u / 2, "hidden": first.T @ second}
+
+    def moments(self, means, moment):
+        """C (D, p), F (D, D) and None in place of H, from the means of the products and A, float64.
+
+        The target is the last input of the encoder. So E[t u^T] is in the rows of A just before
+        the last one, and that one belongs to the constant 1.
+        """
+        dim_t = self.encoder_input[-1].shape[1]
+        target = slice(-1 - dim_t, -1)
+        decoder = self._decoder_matrix(dim_t)
+
+        mean_input = decoder @ means["hidden_input"]
+        cross = moment[target] - mean_input
+
+        # F = E[t t^T] - E[t m^T] - E[m t^T] + E[m m'^T], with two estimates m and m' of the mean.
+        mean_target = mean_input[:, target]
+        mean_mean = decoder @ means["hidden"] @ decoder.T
+        squares = moment[target, target] - mean_target - mean_target.T
+        squares = squares + (mean_mean + mean_mean.T) / 2
+        return cross, squares, None
+
+    def _decoder_matrix(self, dim_t):
+        """The matrix (D, h) whose product with all hidden and a 1 is the mean of p(t|z)."""
+        columns = []
+        bias = torch.zeros(dim_t, 1, dtype=torch.float64)
+        for layer, _ in self.mean_parts:
+            if layer is None:
+                columns.append(torch.eye(dim_t, dtype=torch.float64))
+                continue
+            columns.append(layer.weight.double().cpu())
+            if layer.bias is not None:
+                bias = bias + layer.bias.double().cpu()[:, None]
+        return torch.cat([*columns, bias], dim=1)
+
+
+@dataclass
+class NaturalResidual:
+    """The residual r of one level with a decoder that is not Gaussian, for a batch of B examples.
+
+    It takes the place of a Residual. `bernoulli_residual` makes it from logits.
+
+    encoder_input: the input of the level's encoder without the constant 1, a tuple of tensors
+        (B, ...).
+    residual: s(t) - E_q(z|u)[A'(a)], (2, B, D), two estimates from independent draws of z.
+    fisher: the mean of A''(a) over the draws, (B, D), for a likelihood whose H is diagonal.
+    likelihood: "bernoulli" or "poisson".
+    beta: the weight of the KL in the loss. Like weight, a number or a 0-d tensor.
+    weight: the weight of -log p(t|z) in the loss.
+    counts_means: whether a unit whose mean does not vary counts as collapsed, instead of one whose
+        KL is at most 0.01 nats. It is so where no posterior can match the prior.
+    sequence_length: the number of units in each sequence under an AR(1) prior, otherwise 1.
+    sequence_factor: see the function of this name.
+    """
+    encoder_input: tuple
+    residual: torch.Tensor
+    fisher: torch.Tensor
+    likelihood: str
+    beta: float
+    weight: float = 1.0
+    counts_means: bool = False
+    sequence_length: int = 1
+    sequence_factor: float = 1.0
+
+    def products(self, u):
+        """Sums over the batch from which `moments` makes C, F and H. u is (B, p)."""
+        first, second = self.residual.to(u.dtype)
+        return {
+            "cross": (first + second).T @ u / 2,
+            "residual": first.T @ second,
+            "fisher": self.fisher.double().sum(0),
+        }
+
+    def moments(self, means, moment):
+        """C (D, p), F (D, D) and the diagonal of H (D,), float64, from the products' means."""
+        residual = means["residual"]
+        return means["cross"], (residual + residual.T) / 2, means["fisher"]
+
+
+def bernoulli_residual(x, logits, encoder_input, **others):
+    """A NaturalResidual for binary targets x (B, ...) and logits (2, S, B, ...) at draws of z.
+
+    The logits are two sets of S draws. others are further fields of NaturalResidual.
+    """
+    p = logits.sigmoid()
+    return NaturalResidual(
+        encoder_input=encoder_input,
+        residual=(x - p.mean(1)).flatten(2),
+        fisher=(p * (1 - p)).mean((0, 1)).flatten(1),
+        likelihood="bernoulli",
+        **others,
+    )
+
 
 class ResidualMoments(NamedTuple):
-    """The moments of one level over all training rows, and the constants of its loss.
+    """The moments of one level over training rows, float64, on the CPU.
 
-    cross: C = E[r u^T], (D, p), float64, on the CPU.
-    moment: A = E[u u^T], (p, p), float64, on the CPU.
-    beta: the weight of the KL in the loss.
-    weight: the weight of -log p(t|z) in the loss.
-    std: the std of p(t|z).
+    cross: C = E[r u^T], (D, p).
+    moment: A = E[u u^T], (p, p).
+    squares: F = E[r r^T], (D, D).
+    fisher: the diagonal of H, (D,), or None for a Gaussian decoder.
     """
     cross: torch.Tensor
     moment: torch.Tensor
-    beta: float
-    weight: float
-    std: float
+    squares: torch.Tensor
+    fisher: torch.Tensor | None
+
+
+def held_out_parts(halves):
+    """What units that are found on one half of the rows explain on the other half.
+
+    halves are [ResidualMoments of one half, ResidualMoments of the other]. Returns two lists of
+    pairs (M, M'), one pair for each half, for units with a linear encoder and with any encoder. M
+    (D, D) is T or F of the half. M' (D, D) is what units along the directions of M explain of the
+    other half: for T with the regression of the first half.
+    """
+    linear = []
+    any_encoder = []
+    for half, other in (halves, halves[::-1]):
+        any_encoder.append((half.squares, other.squares))
+        # The ridge keeps a column that hardly varies in one half from an enormous weight.
+        white = theory.whitening(half.moment, HELD_OUT_RIDGE * half.moment.trace())
+        regression = half.cross @ white @ white.T
+        explained = regression @ other.cross.T
+        explained = explained + explained.T - regression @ other.moment @ regression.T
+        linear.append((half.cross @ regression.T, explained))
+    return linear, any_encoder
+
+
+def mean_ratios(pairs, information):
+    """What M' has along the directions of M, both whitened: the mean over pairs (M, M'), (k,).
+
+    information is B of `whitened`. If M and M' are the same, the result are the eigenvalues of
+    B^(-1/2) M B^(-1/2), in descending order.
+    """
+    total = 0
+    for found, measured in pairs:
+        variance, directions = theory.modes(whitened(found, information))
+        along = (directions * (whitened(measured, information) @ directions)).sum(0)
+        # A direction without any variance is an arbitrary one.
+        total = total + torch.where(variance > 0, along.clamp(min=0), 0.0)
+    return total / len(pairs)
 
 
 @dataclass
@@ -252,30 +667,62 @@ class LevelHeadroom:
 
     units: the number of latent units.
     collapsed: the number of collapsed units.
-    headroom: G_k for k = collapsed, in nats per training example.
-    level: the variance above which a linear unit gains more than its KL costs. None is infinity.
-    tau: the largest eigenvalues of T in descending order, at most one per unit.
+    headroom: the gain of k = collapsed further units with linear encoders, in nats per training
+        example. It is G_k for a Gaussian decoder, and otherwise a lower bound.
+    headroom_any: the same with any encoder.
+    level: the level that an eigenvalue exceeds if a further unit gains more than its KL costs. None
+        is infinity.
+    tau: the largest eigenvalues of T in descending order, at most one per unit. For a decoder that
+        is not Gaussian they are rho_i, those of H^(-1/2) T H^(-1/2). If they are measured on other
+        rows than those that gave the directions, they keep the order of the latter.
+    tau_any: the same with F in place of T.
     theta: for each active unit, the variance that a linear unit of the same KL would describe, in
         descending order.
+    likelihood: one of LIKELIHOODS.
     """
     units: int
     collapsed: int
     headroom: float
+    headroom_any: float
     level: float | None
     tau: list
+    tau_any: list
     theta: list
+    likelihood: str = "gaussian"
+
+    def instability(self):
+        """To which encoder collapse is unstable, see the function `instability`.
+
+        For a Gaussian decoder the headroom says it, and the result is "".
+        """
+        if self.likelihood == "gaussian" or self.level is None or not self.tau_any:
+            return ""
+        return instability(self.tau[0], self.tau_any[0], self.level)
+
+    def cause(self):
+        """What collapsed the units, see `cause_of_collapse`, or "none" if no unit collapsed."""
+        if not self.collapsed:
+            return "none"
+        return cause_of_collapse(self.headroom, self.headroom_any, self.instability())
 
     def verdict(self):
         """Whether the objective or training collapsed the units, in words."""
-        return verdict(self.units, self.collapsed, self.headroom)
+        return verdict(
+            self.units,
+            self.collapsed,
+            nats=self.headroom,
+            nats_any=self.headroom_any,
+            unstable=self.instability(),
+            likelihood=self.likelihood,
+        )
 
 
 def measure(model, f, data, metrics, examples):
-    """The headroom of each level with a learnable posterior and a Gaussian target.
+    """The headroom of each level with a learnable posterior: {"z": LevelHeadroom}.
 
     f is the model's setting, and data is a datasets.Data. metrics and examples are the results of
-    report.evaluate, which determine the collapsed units. Returns {"z": LevelHeadroom} for a
-    one-level model, and {"z2": LevelHeadroom} for a two-level one.
+    report.evaluate, which determine the collapsed units. The name of a level is "z" in a one-level
+    model, and "z1", "z2" and so on in others.
     """
     with common.seeded(f.seed, "evaluation", data.train[0].device):
         moments_of_levels = residual_moments(model, f, data)
@@ -284,118 +731,208 @@ def measure(model, f, data, metrics, examples):
     for level, moments in moments_of_levels.items():
         name = "z" + level.removeprefix("_")
         kl = examples[f"unit_kl{level}"].mean(0)
-        headrooms[name] = _level_headroom(moments, kl, metrics[f"AU_kl{level}"])
+        counts_means = moments.residual.counts_means
+        active = metrics[f"AU{level}" if counts_means else f"AU_kl{level}"]
+        headrooms[name] = _level_headroom(moments, kl, active)
     return headrooms
 
 
 def _level_headroom(moments, kl, active):
-    """A LevelHeadroom from ResidualMoments, the mean KL of each unit (d,) and the active units."""
-    cross, moment, *weights = moments
-    tau = theory.spectrum(linear_part(cross, moment))[:len(kl)]
-    level = pay_level(*weights)
+    """A LevelHeadroom from LevelMoments, the mean KL of each unit (d,) and the active units."""
+    residual = moments.residual
     collapsed = len(kl) - active
+    beta = float(residual.beta)
+    weight = float(residual.weight)
 
+    # 1. The eigenvalues and gains with a linear encoder and with any encoder.
     theta = []
-    if level < math.inf:
-        active_kl = np.sort(kl)[::-1][:active]
-        # A model that has nearly diverged can have KLs whose exponential exceeds float64.
-        with np.errstate(over="ignore"):
-            theta = np.nan_to_num(level * np.exp(2 * active_kl)).tolist()
+    if residual.likelihood == "gaussian":
+        std = float(residual.std)
+        level = pay_level(beta, weight, std)
+        [(T, _)], [(F, _)] = moments.second_moments
+        taus = [theory.spectrum(T), theory.spectrum(F)]
+        gains = [gain_of_units(tau, collapsed, beta, weight, std) for tau in taus]
+        theta = _equivalent_variances(kl, active, level)
+    else:
+        level = pay_level(beta, weight, 1)
+        taus, ratios = moments.ratios
+        taus = [residual.sequence_factor * tau for tau in taus]
+        gains = [_natural_gain(residual, ratio, collapsed) for ratio in ratios or (None, None)]
 
+    # 2. A linear encoder is one of any encoders. T keeps some noise of the draws of z, and F does
+    # not, so that the second gain may be estimated below the first one.
+    gains[1] = max(gains)
+
+    # 3. What the report shows of them.
     return LevelHeadroom(
         units=len(kl),
         collapsed=collapsed,
-        headroom=gain_of_units(tau, collapsed, *weights),
+        headroom=gains[0],
+        headroom_any=gains[1],
         level=level if level < math.inf else None,
-        tau=tau.tolist(),
+        tau=taus[0][:len(kl)].tolist(),
+        tau_any=taus[1][:len(kl)].tolist(),
         theta=theta,
+        likelihood=residual.likelihood,
     )
+
+
+def _equivalent_variances(kl, active, level):
+    """For each active unit the variance that a linear unit of the same KL would describe."""
+    if level == math.inf:
+        return []
+    active_kl = np.sort(kl)[::-1][:active]
+    # A model that has nearly diverged can have KLs whose exponential exceeds float64.
+    with np.errstate(over="ignore"):
+        return np.nan_to_num(level * np.exp(2 * active_kl)).tolist()
+
+
+def _natural_gain(residual, ratios, collapsed):
+    """The guaranteed gain of the collapsed units. Without ratios (None), nothing is guaranteed."""
+    if ratios is None:
+        return 0.0
+    beta = float(residual.beta)
+    weight = float(residual.weight)
+    if residual.sequence_factor == 1:
+        return gain_of_ratios(ratios, collapsed, beta, weight)
+    sequences = collapsed // residual.sequence_length
+    return gain_of_sequences(ratios, sequences, beta, weight, residual.sequence_factor)
+
+
+@dataclass
+class LevelMoments:
+    """The residual of one level, or of several levels that share it, and its moments.
+
+    residual: the residual of one batch, for the constants of the loss. The constants are the same
+        for all batches.
+    parts: [ResidualMoments] of all rows, or one ResidualMoments for each half of the rows.
+    count: the number of rows of a part.
+    """
+    residual: Residual | NaturalResidual
+    parts: list
+    count: int
+
+    @functools.cached_property
+    def second_moments(self):
+        """[(M, M')] for each half, for T and for F: two lists.
+
+        The directions of further units are those of M, and M' is what they explain. With all rows
+        both are T, or F. With halves, M is that of one half and M' is measured on the other one.
+        """
+        if len(self.parts) == 1:
+            [part] = self.parts
+            T = linear_part(part.cross, part.moment)
+            return [(T, T)], [(part.squares, part.squares)]
+
+        return held_out_parts(self.parts)
+
+    @functools.cached_property
+    def ratios(self):
+        """[rho of T, rho of F], and two lists for `gain_of_ratios` or None, for natural units.
+
+        With halves, columns with little information are left out of rho. Few rows do not determine
+        what a unit would gain from them.
+        """
+        fisher = sum(part.fisher for part in self.parts) / len(self.parts)
+        if len(self.parts) > 1:
+            fisher = torch.where(fisher * self.count >= LEAST_INFORMATION, fisher, 0.0)
+        bound = CURVATURE_BOUNDS.get(self.residual.likelihood)
+        rhos = [mean_ratios(pairs, fisher) for pairs in self.second_moments]
+        if bound is None:
+            return rhos, None
+        bounds = torch.full_like(fisher, bound)
+        return rhos, [mean_ratios(pairs, bounds) for pairs in self.second_moments]
 
 
 @torch.no_grad()
 def residual_moments(model, f, data):
-    """C and A of each level, over all training rows: {level suffix: ResidualMoments}.
+    """The moments of each level over the training rows: {level suffix: LevelMoments}.
 
     The draws of z come from the default generator. The sums over chunks are in float64. The
     products within a chunk of a few thousand rows are in the data's precision, but on CUDA they
     are in float64, too.
     """
-    x = data.train[0]
     # The objective's scalars are 0-d: in float64 they do not change the precision of the data.
-    f = common.on_device(f, x[:0].double())
-    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in data.train))
-    chunk = max(1, 2**26 // (width * x.element_size() * DRAWS))
+    f = common.on_device(f, data.train[0][:0].double())
 
-    # Add up the products with u, chunk by chunk.
-    sums = {}
+    # 1. All rows, or two halves of the rows that the model allows. They are chosen at random, since
+    # the rows of a data set may have an order. The first images of MNIST are of other writers.
+    halves = [data.train]
+    if hasattr(model, "headroom_rows"):
+        count = len(data.train[0])
+        size = min(count, model.headroom_rows) // 2
+        order = torch.randperm(count).to(data.train[0].device)
+        halves = []
+        for chosen in (order[:size], order[size:2 * size]):
+            halves.append([t.index_select(0, chosen) for t in data.train])
+
+    # 2. Levels that share a residual share its moments.
     residuals = {}
-    for start in range(0, len(x), chunk):
-        batch = [t[start:start + chunk] for t in data.train]
-        for level, residual in model.residuals(*batch, f, DRAWS).items():
-            products = _products_with_input(residual, batch)
-            if level not in sums:
-                sums[level] = [0] * len(products)
-            for i, product in enumerate(products):
-                sums[level][i] = sums[level][i] + product.double()
-            # The layers, the weights and the std are the same for all chunks.
-            residuals[level] = residual
+    parts = {}
+    for rows in halves:
+        sums, residuals = _sums_over_rows(model, f, rows, is_whole=rows is data.train)
+        for level, products in sums.items():
+            # Where the encoder reads the data themselves, the moment of all rows is known.
+            moment = products["moment"] if "moment" in products else data.moment_with_one
+            cross, squares, fisher = residuals[level].moments(products, moment)
+            parts.setdefault(level, []).append(ResidualMoments(cross, moment, squares, fisher))
 
-    # Put C together from them.
     moments = {}
+    shared = {}
     for level, residual in residuals.items():
-        products = [total.cpu() / len(x) for total in sums[level]]
-        if len(products) > len(residual.mean_parts):
-            moment = products.pop()
-        else:
-            moment = data.moment_with_one
-        moments[level] = ResidualMoments(
-            cross=_cross_moment(residual, products, moment),
-            moment=moment,
-            beta=float(residual.beta),
-            weight=float(residual.weight),
-            std=float(residual.std),
-        )
+        if id(residual) not in shared:
+            shared[id(residual)] = LevelMoments(residual, parts[level], len(halves[0][0]))
+        moments[level] = shared[id(residual)]
     return moments
 
 
-def _products_with_input(residual, batch):
-    """hidden^T u of each of the residual's mean_parts, summed over a batch: a list of (h, p).
+def _sums_over_rows(model, f, rows, is_whole):
+    """The means over rows of the products of each level, and the residuals of the last chunk.
 
-    A last entry is u^T u (p, p), unless the encoder reads the data, whose moment is known.
+    is_whole is whether the rows are all training rows. Returns ({level suffix: {name: tensor}},
+    {level suffix: residual}). Of the levels that share a residual, only the first one is in the
+    former.
+    """
+    count = len(rows[0])
+    width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in rows))
+    chunk = max(1, 2**25 // (width * rows[0].element_size() * DRAWS))
+
+    sums = {}
+    for start in range(0, count, chunk):
+        batch = [t[start:start + chunk] for t in rows]
+        residuals = model.residuals(*batch, f, DRAWS)
+        seen = set()
+        for level, residual in residuals.items():
+            if id(residual) in seen:
+                continue
+            seen.add(id(residual))
+            level_sums = sums.setdefault(level, {})
+            for name, product in _products(residual, batch, is_whole).items():
+                level_sums[name] = level_sums.get(name, 0) + product.double()
+
+    means = {}
+    for level, level_sums in sums.items():
+        means[level] = {name: total.cpu() / count for name, total in level_sums.items()}
+    return means, residuals
+
+
+def _products(residual, batch, is_whole):
+    """The products of a residual, and u^T u (p, p) unless the data's own moment takes its place.
+
+    It does so if the encoder reads the data themselves, and if all training rows count (is_whole).
     """
     inputs = residual.encoder_input
-    one = torch.ones_like(batch[0][:, :1])
-    u = torch.cat([*inputs, one], dim=1)
+    columns = [t.flatten(1) for t in inputs]
+    u = torch.cat([*columns, torch.ones_like(columns[0][:, :1])], dim=1)
     if u.is_cuda:
         # CUDA may round products in float32 to TF32.
         u = u.double()
 
-    products = []
-    for _, hidden in residual.mean_parts:
-        products.append(hidden.to(u.dtype).T @ u)
-
+    products = residual.products(u)
     reads_data = len(inputs) == len(batch) and all(a is b for a, b in zip(inputs, batch))
-    if not reads_data:
-        products.append(u.T @ u)
+    if not (reads_data and is_whole):
+        products["moment"] = u.T @ u
     return products
-
-
-def _cross_moment(residual, products, moment):
-    """C = E[r u^T] = E[t u^T] - E[mean u^T], (D, p).
-
-    products are E[hidden u^T] (h, p) for each of the residual's mean_parts. The target is the last
-    input of the encoder. So E[t u^T] is in the rows of moment just before the last one, and that
-    one belongs to the constant 1.
-    """
-    dim_t = residual.encoder_input[-1].shape[1]
-    cross = moment[-1 - dim_t:-1]
-    for (layer, _), product in zip(residual.mean_parts, products):
-        if layer is not None:
-            product = layer.weight.double().cpu() @ product
-            if layer.bias is not None:
-                product = product + layer.bias.double().cpu()[:, None] * moment[-1]
-        cross = cross - product
-    return cross
 
 
 # ------------------------------------------------------------------------- what points to the cause

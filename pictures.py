@@ -358,25 +358,25 @@ def draw_headroom(path, levels, caption):
 
 
 def plot_headroom(ax, title, measured):
-    """Plot the variance that the units of a level describe, and that further units could describe.
+    """Plot what the units of a level describe, and what further units could describe.
 
-    measured is a headroom.LevelHeadroom. The dashed line is the variance above which a unit lowers
-    the loss: it gains more than its KL costs.
+    measured is a headroom.LevelHeadroom. The dashed line is the level above which a unit lowers the
+    loss: it gains more than its KL costs. For a Gaussian decoder the points are variances. For
+    another one they are the eigenvalues rho_i.
     """
+    quantity = "variance" if measured.likelihood == "gaussian" else "eigenvalue ρ"
     active = len(measured.theta)
     if active:
         units = range(1, 1 + active)
         ax.plot(units, measured.theta, "o", label="variance described by active units")
-    further_units = range(1 + active, 1 + active + len(measured.tau))
-    ax.plot(
-        further_units,
+    for encoder, tau, marker, color in (
+        ("a linear", measured.tau, "x", "C1"), ("any", measured.tau_any, "+", "C2")
+    ):
+        further_units = range(1 + active, 1 + active + len(tau))
+        label = f"{quantity} of further units with {encoder} encoder"
         # A log axis cannot show 0.
-        np.maximum(measured.tau, 1e-300),
-        "x",
-        color="C1",
-        label="variance that further units could describe",
-    )
-    ax.set(yscale="log", xlabel="unit", ylabel="variance")
+        ax.plot(further_units, np.maximum(tau, 1e-300), marker, color=color, label=label)
+    ax.set(yscale="log", xlabel="unit", ylabel=quantity)
     threshold = measured.level
     if threshold:
         ax.axhline(
@@ -384,10 +384,10 @@ def plot_headroom(ax, title, measured):
             color="0.5",
             linestyle="--",
             linewidth=1,
-            label="threshold: a linear unit above it lowers the loss",
+            label="threshold: a unit above it lowers the loss",
         )
         # Just before a model diverges, the KL of a unit can make its theta infinite.
-        variances = np.array([threshold, *measured.theta, *measured.tau])
+        variances = np.array([threshold, *measured.theta, *measured.tau, *measured.tau_any])
         shown = variances[np.isfinite(variances) & (variances >= threshold / 100)]
         set_log_axis(ax, "y", shown)
         ax.set(ylim=(shown.min() / 2, 2 * shown.max()))

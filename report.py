@@ -63,10 +63,18 @@ A model may also have these methods and attributes:
     exact_log_px(*batch, f)
         Only for a linear model. Returns log p(x), (B,).
     residuals(*batch, f, draws)
-        Returns {level suffix: headroom.Residual} with an entry for each level that has a learnable
-        posterior and a Gaussian target. The suffix is "" or "_2", as in "kl_2". The headroom of the
-        level is measured from it. Where an expectation over z has no closed form, it is the mean
-        over `draws` draws of z.
+        Returns {level suffix: residual} with an entry for each level that has a learnable
+        posterior. The suffix is "" or "_2", as in "kl_2". The residual is a headroom.Residual for a
+        Gaussian target, and a headroom.NaturalResidual for another one. The headroom of the level
+        is measured from it. Where an expectation over z has no closed form, it is estimated twice,
+        each time by the mean over `draws` draws of z.
+    headroom_rows
+        The number of training rows from which the headroom is measured, for a model whose rows are
+        drawn anew at each visit. Further units are then found on one half of these rows and
+        measured on the other half. Other models use all training rows once.
+    before_training(f, data)
+        A static method. Returns further metrics, {name: number}, that the data determine without
+        training. The scalars of f are numbers here.
     widest_layer
         The number of values per example in the widest layer, if that is wider than the data.
     dimensions
@@ -105,11 +113,13 @@ CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**30}
 ACTIVE_VARIANCE = 0.01
 
 # The beginnings and the ends of the names of the metrics that --columns main leaves out.
-HIDDEN_BEGINNINGS = ("reconstruction", "AU_kl", "active_share", "error_")
+HIDDEN_BEGINNINGS = ("reconstruction", "AU_kl", "active_share", "error_", "collapsed_")
 HIDDEN_ENDS = ("_train",)
 
-# What the tables of levels show of each level.
-LEVEL_COLUMNS = ("kl", "AU", "AU_kl", "active_share")
+# What the tables of levels show of each level, as far as a model has it.
+LEVEL_COLUMNS = (
+    "kl", "AU", "AU_kl", "active_share", "headroom", "headroom_any", "rho", "rho_any",
+)
 
 
 # ------------------------------------------------------------------------------ the result of a run
@@ -132,7 +142,8 @@ class RunResult:
     parameters: the number of parameters of the model.
     linear: the optimum of the model's linear twin, {name: list per unit}.
     theory: a comparison of a linear model with its closed form.
-    headroom: {"z" or "z2": headroom.LevelHeadroom}.
+    headroom: {"z" or "z1", "z2" and so on: headroom.LevelHeadroom}. It is empty for a decoder that
+        headroom.py does not cover.
     dead_units: {network: [ReLU units that never fire, all ReLU units]}.
     loss_change: the change of the training loss over the last tenth of the epochs, in nats.
 
@@ -604,7 +615,7 @@ def has_all_parts(result, run):
         return False
     if hasattr(model, "predicted") and result.theory is None:
         return False
-    if hasattr(model, "residuals") and (not result.headroom or result.dead_units is None):
+    if hasattr(model, "residuals") and (result.headroom is None or result.dead_units is None):
         return False
 
     # A linear twin without a finite optimum has no closed form.
@@ -659,6 +670,8 @@ def measure(run, result):
         return None
 
     # 2. The closed form of its linear twin, or of the model itself.
+    if hasattr(model, "before_training"):
+        metrics.update(model.before_training(f, data))
     if hasattr(model, "linear_optimum"):
         optimum = model.linear_optimum(f, data)
         if optimum is not None:
@@ -672,9 +685,7 @@ def measure(run, result):
         start = time.monotonic()
         result.headroom = headroom.measure(model, f, data, metrics, examples)
         for latent, level in result.headroom.items():
-            # "headroom" for the latent "z", "headroom_2" for "z2".
-            number = latent.removeprefix("z")
-            metrics[f"headroom_{number}" if number else "headroom"] = level.headroom
+            metrics.update(headroom_metrics(latent, level))
         result.dead_units = headroom.dead_units(model, f, data)
         result.loss_change = headroom.last_change(result.curves["loss"])
         result.seconds["headroom"] = time.monotonic() - start
@@ -684,6 +695,25 @@ def measure(run, result):
 
     result.metrics = metrics
     return examples
+
+
+def headroom_metrics(latent, level):
+    """The metrics of one level's headroom, {name: number}. The latent is "z", "z1", "z2" and so on.
+
+    The names end in "_2" for the latent "z2". headroom and headroom_any are the gains with a linear
+    encoder and with any encoder. rho and rho_any are the largest eigenvalues of a decoder that is
+    not Gaussian.
+    """
+    number = latent.removeprefix("z")
+    ending = f"_{number}" if number else ""
+    metrics = {
+        f"headroom{ending}": level.headroom,
+        f"headroom_any{ending}": level.headroom_any,
+    }
+    if level.likelihood != "gaussian":
+        metrics[f"rho{ending}"] = level.tau[0] if level.tau else 0.0
+        metrics[f"rho_any{ending}"] = level.tau_any[0] if level.tau_any else 0.0
+    return metrics
 
 
 def mark_as_diverged(run, result, metrics):
@@ -781,7 +811,10 @@ def print_metrics(runs):
         if result.diverged:
             print(divergence_note(result, flags))
     if levels:
-        kinds = shown_columns(LEVEL_COLUMNS, runs[0].f.columns)
+        kinds = []
+        for kind in shown_columns(LEVEL_COLUMNS, runs[0].f.columns):
+            if any(f"{kind}{level}" in names for level in levels):
+                kinds.append(kind)
         print()
         common.print_table(levels_table(by_setting, flags, levels, kinds))
     if len(shown) < len(names):
@@ -911,14 +944,21 @@ def divergence_note(result, flags):
 
 
 def print_verdicts(runs):
-    """Print for each setting and level whether the objective or training collapsed its units."""
+    """Print for each setting and level whether the objective or training collapsed its units.
+
+    A decoder without a theory, whose headroom is empty, gets one line for all its settings.
+    """
     flags = varying_flags(runs, with_seed=True)
     lines = []
     for run in runs:
-        if run.result.headroom:
-            label = files.spell(flag_values(run.result, flags))
-            for verdict in verdicts(run.result):
-                lines.append(labelled(label, verdict))
+        label = files.spell(flag_values(run.result, flags))
+        for verdict in verdicts(run.result) if run.result.headroom else []:
+            lines.append(labelled(label, verdict))
+    if any(run.result.headroom == {} for run in runs):
+        lines.append(
+            "There is no verdict on collapsed units, since no theory covers this decoder, a "
+            "mixture of discretised logistics."
+        )
     if lines:
         print()
     for line in lines:

@@ -93,6 +93,8 @@ def modes(moment):
     below d machine epsilons of the largest one are rounding errors, and become 0.
     """
     variance, directions = torch.linalg.eigh(moment)
+    if not len(variance):
+        return variance, directions
     variance = variance.flip(0)
     directions = directions.flip(1)
     rounding = len(variance) * torch.finfo(variance.dtype).eps * variance[0]
@@ -307,6 +309,68 @@ def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
         "collapse": (theta_i * eta_enc / (eta_dec * sigma))**2,
         "loss": reconstruction + (beta * kl_of_dead_mean).sum(-1),
     }
+
+
+def vae_optimum_learned_eta_dec(theta, d_1, beta, eta_enc):
+    """The linear VAE with a learnable encoder variance and a learnable eta_dec at its optimum.
+
+    Source: at beta = 1 this is probabilistic PCA (Tipping & Bishop 1999, equation 8; Lucas et al.
+    2019, arXiv 1911.02469). Other values of beta are derived here from theorem 1.
+
+    Model: that of `vae_optimum`, where eta_dec is learned together with U, W and Sigma.
+
+    Optimum, where S_a is the sum of theta_j^2 over all j > a, D is the number of columns of x, and
+    a is the number of active units:
+        eta_dec^2 = S_a / (D - a beta), the squared error over D
+        L*        = (D/2) (1 + log(2 pi eta_dec^2)) + beta sum_i KL_i
+        Unit i collapses at beta = D / (i + S_i / theta_i^2).
+    The other results are those of `vae_optimum` with this eta_dec.
+
+    There is one such a. For a given eta_dec, the number of active units is that of theorem 1, and
+    the derivative of the loss is 0 if a units are active and eta_dec^2 is the value above. Both
+    hold if and only if beta is below the value at which unit a collapses, but not below that of
+    unit a + 1. These values fall with i. Besides, the derivative of the loss with respect to
+    log(eta_dec), D - sum_(i <= d_1) min(beta, theta_i^2 / eta_dec^2) - S_(d_1) / eta_dec^2, rises
+    with eta_dec. So the loss has no second local minimum over eta_dec.
+
+    The loss has no lower bound if the units can describe all of the data (S_a = 0 for some
+    a <= d_1) and a beta < D for the least such a. It then falls without end as eta_dec goes to 0.
+
+    theta:   (D,), all modes of x as stds, the largest first, in units of x. A model without biases
+             has the modes of E[x x^T]. A model with biases has those of the covariance.
+    d_1:     the number of units of z
+    beta:    the weight of KL(q(z|x) || p(z)), a number or (...,)
+    eta_enc: the std of the prior, in units of z, a number or (...,)
+
+    Returns theta, lambda, omega, sigma, kl, information and collapse, each (..., d_1), and loss and
+    eta_dec, (...,). See the top of this file. Where the loss has no lower bound, it is -inf,
+    eta_dec is 0, and everything else except theta and collapse is nan.
+    """
+    beta, eta_enc = _per_unit(beta, eta_enc)
+    dim = theta.shape[-1]
+    theta_i = _leading(theta, d_1)
+
+    # S_a for a = 0 to D, and then for each of the units.
+    rest = (theta**2).flip(-1).cumsum(-1).flip(-1)
+    rest = torch.cat([rest, torch.zeros_like(rest[:1])])
+    rank = torch.arange(1, d_1 + 1)
+    rest_i = rest[rank.clamp(max=dim)]
+    # A unit without a mode of its own is always collapsed. Its quotient would be 0 / 0.
+    collapse = torch.where(theta_i > 0, dim / (rank + rest_i / theta_i**2), 0)
+
+    active = (beta < collapse).sum(-1)
+    eta_dec = (rest[active] / (dim - active * beta[..., 0])).sqrt()
+    bounded = eta_dec > 0
+    optimum = vae_optimum(
+        theta, d_1, beta[..., 0], eta_enc[..., 0], torch.where(bounded, eta_dec, math.nan)
+    )
+    optimum["collapse"] = collapse.expand_as(optimum["kl"])
+    # The loss of `vae_optimum` has large rounding errors where eta_dec is far below theta_1.
+    reconstruction = dim / 2 * (1 + (2 * math.pi * eta_dec**2).log())
+    loss = reconstruction + (beta * optimum["kl"]).sum(-1)
+    optimum["loss"] = torch.where(bounded, loss, -math.inf)
+    optimum["eta_dec"] = eta_dec
+    return optimum
 
 
 # --- The CVAE: theorem 2 ---

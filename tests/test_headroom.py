@@ -114,6 +114,33 @@ class BruteForce(unittest.TestCase):
                 gaining += 1
         self.assertEqual(gaining, 6)
 
+    def test_units_with_any_encoder(self):
+        """With a mean of its own for each row, k units gain the headroom of F, and no more.
+
+        Each row has a column of its own in u, so that a linear encoder is a table of the means.
+        """
+        n = 24
+        own_columns = torch.eye(n, dtype=torch.float64)
+        for seed, (k, beta, weight, std) in enumerate(self.CASES):
+            r, u = regression_rows(seed, n)
+            tau = theory.spectrum(headroom.any_encoder_part(r, r))
+            gain = headroom.gain_of_units(tau, k, beta, weight, std)
+
+            def loss(units):
+                return loss_with_units(units, r, own_columns, beta, weight, std)
+
+            _, least = verify.minimise(loss, random_units(k, p=n)[:2])[0]
+            without = loss_without_units(r, weight, std)
+            with self.subTest(k=k, beta=beta, weight=weight, std=std):
+                self.assertAlmostEqual(gain, without - least, delta=1e-9 * without)
+
+            linear_tau = theory.spectrum(headroom.linear_part(*moments_of_rows(r, u)))
+            linear_gain = headroom.gain_of_units(linear_tau, k, beta, weight, std)
+            if beta < 50:
+                self.assertGreater(gain, linear_gain + 0.01)
+            else:
+                self.assertEqual((gain, linear_gain), (0, 0))
+
     def test_idle_units_gain_it(self):
         """The units gain G_k on their own rows. Their gain on other rows is the rows' own."""
         for seed, (k, *objective) in enumerate(self.CASES):
@@ -215,12 +242,29 @@ def exact_loss(model, f, data):
     return verify.in_float64(model, f, data.train, loss_of_rows).mean().item()
 
 
+def moments_and_objective(model, f, data, level=""):
+    """A level's ResidualMoments over all training rows, and its (beta, weight, std)."""
+    moments = headroom.residual_moments(model, f, data)[level]
+    [part] = moments.parts
+    residual = moments.residual
+    return part, (float(residual.beta), float(residual.weight), float(residual.std))
+
+
 def headroom_of(model, f, data, collapsed, level=""):
     """(tau, G_k for k = collapsed, the variance from which on units pay) of a level."""
-    cross, moment, *weights = headroom.residual_moments(model, f, data)[level]
-    tau = theory.spectrum(headroom.linear_part(cross, moment))
-    gain = headroom.gain_of_units(tau, collapsed, *weights)
-    return tau, gain, headroom.pay_level(*weights)
+    part, objective = moments_and_objective(model, f, data, level)
+    tau = theory.spectrum(headroom.linear_part(part.cross, part.moment))
+    gain = headroom.gain_of_units(tau, collapsed, *objective)
+    return tau, gain, headroom.pay_level(*objective)
+
+
+def measured_level(model, f, data, units, collapsed):
+    """The LevelHeadroom that `headroom.measure` finds for a model with one level."""
+    [level] = headroom.residual_moments(model, f, data)
+    metrics = {f"AU_kl{level}": units - collapsed}
+    examples = {f"unit_kl{level}": np.ones((1, units))}
+    [measured] = headroom.measure(model, f, data, metrics, examples).values()
+    return measured
 
 
 class LinearModels(unittest.TestCase):
@@ -259,6 +303,20 @@ class LinearModels(unittest.TestCase):
         # An active unit leaves level^2 / variance of its mode unexplained.
         for left in level**2 / variance[units["kl"] > 0]:
             self.assertLess((tau - left).abs().min(), 1e-9)
+        self.check_any_encoder(model, f, data, len(units["kl"]), collapsed)
+
+    def check_any_encoder(self, model, f, data, units, collapsed):
+        """The residual of a linear model is linear in u: a richer encoder has no more to use."""
+        part, _ = moments_and_objective(model, f, data)
+        T = headroom.linear_part(part.cross, part.moment)
+        self.assertLess((part.squares - T).abs().max(), 1e-9)
+        self.assertIsNone(part.fisher)
+
+        measured = measured_level(model, f, data, units, collapsed)
+        self.assertAlmostEqual(measured.headroom_any, measured.headroom, delta=1e-9)
+        self.assertEqual(len(measured.tau_any), units)
+        for tau, tau_any in zip(measured.tau, measured.tau_any):
+            self.assertAlmostEqual(tau, tau_any, delta=1e-9)
 
     def check_loss_of_a_unit(self, model, units, f, data):
         """The headroom of one collapsed unit is the rise of the loss since it collapsed."""
@@ -266,6 +324,9 @@ class LinearModels(unittest.TestCase):
         self.assertGreater(rise, 0.01)
         _, gain, _ = headroom_of(model, f, data, 1)
         self.assertAlmostEqual(gain, rise, delta=1e-7)
+        measured = measured_level(model, f, data, len(units["kl"]), 1)
+        self.assertAlmostEqual(measured.headroom, rise, delta=1e-7)
+        self.assertAlmostEqual(measured.headroom_any, rise, delta=1e-7)
 
     def test_vae(self):
         for f, data, some_collapse in self.vae_cases():
@@ -344,14 +405,15 @@ def with_idle_units(terms, level, kl, nats):
 
 class NonlinearModels(unittest.TestCase):
     def cases(self, **other_flags):
-        """(script, f, model, data) for each nonlinear script whose models have a headroom.
+        """(script, f, model, data) for each nonlinear Gaussian script whose models have a headroom.
 
         The models have their initial weights, in float64. There are 300 rows.
         """
         digits = small.digit_data(300, 20)
         for script, (name, flags) in SCRIPTS.items():
             Model = getattr(script, name)
-            if not hasattr(Model, "residuals"):
+            # Only a Gaussian decoder has eta_dec.
+            if not hasattr(Model, "residuals") or "eta_dec" not in flags:
                 continue
             known = {field.name for field in dataclasses.fields(script.Flags)}
             flags = dict(flags)
@@ -382,14 +444,16 @@ class NonlinearModels(unittest.TestCase):
         checked = 0
         for released in (False, True):
             for script, f, model, data in self.cases(released_objective=released):
-                for level, moments in headroom.residual_moments(model, f, data).items():
+                for level in headroom.residual_moments(model, f, data):
                     with self.subTest(script=script.__name__, released=released):
-                        self.check_units(f, model, data, level, moments)
+                        self.check_units(f, model, data, level)
                     checked += 1
         self.assertEqual(checked, 2 * 6)
 
-    def check_units(self, f, model, data, level, moments):
-        cross, moment, beta, weight, std = moments
+    def check_units(self, f, model, data, level):
+        part, (beta, weight, std) = moments_and_objective(model, f, data, level)
+        cross = part.cross
+        moment = part.moment
         k = 2
         tau = theory.spectrum(headroom.linear_part(cross, moment))
         self.assertGreater(tau[0], 0)
@@ -436,9 +500,10 @@ class NonlinearModels(unittest.TestCase):
 
     def check_moments(self, f, model, data):
         torch.manual_seed(0)
-        with mock.patch("headroom.DRAWS", 500):
+        with mock.patch("headroom.DRAWS", 250):
             [(level, moments)] = headroom.residual_moments(model, f, data).items()
         self.assertEqual(level, "_2" if hasattr(f, "beta_2") else "")
+        [moments] = moments.parts
 
         z = model.q_z(*data.train, common.on_device(f, data.train[0])).sample((500,))
         if hasattr(model, "g_z"):
@@ -455,8 +520,145 @@ class NonlinearModels(unittest.TestCase):
         difference = (moments.cross[:40, :40] - cross_by_draw.mean(0)).abs()
         self.assertLess((difference / (error + 1e-12)).max().item(), 6)
 
+    def models_of_each_kind(self):
+        """(setting, model, data) for a VAE, a CVAE and a two-level HVAE with random weights."""
+        for script, f, model, data in self.cases():
+            if script in (MNIST_VAE_Relu_learnable_sigma, Synthetic_CVAE_Relu_correlation):
+                yield f, model, data
+        f = MNIST_HVAE_Relu.Flags(device="cpu", d_hidden=9, d_1=6, d_2=3, sigma_1=1.6, eta_enc=2.0)
+        data = small.digit_data(300, 20)
+        yield f, training.build(MNIST_HVAE_Relu.HVAE, f, data).eval(), data
+
+    def residual_of_draws(self, model, inputs, f, draws):
+        """The target minus the mean of p(t|z) for each draw of z, (draws, n, D).
+
+        inputs is the encoder's input, whose last tensor is the target.
+        """
+        if hasattr(model, "q_z2"):
+            z2 = model.q_z2(*inputs, f).sample((draws,))
+            return inputs[0] - model.p_z1(z2, f).mean
+        z = model.q_z(*inputs, f).sample((draws,))
+        if hasattr(model, "g_x"):
+            return inputs[1] - model.g_x(inputs[0]) - model.g_z(z)
+        return inputs[0] - model.g(z)
+
+    def test_second_moment_of_the_residual_has_no_noise_of_draws(self):
+        """F agrees with many draws of z. One estimate times itself would be larger.
+
+        The encoder's input is the same for all estimates, also at level 2, where it is drawn.
+        """
+        for f, model, data in self.models_of_each_kind():
+            with self.subTest(model=type(model).__module__), torch.no_grad():
+                f = common.on_device(f, data.train[0])
+                torch.manual_seed(0)
+                [first] = model.residuals(*data.train, f, headroom.DRAWS).values()
+                inputs = first.encoder_input
+                if hasattr(model, "q_z1"):
+                    model.q_z1 = mock.Mock()
+                    model.q_z1.return_value.sample.return_value = inputs[0]
+
+                estimates = [first]
+                for _ in range(39):
+                    [residual] = model.residuals(*data.train, f, headroom.DRAWS).values()
+                    estimates.append(residual)
+                # 40 of the columns are enough, and all of 1000 draws would need much memory.
+                blocks = []
+                for _ in range(10):
+                    blocks.append(self.residual_of_draws(model, inputs, f, draws=100)[..., :40])
+                self.check_second_moment(estimates, torch.cat(blocks))
+
+    def test_second_moment_is_put_together_from_all_rows(self):
+        """`residual_moments` has the F of one residual over all rows, for the same draws."""
+        for f, model, data in self.models_of_each_kind():
+            with self.subTest(model=type(model).__module__):
+                torch.manual_seed(0)
+                [moments] = headroom.residual_moments(model, f, data).values()
+                [part] = moments.parts
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    f = common.on_device(f, data.train[0])
+                    [residual] = model.residuals(*data.train, f, headroom.DRAWS).values()
+                F = self.second_moment(residual)
+                self.assertLess((part.squares[:40, :40] - F).abs().max(), 1e-12)
+                self.assertLess((part.squares - part.squares.T).abs().max(), 1e-12)
+
+    def check_second_moment(self, estimates, residual):
+        """Compare F from estimates of the residual with that of the residual of all draws."""
+        draws, n, _ = residual.shape
+        mean = residual.mean(0)
+        among_same = torch.einsum("snd,sne->de", residual, residual) / draws
+        # Only pairs of different draws count.
+        wanted = (draws * mean.T @ mean - among_same) / (draws - 1) / n
+
+        ours = []
+        naive = []
+        for estimate in estimates:
+            ours.append(self.second_moment(estimate))
+            naive.append(self.second_moment(self.with_equal_halves(estimate)))
+        ours = torch.stack(ours)
+        naive = torch.stack(naive)
+
+        # 1. F agrees in each entry and in its trace.
+        error = ours.std(0) / len(ours)**0.5
+        self.assertLess(((ours.mean(0) - wanted) / error).abs().max(), 6)
+        difference, error = self.mean_trace(ours - wanted)
+        self.assertLess(abs(difference), 5 * error)
+
+        # 2. An estimate is a mean over DRAWS draws. Its noise is in the product with itself.
+        excess, error = self.mean_trace(naive - wanted)
+        self.assertGreater(excess, 10 * error)
+        noise = residual.var(0).sum(-1).mean().item() / headroom.DRAWS
+        self.assertAlmostEqual(excess, noise, delta=5 * error)
+
+    def mean_trace(self, matrices):
+        """The mean trace of matrices (s, D, D), and its standard error."""
+        traces = torch.einsum("sdd->s", matrices)
+        return traces.mean().item(), (traces.std() / len(traces)**0.5).item()
+
+    def second_moment(self, residual):
+        """F of the first 40 columns, from one residual over all rows."""
+        columns = [t.flatten(1) for t in residual.encoder_input]
+        u = torch.cat([*columns, torch.ones_like(columns[0][:, :1])], dim=1)
+        means = {name: total / len(u) for name, total in residual.products(u).items()}
+        _, F, _ = residual.moments(means, u.T @ u / len(u))
+        return F[:40, :40]
+
+    def with_equal_halves(self, residual):
+        """The residual whose second estimate is the first one."""
+        parts = []
+        for layer, hidden in residual.mean_parts:
+            parts.append((layer, hidden[0] if hidden.ndim == 3 else hidden))
+        return dataclasses.replace(residual, mean_parts=parts)
+
+    def test_any_encoder_has_at_least_the_headroom_of_a_linear_one(self):
+        """If z has nearly no noise, r is known, and F is at least T up to rounding."""
+        larger = 0
+        for script, f, model, data in self.cases(beta=0.02, beta_2=0.02, dropout=0.0):
+            if hasattr(f, "beta_2"):
+                units = f.d_2
+                encode = model.q_z2
+                model.q_z2 = lambda z1, f, encode=encode: Normal(encode(z1, f).mean, 1e-9)
+            else:
+                units = getattr(f, "dim_z", None) or f.d_1
+                encode = model.q_z
+                model.q_z = lambda *batch, encode=encode: Normal(encode(*batch).mean, 1e-9)
+            with torch.no_grad():
+                # Larger weights make the mean of p(t|z) less linear in u.
+                for parameter in model.parameters():
+                    parameter.mul_(4)
+            measured = measured_level(model, f, data, units, units)
+            with self.subTest(script=script.__name__):
+                self.assertGreater(measured.headroom, 0.01)
+                self.assertGreaterEqual(measured.headroom_any, measured.headroom * (1 - 1e-6))
+                for tau, tau_any in zip(measured.tau, measured.tau_any, strict=True):
+                    self.assertGreaterEqual(tau_any, tau * (1 - 1e-6))
+            if measured.headroom_any > 1.01 * measured.headroom:
+                larger += 1
+        # Elsewhere u has more columns than there are rows, so that T is F.
+        self.assertEqual(larger, 2)
+
     def test_few_draws_are_enough(self):
-        """Eight draws per example and a thousand give nearly the same tau.
+        """Two times four draws per example and two times 500 give nearly the same tau.
 
         The difference is a small part of the level, and falls with the number of rows. For 60,000
         rows it is within 2 %.
@@ -464,9 +666,9 @@ class NonlinearModels(unittest.TestCase):
         f = MNIST_HVAE_Relu.Flags(device="cpu", d_hidden=30)
         data = small.digit_data(2000, 20)
         model = training.build(MNIST_HVAE_Relu.HVAE, f, data).eval()
-        self.assertEqual(headroom.DRAWS, 8)
+        self.assertEqual(headroom.DRAWS, 4)
         tau = []
-        for draws in (8, 1000):
+        for draws in (4, 500):
             torch.manual_seed(0)
             with mock.patch("headroom.DRAWS", draws):
                 tau.append(headroom_of(model, f, data, 16, "_2")[0])
@@ -475,6 +677,7 @@ class NonlinearModels(unittest.TestCase):
     def test_in_single_precision(self):
         f = MNIST_VAE_Relu_learnable_sigma.Flags(device="cpu", d_hidden=30, eta_dec=0.3)
         tau = {}
+        tau_any = {}
         for dtype in (torch.float32, torch.float64):
             data = small.digit_data(2000, 20, dtype)
             model = training.build(MNIST_VAE_Relu_learnable_sigma.VAE, f, data).eval()
@@ -484,8 +687,10 @@ class NonlinearModels(unittest.TestCase):
 
             model.q_z = almost_without_noise
             tau[dtype] = headroom_of(model, f, data, 16)[0]
-        difference = (tau[torch.float32] - tau[torch.float64]).abs().max()
-        self.assertLess(difference, 1e-4 * tau[torch.float64][0])
+            tau_any[dtype] = theory.spectrum(moments_and_objective(model, f, data)[0].squares)
+        for spectra in (tau, tau_any):
+            difference = (spectra[torch.float32] - spectra[torch.float64]).abs().max()
+            self.assertLess(difference, 1e-4 * spectra[torch.float64][0])
 
 
 class DeadUnits(unittest.TestCase):
@@ -551,10 +756,21 @@ class DeadUnits(unittest.TestCase):
 
 # -------------------------------------------------------------------------------------- in words
 
-def result_with(nats=0.5, **changed):
-    """A report.RunResult whose level z2 has a headroom. All else that matters may be changed."""
+def result_with(nats=0.5, nats_any=0.0, **changed):
+    """A report.RunResult whose level z2 has a headroom. All else that matters may be changed.
+
+    nats is the headroom with a linear encoder. With any encoder it is nats_any, if that is more.
+    """
     level = headroom.LevelHeadroom(
-        units=16, collapsed=9, headroom=nats, level=0.25, tau=[1.0], theta=[])
+        units=16,
+        collapsed=9,
+        headroom=nats,
+        headroom_any=max(nats, nats_any),
+        level=0.25,
+        tau=[1.0],
+        tau_any=[1.0],
+        theta=[],
+    )
     result = report.RunResult(
         script="MNIST_CVAE_Relu",
         settings={},
@@ -574,29 +790,102 @@ def result_with(nats=0.5, **changed):
 
 
 class Verdicts(unittest.TestCase):
+    def test_causes(self):
+        """A headroom of more than 0.01 nats counts. That of a linear encoder comes first."""
+        self.assertEqual(headroom.cause_of_collapse(0.0101, 0.0101), "training")
+        self.assertEqual(headroom.cause_of_collapse(0.5, 0.7, unstable="linear"), "training")
+        self.assertEqual(headroom.cause_of_collapse(0.01, 0.0101), "encoder")
+        self.assertEqual(headroom.cause_of_collapse(0, 0.3, unstable="linear"), "encoder")
+        self.assertEqual(headroom.cause_of_collapse(0.01, 0.01, unstable="linear"), "unstable")
+        self.assertEqual(headroom.cause_of_collapse(0.01, 0.01, unstable="any"), "encoder")
+        self.assertEqual(headroom.cause_of_collapse(0.01, 0.01), "objective")
+
+    def test_instability(self):
+        """rho_1 of T and of F are compared with the level. At the level collapse is stable."""
+        self.assertEqual(headroom.instability(1.01, 1.2, level=1), "linear")
+        self.assertEqual(headroom.instability(1.0, 1.01, level=1), "any")
+        self.assertEqual(headroom.instability(1.0, 1.0, level=1), "")
+
+    def test_words_for_another_decoder(self):
+        """The gain is a lower bound there, and only small steps are judged."""
+        words = headroom.verdict(4, 3, 0.0, 0.0432, likelihood="bernoulli")
+        self.assertIn("reviving them would lower the loss by at least 0.043 nats", words)
+        words = headroom.verdict(4, 3, 0.0, 0.0, unstable="any", likelihood="bernoulli")
+        self.assertIn("with a linear encoder, no small step", words)
+        self.assertIn("with a richer encoder one would", words)
+        words = headroom.verdict(4, 3, 0.0, 0.0, likelihood="bernoulli")
+        self.assertIn("because of the objective: no small step", words)
+
     def test_words(self):
-        self.assertEqual(headroom.verdict(16, 0, 0), "no unit collapsed")
+        self.assertEqual(headroom.verdict(16, 0, 0, 0), "no unit collapsed")
+        self.assertEqual(headroom.verdict(16, 0, 0.5, 0.5, unstable="linear"), "no unit collapsed")
         self.assertEqual(
-            headroom.verdict(16, 9, 0.0099), "9 of 16 units collapsed because of the objective")
+            headroom.verdict(16, 9, 0.0099, 0.0099),
+            "9 of 16 units collapsed because of the objective")
         self.assertEqual(
-            headroom.verdict(16, 16, 0.0621),
+            headroom.verdict(16, 16, 0.0621, 0.9),
             "16 of 16 units collapsed because of training: reviving them would lower the loss by "
             "at least 0.062 nats")
 
     def test_words_for_one_unit_and_for_an_unknown_number(self):
         self.assertEqual(
-            headroom.verdict(16, 1, 0.5),
+            headroom.verdict(16, 1, 0.5, 0.5),
             "1 of 16 units collapsed because of training: reviving it would lower the loss by at "
             "least 0.5 nats")
         self.assertEqual(
-            headroom.verdict(1, 1, 0), "1 of 1 unit collapsed because of the objective")
+            headroom.verdict(1, 1, 0, 0), "1 of 1 unit collapsed because of the objective")
         self.assertEqual(
-            headroom.verdict(None, 1, 0), "1 unit collapsed because of the objective")
+            headroom.verdict(None, 1, 0, 0), "1 unit collapsed because of the objective")
         self.assertEqual(headroom.collapse_in_words(None, 3), "3 units collapsed")
+
+    def test_words_for_a_richer_encoder(self):
+        """The words say that a linear encoder is not enough, and name the number of nats."""
+        for collapsed, counted, pronoun in ((1, "1 of 4 units", "it"), (3, "3 of 4 units", "them")):
+            words = headroom.verdict(4, collapsed, 0.004, 0.0432)
+            self.assertTrue(words.startswith(f"{counted} collapsed: "), words)
+            self.assertIn(f"with a linear encoder, reviving {pronoun} would not", words)
+            self.assertIn("with a richer encoder it could", words)
+            self.assertTrue(words.endswith(" 0.043 nats"), words)
+
+    def test_words_for_an_unstable_collapse(self):
+        """No number of nats is known, and neither training nor the objective is blamed."""
+        for collapsed, counted in ((1, "1 of 4 units"), (3, "3 of 4 units")):
+            words = headroom.verdict(
+                4, collapsed, 0.004, 0.01, unstable="linear", likelihood="bernoulli"
+            )
+            self.assertTrue(words.startswith(f"{counted} collapsed, but this is unstable"), words)
+            for absent in ("nats", "because", "training", "objective"):
+                self.assertNotIn(absent, words)
+
+    def test_instability_of_a_level(self):
+        """A level is unstable if rho_1 of F exceeds the level and the decoder is not Gaussian."""
+        [level] = result_with(nats=0.0).headroom.values()
+        natural = dataclasses.replace(level, likelihood="bernoulli", tau=[0.2], tau_any=[0.3])
+        self.assertEqual(natural.instability(), "any")
+        self.assertEqual(natural.cause(), "encoder")
+        natural = dataclasses.replace(natural, tau=[0.3])
+        self.assertEqual(natural.instability(), "linear")
+        self.assertEqual(natural.cause(), "unstable")
+        self.assertIn("unstable", natural.verdict())
+        self.assertEqual(dataclasses.replace(natural, collapsed=0).cause(), "none")
+        stable = "9 of 16 units collapsed because of the objective"
+        for changed in (
+            {"likelihood": "gaussian"},
+            {"level": 0.3},
+            {"level": None},
+            {"tau_any": []},
+        ):
+            with self.subTest(**changed):
+                verdict = dataclasses.replace(natural, **changed).verdict()
+                self.assertTrue(verdict.startswith(stable), verdict)
+                is_local = "no small step" in verdict
+                self.assertEqual(is_local, "likelihood" not in changed)
 
     def test_words_of_a_level(self):
         [level] = result_with().headroom.values()
-        self.assertEqual(level.verdict(), headroom.verdict(16, 9, 0.5))
+        self.assertEqual(level.verdict(), headroom.verdict(16, 9, 0.5, 0.5))
+        [level] = result_with(nats=0.0, nats_any=0.2).headroom.values()
+        self.assertEqual(level.verdict(), headroom.verdict(16, 9, 0.0, 0.2))
 
     def test_what_points_to_the_cause(self):
         cause = (
@@ -666,7 +955,8 @@ class Reports(small.WithMnist):
         self.assertEqual(result["metrics"]["headroom"], 0)
         z = result["headroom"]["z"]
         self.assertEqual((z["units"], z["collapsed"]), (16, 16))
-        self.assertEqual((len(z["tau"]), z["theta"]), (16, []))
+        self.assertEqual((len(z["tau"]), len(z["tau_any"]), z["theta"]), (16, 16, []))
+        self.assertEqual((z["headroom_any"], z["likelihood"]), (0, "gaussian"))
         self.assertEqual(z["level"], 1000 * 0.25)
         self.assertEqual(set(result["dead_units"]), {"f_x", "f_y", "g_x", "g_z"})
         losses = result["curves"]["loss"]

@@ -242,6 +242,128 @@ class BruteForce(unittest.TestCase):
             self.assertTrue((predicted["kl_1"] > 0).any())
 
 
+class LearnedVAE(matrix_VAE.VAE):
+    """The linear VAE whose eta_dec is learned, too. The data have the given modes."""
+
+    def __init__(self, f, theta):
+        super().__init__(f)
+        random = torch.Generator().manual_seed(f.seed)
+        rotation = torch.linalg.qr(draw(random, f.d_0, f.d_0)).Q
+        self.A = rotation * theta**2 @ rotation.T
+        self.theta = theta
+
+    def start(self, draw):
+        return {**super().start(draw), "log_eta_dec": draw()}
+
+    def loss(self, p):
+        """The exact loss of `matrix_VAE.VAE`, with all terms of eta_dec as a function of it."""
+        f = self.f
+        eta_dec = p["log_eta_dec"].exp()
+        sigma = self.sigma(p)
+        error_map = torch.eye(f.d_0, dtype=torch.float64) - p["U"] @ p["W"]
+        squared_error = (error_map @ self.A * error_map).sum() + (p["U"]**2 @ sigma**2).sum()
+        reconstruction = squared_error / (2 * eta_dec**2)
+        reconstruction = reconstruction + f.d_0 / 2 * (2 * math.pi * eta_dec**2).log()
+        z_squared = (p["W"] @ self.A * p["W"]).sum(1) + sigma**2
+        kl = (z_squared / f.eta_enc**2 - 1) / 2 - (sigma / f.eta_enc).log()
+        return reconstruction + f.beta * kl.sum()
+
+    def predicted(self):
+        f = self.f
+        return theory.vae_optimum_learned_eta_dec(self.theta, f.d_1, f.beta, f.eta_enc)
+
+
+class LearnedEtaDec(unittest.TestCase):
+    """The VAE whose eta_dec is learned."""
+
+    # The beta of each problem with 7 columns and 4 units. With beta = 2, D <= 4 beta.
+    BETAS = (0.4, 0.7, 1.0, 1.3, 1.6, 2.0)
+
+    def random_theta(self, random, dim=7):
+        return torch.randn(dim, dtype=torch.float64, generator=random).exp().sort().values.flip(0)
+
+    def test_brute_force(self):
+        """L-BFGS over all parameters ends nowhere below the closed form, and reaches it."""
+        random = torch.Generator().manual_seed(3)
+        active_counts = set()
+        for seed, beta in enumerate(self.BETAS):
+            f = matrix_VAE.Flags(seed=seed, beta=beta, eta_enc=1.3, d_0=7, d_1=4)
+            problem = LearnedVAE(f, self.random_theta(random))
+            starts = []
+            for _ in range(2):
+                starts.append(problem.start(lambda *shape: draw(random, *shape)))
+            minima = verify.minimise(problem.loss, starts)
+
+            predicted = problem.predicted()
+            for _, loss in minima:
+                self.assertGreater(loss, predicted["loss"].item() - 1e-9)
+            parameters, loss = minima[0]
+            self.assertAlmostEqual(loss, predicted["loss"].item(), places=8)
+            eta_dec = parameters["log_eta_dec"].exp().item()
+            self.assertAlmostEqual(eta_dec, predicted.pop("eta_dec").item(), places=6)
+            comparison = verify.compare(predicted, problem.units(parameters), loss)
+            for name, error in comparison.errors.items():
+                self.assertLess(error, 1e-6, (name, f))
+            active_counts.add((predicted["kl"] > 0).sum().item())
+        self.assertGreater(len(active_counts), 2)
+
+    def test_no_other_eta_dec_is_better(self):
+        """For each eta_dec, theorem 1 has the least loss. Over eta_dec it has one minimum."""
+        random = torch.Generator().manual_seed(4)
+        eta_dec = torch.logspace(-3, 2, 4001, dtype=torch.float64)
+        for case in range(60):
+            theta = self.random_theta(random)**(1 + case % 3)
+            d_1 = 1 + case % 6
+            beta = 0.1 + 4 * torch.rand((), dtype=torch.float64, generator=random)
+            losses = theory.vae_optimum(theta, d_1, beta, 1.0, eta_dec)["loss"]
+            optimum = theory.vae_optimum_learned_eta_dec(theta, d_1, beta, 1.0)
+
+            least = losses.argmin()
+            self.assertTrue((losses[:least + 1].diff() < 0).all())
+            self.assertTrue((losses[least:].diff() > 0).all())
+            self.assertLess(optimum["loss"], losses[least])
+            self.assertLess(losses[least] - optimum["loss"], 1e-3)
+            self.assertLess((optimum["eta_dec"] / eta_dec[least]).log().abs(), 0.003)
+            fixed = theory.vae_optimum(theta, d_1, beta, 1.0, optimum["eta_dec"])
+            self.assertAlmostEqual(optimum["loss"].item(), fixed["loss"].item(), places=5)
+
+    def test_probabilistic_pca(self):
+        """At beta = 1 the loss is the negative log-likelihood of probabilistic PCA."""
+        random = torch.Generator().manual_seed(5)
+        theta = self.random_theta(random)
+        optimum = theory.vae_optimum_learned_eta_dec(theta, 3, 1.0, 1.0)
+        variance = (theta[3:]**2).mean()
+        self.assertAlmostEqual(optimum["eta_dec"].item()**2, variance.item(), places=12)
+        # The covariance of x in the model, in the basis of the modes.
+        model = torch.cat([theta[:3]**2, variance.expand(4)])
+        likelihood = Normal(0, model.sqrt()).log_prob(torch.zeros(7, dtype=torch.float64)).sum()
+        likelihood = likelihood - (theta**2 / model).sum() / 2
+        self.assertAlmostEqual(optimum["loss"].item(), -likelihood.item(), places=10)
+
+    def test_data_that_the_units_describe_completely(self):
+        """The loss has no lower bound where beta < D / rank, and has one elsewhere."""
+        theta = torch.tensor([3.0, 2.0, 1.0, 0, 0, 0], dtype=torch.float64)
+        eta_dec = torch.logspace(-1, -3, 5, dtype=torch.float64)
+        for d_1, beta, bounded in (
+            (3, 1.9, False), (5, 1.9, False), (3, 2.0, True), (5, 2.1, True), (2, 1.9, True),
+            (9, 0.3, False),
+        ):
+            optimum = theory.vae_optimum_learned_eta_dec(theta, d_1, beta, 1.0)
+            losses = theory.vae_optimum(theta, d_1, beta, 1.0, eta_dec)["loss"]
+            with self.subTest(d_1=d_1, beta=beta):
+                self.assertEqual(optimum["eta_dec"] > 0, bounded)
+                self.assertEqual(optimum["loss"] > -math.inf, bounded)
+                # The loss falls with each smaller eta_dec, or not at all.
+                self.assertEqual((losses.diff() < -0.1).all(), not bounded)
+                if bounded:
+                    self.assertLess(optimum["loss"], losses.min() + 1e-7)
+
+        zeros = torch.zeros(4, dtype=torch.float64)
+        optimum = theory.vae_optimum_learned_eta_dec(zeros, 2, 1.0, 1.0)
+        self.assertEqual(optimum["loss"], -math.inf)
+        self.assertEqual(optimum["collapse"].tolist(), [0, 0])
+
+
 THETA = torch.tensor([3.0, 2.0, 1.2, 0.6, 0.1], dtype=torch.float64)
 
 
@@ -262,13 +384,16 @@ class ManySettings(unittest.TestCase):
         def vae_fixed(a, b, c):
             return theory.vae_optimum_fixed_sigma(THETA, sigmas, a, b, c)
 
+        def vae_learned(a, b, c):
+            return theory.vae_optimum_learned_eta_dec(THETA, 4, a, b)
+
         def hvae(a, b, c):
             return theory.hvae_optimum(THETA, 4, 3, c, a, b, 0.7, 0.9)
 
         def hvae_fixed(a, b, c):
             return theory.hvae_optimum_fixed_sigma_2(THETA, 4, 6, c, 0.8, a, b, 0.7, c)
 
-        for form in (vae, cvae, vae_fixed, hvae, hvae_fixed):
+        for form in (vae, cvae, vae_fixed, vae_learned, hvae, hvae_fixed):
             together = form(beta_1, beta_2, sigma_1)
             self.assertEqual(together["loss"].shape, (3,))
             for k in range(3):
@@ -284,6 +409,7 @@ class ManySettings(unittest.TestCase):
         sigmas = torch.tensor([2.0, 0.5, 1.0, 0.2])
         forms = [
             ("", lambda beta: theory.vae_optimum(THETA, 6, beta, 0.7, 0.9)),
+            ("", lambda beta: theory.vae_optimum_learned_eta_dec(THETA, 4, beta, 0.7)),
             ("", lambda beta: theory.cvae_optimum(THETA, 4, beta, 0.7, 0.9)),
             ("", lambda beta: theory.vae_optimum_fixed_sigma(THETA, sigmas, beta, 0.7, 0.9)),
         ]
