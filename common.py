@@ -106,6 +106,7 @@ def flag(
     evaluation=False,
     single=False,
     metavar=None,
+    word=None,
 ):
     """A field of a flags class.
 
@@ -120,9 +121,11 @@ def flag(
                    is then that text
     evaluation:    whether this flag affects the evaluation only; runs that differ in such flags
                    only share their training
-    single:        whether a command line gives only one value, since the flag does not change the
-                   result of a setting
+    single:        whether a command line gives only one value, either because the flag does not
+                   change the result of a setting, or because all settings share one pass over the
+                   data
     metavar:       the word for the value in --help, such as FILE
+    word:          a word that is allowed in place of a number, such as learned
     """
     if type(default) is int and high is None:
         high = MAX_WHOLE
@@ -137,6 +140,7 @@ def flag(
         "evaluation": evaluation,
         "single": single,
         "metavar": metavar,
+        "word": word,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -416,6 +420,8 @@ def _allowed(field, state_max_whole=True):
     words = f"{kinds[type(field.default)]} {bounds}".strip()
     if field.metadata["vector"]:
         words += ", or one such number per unit, joined by /"
+    if field.metadata["word"]:
+        words += f", or {field.metadata['word']}"
     return words
 
 
@@ -508,6 +514,8 @@ def _parse_part(field, part):
     if type(field.default) is str:
         if part not in field.metadata["choices"]:
             raise ValueError
+        return [part]
+    if part == field.metadata["word"]:
         return [part]
     if field.metadata["vector"] and "/" in part:
         numbers = [float(_parse_number(field, number)) for number in part.split("/")]

@@ -2,44 +2,53 @@
 them active. Nothing is trained: the predictions are closed forms.
 
     python predict_collapse.py --x features.npy --eta_dec 0.5 --active 12
+    python predict_collapse.py --x features.npy --eta_dec learned --d_1 16 --center
     python predict_collapse.py --model cvae --x inputs.npy --y targets.npy --beta 0.5,1,2
     python predict_collapse.py --model hvae --dataset mnist --eta_enc 0.5 --eta_dec 0.5
+    python predict_collapse.py --dataset mnist --likelihood bernoulli --beta 1,4,10
     python predict_collapse.py --x u.npy --residual r.npy --eta_dec 0.5 --beta 1.0 --collapsed 9
+    python predict_collapse.py --x u.npy --residual r.npy --likelihood bernoulli --fisher h.npy \
+        --beta 1 --collapsed 9
 
-The predictions describe a linear VAE, CVAE or two-level HVAE at its optimum (Dang et al. 2024,
-arXiv 2306.05023, theorems 1, 2, 3 and 5). They depend on the data only through second moments. The
-data are the rows of an .npy, .npz, .csv or .pt file, or of a data set of images.
+The data are the rows of an .npy, .npz, .csv or .pt file, or of a data set of images. Every
+prediction depends on the data only through their first and second moments.
+
+With a Gaussian decoder, the predictions describe a linear VAE, CVAE or two-level HVAE at its
+optimum (Dang et al. 2024, arXiv 2306.05023, theorems 1, 2, 3 and 5). A VAE may also learn eta_dec.
+Without --center they describe models without biases, and with it models with biases.
+
+With a Bernoulli, categorical or Poisson decoder (--likelihood), the predictions describe a VAE with
+any encoder and any decoder whose logits or log rates have biases. They say from which beta on its
+collapse is stable, and what a small step out of collapse gains below it. See headroom.py.
 
 With --residual the script does a post-mortem instead. It decides whether the objective or training
 collapsed the units of a VAE that you have trained, which need not be linear. See headroom.py.
 
-The file has four parts: the data, the prediction, its report, and the post-mortem.
+This file has the flags, the prediction for Gaussian decoders and its report, the prediction for
+other decoders and its report, the checks of flags that do not go together, and main. arrays.py
+reads the data, and post_mortem.py does the post-mortem.
 """
-import csv
 import dataclasses
 import math
-import os
 import sys
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
 
 import common
 import numpy as np
 import torch
 
-import datasets
+import arrays
 import files
 import headroom
 import pictures
+import post_mortem
 import theory
 import verify
 
-# Limits of the stds. The square of a number between them is neither 0 nor infinite in float64.
+# The limits of a std. The square of a number between them is neither 0 nor infinite in float64.
 # Numbers in a file have the same upper limit.
 SMALLEST = 1e-100
-LARGEST = 1e100
+LARGEST = arrays.LARGEST
 
 # The upper limit of sigma, which is rounded to float32.
 LARGEST_SIGMA = 1e38
@@ -47,18 +56,11 @@ LARGEST_SIGMA = 1e38
 # The largest number of units. Units beyond the columns of the data are always collapsed.
 MAX_UNITS = 10_000
 
-# The number of rows that are read at a time.
-CHUNK = 4096
+# The names of the decoders that are not Gaussian, as they are printed.
+DECODERS = {"bernoulli": "Bernoulli", "categorical": "categorical", "poisson": "Poisson"}
 
 # The flag that collapses the units of each model one after another.
 SWEPT_FLAGS = {"vae": "beta", "cvae": "beta", "hvae": "beta_2"}
-
-# The scalars of the objective.
-SCALARS = ("beta", "beta_1", "beta_2", "eta_enc", "eta_dec", "sigma", "sigma_1", "sigma_2")
-
-# The ridges that the post-mortem tries, as shares of the total variance of u. The ridge with the
-# largest gain counts, since each gain is measured on rows that were not used for the fit.
-RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 @dataclass
@@ -92,6 +94,13 @@ class Flags(common.BaseFlags):
         False, "subtract the mean of each column, which a model with biases would learn"
     )
     model: str = common.flag("vae", "kind of linear model", choices=("vae", "cvae", "hvae"))
+    likelihood: str = common.flag(
+        "gaussian",
+        "kind of decoder of a VAE; apart from gaussian, it wants columns of 0 and 1 (bernoulli), "
+        "of category codes (categorical) or of counts (poisson)",
+        choices=headroom.LIKELIHOODS,
+        single=True,
+    )
     beta: float = common.flag(
         1.0, "weight of the KL in the loss of a VAE or CVAE", above=0, high=LARGEST
     )
@@ -106,9 +115,11 @@ class Flags(common.BaseFlags):
     )
     eta_dec: float = common.flag(
         1.0,
-        "standard deviation of the decoder, in an HVAE of p(x|z1) and p(z1|z2)",
+        "standard deviation of a Gaussian decoder, in an HVAE of p(x|z1) and p(z1|z2); learned "
+        "means that a VAE learns it together with its weights",
         above=SMALLEST,
         high=LARGEST,
+        word="learned",
     )
     sigma: float = common.flag(
         0.0,
@@ -142,7 +153,16 @@ class Flags(common.BaseFlags):
     residual: str = common.flag(
         "",
         "file with the targets of a trained model minus its reconstructions, one row for each row "
-        "of --x; --x then has the inputs of its encoder",
+        "of --x; --x then has the inputs of its encoder, and each reconstruction is a mean over "
+        "many draws of z: of the decoder's mean, of the probability of a 1 (bernoulli) or of the "
+        "rate (poisson)",
+        metavar="FILE",
+    )
+    fisher: str = common.flag(
+        "",
+        "file with the Fisher information of each column under a trained model, for --residual "
+        "with another --likelihood than gaussian; p (1 - p) for bernoulli and the rate for "
+        "poisson, either the means over all rows, or one row for each row of --x",
         metavar="FILE",
     )
     collapsed: int = common.flag(
@@ -160,245 +180,12 @@ class Flags(common.BaseFlags):
     out_dir: str = common.flag("runs", "folder for the results", metavar="FOLDER")
 
 
-# ------------------------------------------------------------------------------------- the data
-
-@dataclass
-class Rows:
-    """The rows of a file or of a data set, to be read chunk by chunk.
-
-    flag: the flag that names the file, for messages.
-    count: the number of rows.
-    columns: the number of columns, once each row is flattened.
-    read: read(start, stop) gives the rows from start up to stop, an array (rows, ...).
-    place: place(row, column), which count from 0, describes the place of a number in words.
-    """
-    flag: str
-    count: int
-    columns: int
-    read: Callable
-    place: Callable
+def learns_eta_dec(f):
+    """Whether the standard deviation of the decoder is learned with the model."""
+    return f.eta_dec == "learned"
 
 
-def open_rows(f, flags):
-    """A list of Rows: the data set of --dataset, or the file of each of the flags.
-
-    Ends the program if a file holds no array of numbers, or if their numbers of rows differ.
-    """
-    if f.dataset != "none":
-        return open_data_set(f)
-
-    sources = [open_file(f, flag) for flag in flags]
-    count = sources[0].count
-    for source in sources:
-        if source.count != count:
-            common.stop(
-                f,
-                f"--{source.flag}: got {source.count:,} rows, wants {count:,} rows like --x",
-            )
-    if count < 2:
-        common.stop(f, "--x: got one row, wants at least 2 rows")
-    return sources
-
-
-def open_data_set(f):
-    """A list of Rows: the training images of --dataset, for a CVAE their x and their y."""
-    if f.model == "cvae":
-        [data] = datasets.load_mnist_quarters([f])
-    else:
-        [data] = datasets.load_mnist([f])
-
-    sources = []
-    for flag, images in zip(("x", "y"), data.train):
-        sources.append(rows_of_array(flag, images.cpu().numpy()))
-    return sources
-
-
-def open_file(f, flag):
-    """Rows of the file that a flag names. Ends the program if it holds no array of numbers."""
-    path = getattr(f, flag)
-    suffix = Path(path).suffix.lower()
-    if suffix not in READERS:
-        common.stop(
-            f, f"--{flag}: got {path!r}, wants a file whose name ends in {', '.join(READERS)}"
-        )
-    if os.path.exists(path) and not os.path.isfile(path):
-        common.stop(
-            f, f"--{flag}: got {path!r}, wants a regular file, not a folder, device or pipe"
-        )
-
-    try:
-        with warnings.catch_warnings():
-            # numpy and torch warn of some files that are refused here, such as sparse tensors.
-            warnings.simplefilter("ignore")
-            return READERS[suffix](flag, path)
-    except MemoryError:
-        raise
-    except Exception as error:
-        # numpy and torch raise many kinds of errors for broken files.
-        reason = getattr(error, "strerror", None) or str(error) or "the file is empty"
-        common.stop(
-            f, f"--{flag}: {path!r} cannot be read as an array: {reason.splitlines()[0]}"
-        )
-
-
-def read_npy(flag, path):
-    """Rows of an .npy file. At most one chunk of it is in memory at any time."""
-    array = np.load(path, mmap_mode="r")
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is not in the format .npy")
-    rows = rows_of_array(flag, array)
-
-    def read(start, stop):
-        # A memory map keeps the pages that were read, so each chunk gets its own map.
-        return np.load(path, mmap_mode="r")[start:stop]
-
-    return dataclasses.replace(rows, read=read)
-
-
-def read_npz(flag, path):
-    """Rows of the only array of an .npz file."""
-    arrays = np.load(path)
-    if isinstance(arrays, np.ndarray):
-        raise ValueError("it is not in the format .npz")
-    with arrays:
-        names = arrays.files
-        if len(names) != 1:
-            raise ValueError(
-                f"it contains {len(names)} arrays ({', '.join(names)}), wants exactly one"
-            )
-        return rows_of_array(flag, arrays[names[0]])
-
-
-def read_pt(flag, path):
-    """Rows of the tensor of a .pt file."""
-    tensor = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    if not torch.is_tensor(tensor):
-        raise ValueError(f"it contains a {type(tensor).__name__}, wants a tensor")
-    if tensor.dtype == torch.bfloat16:
-        # numpy has no bfloat16.
-        tensor = tensor.float()
-    return rows_of_array(flag, tensor.detach().numpy())
-
-
-def read_csv(flag, path):
-    """Rows of a .csv file. A first line without any number holds the names of the columns.
-
-    Blank lines and lines that begin with # are skipped.
-    """
-    names = []
-    numbers = []
-    lines = []
-    # Spreadsheets begin a file with a byte order mark, which the encoding utf-8-sig drops.
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        for cells in reader:
-            is_blank = len(cells) <= 1 and not "".join(cells).strip()
-            if is_blank or cells[0].lstrip().startswith("#"):
-                continue
-            if not names and not numbers and not any(is_number(cell) for cell in cells):
-                names = cells
-                continue
-            if numbers and len(cells) != len(numbers[0]):
-                raise ValueError(
-                    f"line {reader.line_num:,} has {len(cells)} cells, wants {len(numbers[0])} as "
-                    f"in line {lines[0]:,}"
-                )
-            numbers.append(parse_cells(cells, reader.line_num, names))
-            lines.append(reader.line_num)
-
-    if not numbers:
-        raise ValueError("it contains no rows of numbers")
-
-    def place(row, column):
-        return csv_place(lines[row], column, names)
-
-    return dataclasses.replace(rows_of_array(flag, np.stack(numbers)), place=place)
-
-
-def parse_cells(cells, line, names):
-    """The numbers (columns,) in a line of a .csv file. Raises ValueError that names a bad cell."""
-    numbers = []
-    for column, cell in enumerate(cells):
-        try:
-            numbers.append(float(cell))
-        except ValueError:
-            place = csv_place(line, column, names)
-            raise ValueError(f"{place} is {cell[:40]!r}, wants a number") from None
-    return np.array(numbers)
-
-
-def is_number(text):
-    """Whether a text is a number. "nan" and "inf" are numbers here."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def csv_place(line, column, names):
-    """The place of a cell, in words. column counts from 0, and names may be empty."""
-    name = f" ({names[column].strip()[:40]!r})" if column < len(names) else ""
-    return f"line {line:,}, column {column + 1:,}{name}"
-
-
-# The function that reads each kind of file.
-READERS = {".npy": read_npy, ".npz": read_npz, ".csv": read_csv, ".pt": read_pt}
-
-
-def rows_of_array(flag, array):
-    """Rows of an array (rows, ...). Raises ValueError if it holds no rows of numbers."""
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"its values have the type {array.dtype}, wants real numbers")
-    # The targets of a CVAE may be a vector: one number for each row of --x.
-    least_dimensions = 2 if flag == "x" else 1
-    if array.ndim < least_dimensions or not array.size:
-        raise ValueError(f"its shape is {array.shape}, wants one row of numbers per example")
-
-    def read(start, stop):
-        return array[start:stop]
-
-    def place(row, column):
-        return f"row {row:,} (counted from 0)"
-
-    return Rows(flag=flag, count=len(array), columns=array[0].size, read=read, place=place)
-
-
-def chunks(f, sources):
-    """The rows of all sources, chunk by chunk: a list with an array (rows, columns) per source.
-
-    Arrays are float64. Ends the program if a number is not finite, or if its square is not.
-    """
-    count = sources[0].count
-    progress = common.Progress("reading", count, "rows")
-    for start in range(0, count, CHUNK):
-        size = min(CHUNK, count - start)
-        parts = []
-        for source in sources:
-            rows = source.read(start, start + CHUNK).reshape(size, -1).astype(np.float64)
-            check_numbers(f, source, rows, start)
-            parts.append(rows)
-        yield parts
-        progress.update(start + size)
-    progress.update(count, end=True)
-
-
-def check_numbers(f, source, rows, start):
-    """End the program if one of the rows (rows, columns) from start on holds a bad number."""
-    is_bad = ~(np.abs(rows) <= LARGEST)
-    if not is_bad.any():
-        return
-    row, column = np.argwhere(is_bad)[0]
-    value = rows[row, column]
-    if np.isfinite(value):
-        wanted = f"numbers up to {LARGEST:g}, so that their squares can be summed"
-    else:
-        wanted = "finite numbers"
-    common.stop(
-        f,
-        f"--{source.flag}: a number in {source.place(start + row, column)} is {value:.3g}, wants "
-        f"{wanted}",
-    )
+# --- The moment of the data ---
 
 
 @dataclass
@@ -417,10 +204,10 @@ class Moment:
 
 def measure_moment(f):
     """The Moment of the data, in one pass over the rows. Warns of columns without information."""
-    sources = open_rows(f, ("x", "y") if f.model == "cvae" else ("x",))
+    sources = arrays.open_rows(f, ("x", "y") if f.model == "cvae" else ("x",))
     matrix = 0
     mean = 0
-    for parts in chunks(f, sources):
+    for parts in arrays.chunks(f, sources):
         rows = np.concatenate(parts, axis=1)
         # numpy computes only half of a symmetric product.
         matrix = matrix + rows.T @ rows
@@ -454,6 +241,11 @@ def warn_of_data(f, matrix, mean, count):
         remedy = "" if f.center else "; a unit describes the constants, unless you give --center"
         warn(f"{constants} of {columns} columns {verb} constant{remedy}")
 
+    warn_of_few_rows(count, columns)
+
+
+def warn_of_few_rows(count, columns):
+    """Warn of fewer rows than columns."""
     if count < columns:
         warn(
             f"there are fewer rows ({count:,}) than columns ({columns:,}), so there are at most "
@@ -466,7 +258,8 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------- the prediction
+# --- The prediction for Gaussian decoders ---
+
 
 @dataclass
 class Modes:
@@ -509,24 +302,29 @@ def predict(settings):
 
     Ends the program if a result is not finite, or if --active exceeds the number of units.
     """
-    groups = {}
     modes_of_data = {}
     for f in settings:
         data = (f.model, f.dataset, f.center)
         if data not in modes_of_data:
             modes_of_data[data] = measure_modes(f)
 
+    predictions = []
+    for group in groups_of(settings):
+        f = group[0]
+        predictions.append(predict_group(group, modes_of_data[f.model, f.dataset, f.center]))
+    return predictions
+
+
+def groups_of(settings):
+    """The settings as a list of lists. Those in one list differ in the swept beta only."""
+    groups = {}
+    for f in settings:
         other_flags = []
         for field in dataclasses.fields(f):
             if field.name != SWEPT_FLAGS[f.model]:
                 other_flags.append(getattr(f, field.name))
         groups.setdefault(tuple(other_flags), []).append(f)
-
-    predictions = []
-    for group in groups.values():
-        f = group[0]
-        predictions.append(predict_group(group, modes_of_data[f.model, f.dataset, f.center]))
-    return predictions
+    return list(groups.values())
 
 
 def measure_modes(f):
@@ -551,8 +349,9 @@ def predict_group(group, modes):
     """The Prediction for a group of settings that differ in the swept beta only."""
     f = group[0]
     swept = SWEPT_FLAGS[f.model]
+    check_bounded(group, modes.variances)
     predicted = optimum(f, modes.variances, getattr(f, swept))
-    check_finite(group, predicted)
+    arrays.check_finite(group, predicted)
 
     collapse = predicted[f"collapse{swept_level(f)}"]
     if f.active > len(collapse):
@@ -561,9 +360,11 @@ def predict_group(group, modes):
         )
 
     betas_to_draw = curve_betas(collapse)
+    has_bound = optimum(f, modes.variances, betas_to_draw)["loss"] != -math.inf
+    betas_to_draw = betas_to_draw[has_bound]
     betas_to_print = [getattr(g, swept) for g in group]
     if len(group) == 1:
-        betas_to_print = [float(f"{beta:.3g}") for beta in betas_to_draw[::33].tolist()]
+        betas_to_print = table_betas(betas_to_draw)
 
     return Prediction(
         f=f,
@@ -576,6 +377,29 @@ def predict_group(group, modes):
     )
 
 
+def check_bounded(group, variances):
+    """End the program if eta_dec is learned and the loss of a setting has no lower bound."""
+    f = group[0]
+    rank = int((variances > 0).sum())
+    for g in group:
+        if not learns_eta_dec(g) or optimum(g, variances, g.beta)["loss"] > -math.inf:
+            continue
+        if not rank:
+            common.stop(f, "--eta_dec: got learned, but the data are 0 in every row")
+
+        # Rounded up, so that this beta is large enough.
+        remedies = [f"--beta of at least {math.ceil(1000 * len(variances) / rank) / 1000:g}"]
+        if rank > 1:
+            remedies.append(f"--d_1 of at most {rank - 1}")
+        noun = "unit describes" if rank == 1 else "units describe"
+        common.stop(
+            f,
+            f"--eta_dec: got learned, but at beta = {g.beta:g} the loss has no lower bound and "
+            f"eta_dec goes to 0, because {rank} {noun} the data completely; wants "
+            f"{' or '.join(remedies)}",
+        )
+
+
 def finite_trade_off(group, modes, betas):
     """The `trade_off` of a group at betas (m,) as a table, {column: (m,)}, with the betas first.
 
@@ -584,34 +408,8 @@ def finite_trade_off(group, modes, betas):
     f = group[0]
     betas = torch.as_tensor(betas, dtype=torch.float64)
     table = {SWEPT_FLAGS[f.model]: betas, **trade_off(f, modes.variances, betas)}
-    check_finite(group, table)
+    arrays.check_finite(group, table)
     return table
-
-
-def check_finite(settings, results):
-    """End the program if one of the results, {name: numbers}, is infinite or not a number.
-
-    The message names the flags of the settings that are not at their default. Only the betas at
-    which units collapse may be infinite: such a unit never collapses.
-    """
-    for name, numbers in results.items():
-        numbers = torch.as_tensor(numbers, dtype=torch.float64)
-        is_wrong = numbers.isnan() if name.startswith("collapse") else ~numbers.isfinite()
-        if is_wrong.any():
-            flags = ", ".join(changed_scalars(settings)) or "--x"
-            common.stop(
-                settings[0],
-                f"{flags}: {name} is not finite for these values, wants less extreme values",
-            )
-
-
-def changed_scalars(settings):
-    """The flags for scalars of the objective that are not at their default in all settings."""
-    flags = []
-    for name in SCALARS:
-        if any(getattr(f, name) != getattr(Flags, name) for f in settings):
-            flags.append(f"--{name}")
-    return flags
 
 
 def swept_level(f):
@@ -649,6 +447,8 @@ def optimum(f, variances, beta):
         return theory.vae_optimum_fixed_sigma(
             theta, sigma, beta, eta_enc=f.eta_enc, eta_dec=f.eta_dec
         )
+    if learns_eta_dec(f):
+        return theory.vae_optimum_learned_eta_dec(theta, d_1, beta, eta_enc=f.eta_enc)
     return theory.vae_optimum(theta, d_1, beta, eta_enc=f.eta_enc, eta_dec=f.eta_dec)
 
 
@@ -660,6 +460,7 @@ def trade_off(f, variances, beta):
       rate        the sum of the KL terms, in nats per row
       distortion  the mean squared error
       loss        the least negative beta-ELBO L*, in nats per row
+      eta_dec     the std of the decoder, only if it is learned
 
     L* = distortion / (2 eta_dec^2) + D/2 log(2 pi eta_dec^2) + the KL terms, each times its beta.
     """
@@ -674,13 +475,20 @@ def trade_off(f, variances, beta):
         rate = predicted["kl"].sum(-1)
         weighted_rate = beta * rate
 
-    constant = len(variances) / 2 * math.log(2 * math.pi * f.eta_dec**2)
-    return {
+    if learns_eta_dec(f):
+        eta_dec = predicted["eta_dec"]
+    else:
+        eta_dec = torch.tensor(f.eta_dec, dtype=torch.float64)
+    constant = len(variances) / 2 * (2 * math.pi * eta_dec**2).log()
+    columns = {
         "active": (predicted[f"information{swept_level(f)}"] > 0).sum(-1),
         "rate": rate,
-        "distortion": (loss - constant - weighted_rate) * 2 * f.eta_dec**2,
+        "distortion": (loss - constant - weighted_rate) * 2 * eta_dec**2,
         "loss": loss,
     }
+    if learns_eta_dec(f):
+        columns["eta_dec"] = eta_dec
+    return columns
 
 
 def recommended_betas(collapse, active):
@@ -709,7 +517,13 @@ def curve_betas(collapse):
     return torch.logspace(low, high, 400, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------ the prediction's report
+def table_betas(betas):
+    """Some of the `curve_betas` with three digits, which are few enough for a table: a list."""
+    return [float(f"{beta:.3g}") for beta in betas[::33].tolist()]
+
+
+# --- The report on Gaussian decoders ---
+
 
 def report_prediction(prediction):
     """Print, draw and save a prediction."""
@@ -739,6 +553,9 @@ def print_answer(prediction):
         f"({prediction.modes.count:,} rows) keeps {' and '.join(counts)} active."
     )
     print(f"Its objective has {objective_in_words(f)}.")
+    if learns_eta_dec(f):
+        eta_dec = prediction.predicted["eta_dec"]
+        print(f"The learned eta_dec is {eta_dec:.4g}, which is a variance of {eta_dec**2:.4g}.")
     if prediction.modes.explained:
         print(prediction.modes.explained)
     if f.active:
@@ -764,7 +581,11 @@ def objective_in_words(f):
         names = ["beta", "eta_enc", "eta_dec"]
         last_name = "sigma"
 
-    scalars = ", ".join(f"{name} = {getattr(f, name):g}" for name in names)
+    words = []
+    for name in names:
+        is_learned = name == "eta_dec" and learns_eta_dec(f)
+        words.append("a learned eta_dec" if is_learned else f"{name} = {getattr(f, name):g}")
+    scalars = ", ".join(words)
     std = getattr(f, last_name)
     last = f"a fixed {last_name} = {std:g}" if std else f"a learnable {last_name}"
     return f"{scalars} and {last}"
@@ -819,12 +640,12 @@ def print_units(prediction, level):
         # `optimum` returns roots, but theorem 2 calls the variances themselves theta.
         theta = theta**2
     variances = prediction.modes.variances
+    # Data that are 0 in every row have shares of 0, too.
     total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
     shares = pad(variances / total, units)
 
-    swept = SWEPT_FLAGS[f.model]
-    share = f"share of {share_name(f)}"
-    table = [["unit", "theta", share, f"kl{level}", "state", f"collapses at {swept}"]]
+    collapses = f"collapses at {SWEPT_FLAGS[f.model]}"
+    table = [["unit", "theta", f"share of {share_name(f)}", f"kl{level}", "state", collapses]]
     shown = min(units, active + 3)
     for i in range(shown):
         collapse = predicted[f"collapse{level}"][i].item()
@@ -876,8 +697,11 @@ def save_prediction(path, prediction):
     result = files.description(prediction.f, None)
     result["dataset"] = data_name(prediction.f)
     result["rows"] = prediction.modes.count
-    result["predicted"] = verify.per_unit(predicted)
+    per_unit = {name: values for name, values in predicted.items() if name != "eta_dec"}
+    result["predicted"] = verify.per_unit(per_unit)
     result["optimal_loss"] = predicted["loss"].item()
+    if learns_eta_dec(prediction.f):
+        result["learned_eta_dec"] = predicted["eta_dec"].item()
     result["trade_off"] = {name: values.tolist() for name, values in prediction.table.items()}
     files.write_json(path, result)
 
@@ -915,213 +739,490 @@ def draw_trade_off(path, prediction):
     )
 
 
-# ------------------------------------------------------------------------------- the post-mortem
+# --- The prediction for other decoders ---
+
 
 @dataclass
-class PostMortem:
-    """The headroom of a trained model, from its residuals. See headroom.py.
+class Moments:
+    """The moments of the sufficient statistics s of some rows.
 
-    f: the setting.
+    s is a row of x. For a categorical decoder it has an indicator, 0 or 1, for each category of
+    each column. The sums of whole numbers are exact in float64, so that a constant column has a
+    variance of exactly 0.
+
     count: the number of rows.
-    level: the threshold, a variance. A linear unit with a larger tau gains more than its KL costs.
-    tau: (D,), the eigenvalues of T in descending order.
-    gain: the headroom G_k on all rows, in nats per row.
-    held_out: the gain on one half of the rows of units that were found on the other half.
-    verdict: whether the objective or training collapsed the units, in words.
+    total: the sum of s over the rows, (D,), float64.
+    products: the sum of s s^T over the rows, (D, D), float64.
+    likelihood: the kind of decoder.
+    sizes: the number of categories of each column, for a categorical decoder.
+    """
+    count: int
+    total: torch.Tensor
+    products: torch.Tensor
+    likelihood: str
+    sizes: list
+
+    @property
+    def mean(self):
+        """E[s], (D,)."""
+        return self.total / self.count
+
+    def covariance(self):
+        """The covariance of s, which is T and F where all units are collapsed, (D, D)."""
+        return self.products / self.count - torch.outer(self.mean, self.mean)
+
+    def fisher(self):
+        """The mean Fisher information H of a decoder that gives each column its mean.
+
+        It is the diagonal (D,) of a matrix. For categories it is the diagonal of their
+        probabilities p, which replaces H = diag(p) - p p^T. The two matrices give the same rho,
+        except for zeros: if Cov w = rho diag(p) w and rho > 0, then p^T w is 0 for the categories
+        of each column, because their indicators add up to a constant. Hence diag(p) w = H w.
+        """
+        if self.likelihood == "categorical":
+            return self.mean
+        return headroom.mean_fisher(self.likelihood, self.mean[None])
+
+    def information(self, weights):
+        """w^T H w for decoder weights w (D,) of one unit."""
+        fisher = headroom.mean_fisher(self.likelihood, self.mean[None], self.sizes)
+        if fisher.ndim == 1:
+            return fisher @ weights**2
+        return weights @ fisher @ weights
+
+
+@dataclass
+class Instability:
+    """How unstable the collapse of all units is, for a decoder that is not Gaussian.
+
+    The encoder and the decoder are arbitrary, and the decoder gives each column its mean.
+
+    count: the number of rows.
+    columns: the number of columns.
+    constants: the number of constant columns, which nothing can describe.
+    rho: the eigenvalues of H^(-1/2) Cov H^(-1/2) in descending order. The number of them above
+        beta is the number of unstable directions.
+    held_out: the rho of a direction that is the first one on one half of the rows, on the other
+        half. It is the mean over both ways to choose the halves.
+    ratios: the eigenvalues of B^(-1/2) Cov B^(-1/2) for `headroom.gain_of_ratios`, where the
+        curvature of the decoder is at most B. None for a Poisson decoder.
+    loss: the loss of the collapsed model, in nats per row.
+    """
+    count: int
+    columns: int
+    constants: int
+    rho: torch.Tensor
+    held_out: float
+    ratios: torch.Tensor | None
+    loss: float
+
+
+@dataclass
+class StabilityPrediction:
+    """The prediction for settings that differ in beta only.
+
+    f: the first of the settings.
+    betas: the betas of the settings.
+    instability: the Instability.
+    table: the `gain_over_beta` to print, {column: list}. If there is only one setting, it has betas
+        around rho.
+    point: the `gain_over_beta` of f.
     """
     f: Flags
-    count: int
-    level: float
-    tau: torch.Tensor
-    gain: float
-    held_out: float
-    verdict: str
+    betas: list
+    instability: Instability
+    table: dict
+    point: dict
 
 
-def examine(settings):
-    """The PostMortem of each setting. Ends the program if a result is not finite."""
-    count, moments = measure_halves(settings[0])
-    return [examine_one(f, count, moments) for f in settings]
-
-
-def measure_halves(f):
-    """The moments of the even and of the odd rows, in one pass over the rows.
-
-    Returns (number of rows, [(C, A) of the even rows, (C, A) of the odd rows]), float64.
-    C = E[r u^T] is (D, p) and A = E[u u^T] is (p, p). u is a row of --x with a 1 at its end, and r
-    is the row of --residual.
-    """
-    sources = open_rows(f, ("x", "residual"))
-    cross = [0, 0]
-    moment = [0, 0]
-    for u, r in chunks(f, sources):
-        u = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
-        # CHUNK is even, so a chunk begins with an even row.
-        for half in (0, 1):
-            half_u = u[half::2]
-            half_r = r[half::2]
-            cross[half] = cross[half] + half_r.T @ half_u
-            moment[half] = moment[half] + half_u.T @ half_u
-
-    moments = []
-    for half, size in enumerate(half_sizes(sources[0].count)):
-        moments.append((
-            torch.from_numpy(cross[half] / size),
-            torch.from_numpy(moment[half] / size),
-        ))
-    return sources[0].count, moments
-
-
-def half_sizes(count):
-    """The number of even rows and the number of odd rows, among count rows."""
-    return (count + 1) // 2, count // 2
-
-
-def examine_one(f, count, moments):
-    """The PostMortem of one setting, from the moments of the halves of count rows."""
-    objective = {"beta": f.beta, "weight": 1, "std": f.eta_dec}
-    (even_cross, even_moment), (odd_cross, odd_moment) = moments
-    even_count, odd_count = half_sizes(count)
-    even_share = even_count / count
-    odd_share = odd_count / count
-    cross = even_share * even_cross + odd_share * odd_cross
-    moment = even_share * even_moment + odd_share * odd_moment
-
-    level = headroom.pay_level(**objective)
-    tau = theory.spectrum(headroom.linear_part(cross, moment))
-    gain = headroom.gain_of_units(tau, f.collapsed, **objective)
-    held_out_gains = []
-    for ridge in RIDGES:
-        held_out_gains.append(headroom.held_out_gain(moments, ridge, f.collapsed, **objective))
-    check_finite(
-        [f],
-        {"level": level, "tau": tau, "headroom": gain, "held-out headroom": held_out_gains},
-    )
-
-    held_out = max(held_out_gains)
-    verdict = headroom.verdict(None, f.collapsed, gain)
-    if (gain > theory.ACTIVE) != (held_out > theory.ACTIVE):
-        verdict = (
-            f"{headroom.collapse_in_words(None, f.collapsed)}: there are too few rows to decide "
-            "whether because of the objective or of training"
+def predict_stability(settings):
+    """The StabilityPrediction for each group of settings that differ in beta only."""
+    instability = measure_instability(settings[0])
+    predictions = []
+    for group in groups_of(settings):
+        betas = [f.beta for f in group]
+        betas_to_print = betas
+        if len(group) == 1:
+            betas_to_print = table_betas(curve_betas(instability.rho))
+        table = gain_over_beta(group[0], instability, betas_to_print)
+        point = gain_over_beta(group[0], instability, betas[:1])
+        arrays.check_finite(group, table)
+        arrays.check_finite(group, point)
+        predictions.append(
+            StabilityPrediction(
+                f=group[0], betas=betas, instability=instability, table=table, point=point
+            )
         )
-    return PostMortem(
-        f=f,
-        count=count,
-        level=level,
-        tau=tau,
-        gain=gain,
-        held_out=held_out,
-        verdict=verdict,
+    return predictions
+
+
+def measure_instability(f):
+    """The Instability of the data of --x or of --dataset.
+
+    Ends the program if all columns are constant.
+    """
+    [source] = arrays.open_rows(f, ("x",))
+    codes = arrays.find_categories(f, source) if f.likelihood == "categorical" else None
+    halves, log_factorials = measure_statistics(f, source, codes)
+    moments = dataclasses.replace(
+        halves[0],
+        count=source.count,
+        total=halves[0].total + halves[1].total,
+        products=halves[0].products + halves[1].products,
+    )
+
+    covariance = moments.covariance()
+    # Only the sums of counts above 10^7 or so are rounded.
+    is_constant = covariance.diag() <= 1e-12 * moments.mean**2
+    if is_constant.all():
+        common.stop(f, "--x: all columns are constant, wants at least one column that varies")
+    warn_of_few_rows(source.count, len(moments.mean))
+
+    return Instability(
+        count=source.count,
+        columns=source.columns,
+        constants=int(is_constant.sum()),
+        rho=headroom.instability_ratios(covariance, moments.fisher()),
+        held_out=held_out_rho_1(halves),
+        ratios=gain_ratios(moments),
+        loss=collapsed_loss(moments, log_factorials / source.count),
     )
 
 
-def report_post_mortem(post_mortem):
-    """Print, draw and save whether the objective or training collapsed the units."""
-    f = post_mortem.f
-    print(f"\nWith beta = {f.beta:g} and eta_dec = {f.eta_dec:g}, {post_mortem.verdict}.")
-    print(
-        f"The headroom is {post_mortem.gain:.4f} nats per row, from the {post_mortem.count:,} rows "
-        f"of {f.x} and {f.residual}."
-    )
-    print(
-        f"The held-out headroom is {post_mortem.held_out:.4f} nats per row. Its units are fitted "
-        "on one half of the rows and measured on the other half."
-    )
-    print_linear_units(post_mortem)
+def measure_statistics(f, source, codes):
+    """The Moments of each half of the rows, in one pass over the rows.
+
+    codes are the categories of each column, or None if the columns are no categories. Returns
+    ([Moments of one half, Moments of the other], the sum of ln x! over all numbers). Only a Poisson
+    decoder needs the latter, and it is 0 for others.
+    """
+    random = np.random.default_rng(0)
+    totals = [0, 0]
+    products = [0, 0]
+    log_factorials = 0.0
+    for [rows] in arrays.chunks(f, [source]):
+        if codes:
+            rows = arrays.indicators(rows, codes)
+        if f.likelihood == "poisson":
+            log_factorials += torch.lgamma(torch.from_numpy(rows + 1)).sum().item()
+        for half, places in enumerate(arrays.halves_of(len(rows), random)):
+            part = rows[places]
+            totals[half] = totals[half] + part.sum(0)
+            products[half] = products[half] + part.T @ part
+
+    halves = []
+    for half, size in enumerate(arrays.half_sizes(source.count)):
+        halves.append(
+            Moments(
+                count=size,
+                total=torch.from_numpy(totals[half]),
+                products=torch.from_numpy(products[half]),
+                likelihood=f.likelihood,
+                sizes=[len(column) for column in codes or []],
+            )
+        )
+    return halves, log_factorials
+
+
+def first_weights(covariance, fisher):
+    """The decoder weights (D,) of the unit with the largest rho.
+
+    covariance is (D, D), and fisher is the diagonal of H (D,). If no rho is above 0, the weights
+    are 0.
+    """
+    weights = torch.zeros_like(fisher)
+    is_informative = fisher > 0
+    if not (covariance.diag()[is_informative] > 0).any():
+        return weights
+    _, directions = theory.modes(headroom.whitened(covariance, fisher))
+    weights[is_informative] = directions[:, 0] * fisher[is_informative].rsqrt()
+    return weights
+
+
+def held_out_rho_1(halves):
+    """The `held_out` of an Instability, from the Moments of both halves."""
+    total = 0.0
+    for half, other in (halves, halves[::-1]):
+        weights = first_weights(half.covariance(), half.fisher())
+        information = other.information(weights)
+        # The columns of the direction may all be constant in the other half.
+        if information > 0:
+            total += (weights @ other.covariance() @ weights / information).item()
+    return total / 2
+
+
+def gain_ratios(moments):
+    """The `ratios` of an Instability.
+
+    The bound of a Bernoulli decoder is that of Jaakkola and Jordan (2000) at the logits of the
+    columns' means. For categories it is that of Boehning (1992).
+    """
+    if moments.likelihood == "bernoulli":
+        bound = headroom.collapsed_curvature(moments.mean.logit())
+        return headroom.instability_ratios(moments.covariance(), bound)
+    return headroom.curvature_ratios(moments.covariance(), moments.likelihood)
+
+
+def collapsed_loss(moments, log_factorials):
+    """The least loss of a collapsed model, in nats per row: -log p(x) of independent columns.
+
+    log_factorials is the mean of ln x! summed over the columns, for a Poisson decoder.
+    """
+    mean = moments.mean
+    entropy = torch.special.entr(mean).sum()
+    if moments.likelihood == "bernoulli":
+        entropy = entropy + torch.special.entr(1 - mean).sum()
+    if moments.likelihood == "poisson":
+        entropy = entropy + mean.sum() + log_factorials
+    return entropy.item()
+
+
+def gain_over_beta(f, instability, betas):
+    """What a small step out of collapse and --d_1 units gain at each of the betas.
+
+    Returns {column: list}:
+      beta        the betas
+      unstable    the number of directions in which a small step out of collapse lowers the loss
+      gain        what the units gain at least, in nats per row; not for a Poisson decoder
+    """
+    rho = instability.rho
+    table = {"beta": betas, "unstable": [int((rho > beta).sum()) for beta in betas]}
+    if instability.ratios is not None:
+        units = f.d_1 or len(rho)
+        table["gain"] = [
+            headroom.gain_of_ratios(instability.ratios, units, beta) for beta in betas
+        ]
+    return table
+
+
+# --- The report on other decoders ---
+
+
+def report_stability(prediction):
+    """Print, draw and save a prediction for a decoder that is not Gaussian."""
+    f = prediction.f
+    print_stability(prediction)
+    print_gain_over_beta(prediction)
 
     folder = files.run_dir(f, None)
-    draw_post_mortem(folder / "headroom.png", post_mortem)
-    save_post_mortem(folder / "headroom.json", post_mortem)
+    draw_stability(folder / "stability.png", prediction)
+    save_stability(folder / "prediction.json", prediction)
     print(f"files: {folder}", file=sys.stderr)
 
 
-def print_linear_units(post_mortem):
-    """Print one row for each linear unit that would lower the loss, and for the next three."""
-    f = post_mortem.f
-    tau = post_mortem.tau
-    level = post_mortem.level
-    table = [["unit", "tau", "tau / threshold", "gain (nats)"]]
-    gaining = int((tau[:f.collapsed] > level).sum())
-    for i in range(min(f.collapsed, len(tau), gaining + 3)):
-        gain = headroom.gain_of_units(tau[i:i + 1], 1, beta=f.beta, weight=1, std=f.eta_dec)
-        table.append([str(i + 1), f"{tau[i]:.4f}", f"{tau[i] / level:.4f}", f"{gain:.4f}"])
-
+def print_stability(prediction):
+    """Print from which beta on collapse is stable, in words."""
+    f = prediction.f
+    instability = prediction.instability
+    decoder = DECODERS[f.likelihood]
     print(
-        "\nLinear units in place of the collapsed ones. A unit lowers the loss if its tau exceeds "
-        f"the threshold beta eta_dec^2 = {level:g}."
+        f"\nWith a {decoder} decoder on {data_name(f)} ({instability.count:,} rows), collapse of "
+        f"all units is stable from beta = {instability.rho[0]:.4g} on."
     )
+    print(
+        "This is a local statement: from there on no small step out of collapse lowers the loss. A "
+        "better solution far from collapse is not excluded."
+    )
+
+    [unstable] = prediction.point["unstable"]
+    directions = "1 direction is" if unstable == 1 else f"{unstable} directions are"
+    print(
+        f"At beta = {f.beta:g}, {directions} unstable. This does not count the units that training "
+        "would activate."
+    )
+    independent = "Poisson columns" if f.likelihood == "poisson" else "columns"
+    print(
+        f"The held-out rho_1 is {instability.held_out:.4g}. Its direction is found on one half of "
+        f"the rows and measured on the other half. Independent {independent} would have about 1."
+    )
+    largest = ", ".join(f"{rho:.4g}" for rho in instability.rho[:5])
+    print(f"The largest rho are {largest}.")
+    print(f"The loss of the collapsed model is {instability.loss:.2f} nats per row.")
+    print_remarks_on_data(f, instability)
+
+
+def print_remarks_on_data(f, instability):
+    """Print how many columns are left out, and that images are binarised."""
+    if instability.constants:
+        verb = "is" if instability.constants == 1 else "are"
+        constants = f"{instability.constants} of {instability.columns} columns {verb} constant"
+        print(f"{constants} and left out.")
+    if f.dataset != "none":
+        print("The images are binarised: a pixel above 0.5 counts as 1, and any other pixel as 0.")
+
+
+def print_gain_over_beta(prediction):
+    """Print the `gain_over_beta` of a prediction, with one row per beta."""
+    f = prediction.f
+    columns = prediction.table
+    names = {"beta": "beta", "unstable": "unstable directions", "gain": "guaranteed gain"}
+    table = [[names[name] for name in columns]]
+    for i, beta in enumerate(columns["beta"]):
+        row = [f"{beta:g}", str(columns["unstable"][i])]
+        if "gain" in columns:
+            row.append(f"{columns['gain'][i]:.4f}")
+        table.append(row)
+
+    if "gain" in columns:
+        count = f.d_1 or len(prediction.instability.rho)
+        units = "1 unit gains" if count == 1 else f"{count} units gain"
+        guarantee = f"{units} at least the guaranteed gain, in nats per row."
+    else:
+        guarantee = "A Poisson decoder has no guaranteed gain."
+    print(f"\nUnstable directions over beta. {guarantee}")
     common.print_table(table)
 
 
-def level_headroom(post_mortem):
-    """The post-mortem as a headroom.LevelHeadroom. Only the collapsed units are known."""
-    f = post_mortem.f
-    return headroom.LevelHeadroom(
-        units=f.collapsed,
-        collapsed=f.collapsed,
-        headroom=post_mortem.gain,
-        level=post_mortem.level,
-        tau=post_mortem.tau[:f.collapsed].tolist(),
-        theta=[],
-    )
+def draw_stability(path, prediction):
+    """Draw rho over its rank, beside the betas."""
+    rho = prediction.instability.rho
+    # A log axis cannot show 0, and rho far below the first ones are of no interest.
+    rho = rho[rho > 1e-3 * rho[0]].numpy()
+    held_out = prediction.instability.held_out
 
+    def draw(axes):
+        [[ax]] = axes
+        ax.plot(range(1, 1 + len(rho)), rho, ".-", color="0.3", label="rho")
+        if held_out > 0:
+            ax.plot(1, held_out, "kx", label="rho_1 on held-out rows")
+        # More lines than this could not be told apart.
+        for i, beta in enumerate(prediction.betas[:10]):
+            ax.axhline(beta, color=f"C{i}", linestyle="--", linewidth=1, label=f"beta = {beta:g}")
+        shown = [beta for beta in (*rho, held_out, *prediction.betas[:10]) if beta > 0]
+        pictures.set_log_axis(ax, "x", [1, len(rho) + 1])
+        pictures.set_log_axis(ax, "y", [min(shown) / 2, 2 * max(shown)])
+        ax.set(xlabel="rank", ylabel="rho", title="A direction is unstable if its rho exceeds beta")
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=7)
 
-def draw_post_mortem(path, post_mortem):
-    """Draw the variance that each collapsed unit could describe, beside the threshold."""
-    pictures.draw_panels(
+    pictures.save_figure(
         path,
-        {post_mortem.verdict: level_headroom(post_mortem)},
+        columns=1,
+        rows=1,
         width=5.2,
         height=4.2,
-        caption=files.spell(files.changed_settings(post_mortem.f, None)),
-        draw=pictures.plot_headroom,
+        caption=files.spell(files.changed_settings(prediction.f, None)),
+        draw=draw,
     )
 
 
-def save_post_mortem(path, post_mortem):
-    """Write headroom.json."""
-    result = files.description(post_mortem.f, None)
-    result["dataset"] = post_mortem.f.x
-    result["rows"] = post_mortem.count
-    result.update(dataclasses.asdict(level_headroom(post_mortem)))
-    result["held_out"] = post_mortem.held_out
-    result["verdict"] = post_mortem.verdict
+def save_stability(path, prediction):
+    """Write prediction.json."""
+    instability = prediction.instability
+    result = files.description(prediction.f, None)
+    result["dataset"] = data_name(prediction.f)
+    result["rows"] = instability.count
+    result["columns"] = instability.columns
+    result["constant_columns"] = instability.constants
+    result["rho"] = instability.rho.tolist()
+    result["held_out_rho_1"] = instability.held_out
+    result["collapsed_loss"] = instability.loss
+    result["unstable_directions"] = prediction.point["unstable"][0]
+    result["guaranteed_gain"] = prediction.point.get("gain", [None])[0]
+    result["over_beta"] = prediction.table
     files.write_json(path, result)
 
 
-# ------------------------------------------------------------------------------ the command line
+# --- Flags that do not go together, and main ---
+
+# Flags that have no meaning for a decoder that is not Gaussian. A prior of another std than 1 is
+# the same as other weights of the decoder.
+GAUSSIAN_FLAGS = ("eta_dec", "eta_enc", "sigma", "sigma_1", "sigma_2", "beta_1", "beta_2", "d_2")
+
+
+def refuse_flags(settings, names, reason):
+    """End the program if one of the named flags is not at its default.
+
+    reason is the flag that it cannot be combined with.
+    """
+    for name in names:
+        if any(getattr(g, name) != getattr(Flags, name) for g in settings):
+            common.stop(settings[0], f"--{name}: cannot be combined with {reason}")
+
 
 def check_prediction_flags(settings):
     """End the program if flags of a prediction do not go together."""
     f = settings[0]
-    if any(g.collapsed for g in settings):
-        common.stop(
-            f, "--collapsed: also wants --residual, a file with the residuals of a trained model"
-        )
+    for name in ("collapsed", "fisher"):
+        if any(getattr(g, name) for g in settings):
+            common.stop(
+                f, f"--{name}: also wants --residual, a file with the residuals of a trained model"
+            )
     if f.dataset == "none" and not f.x:
         common.stop(
             f, "--x: got no file, wants one with an example per row; or give --dataset for images"
         )
     if f.dataset != "none" and f.x:
         common.stop(f, f"--x: cannot be combined with --dataset {f.dataset}")
+    if f.likelihood != "gaussian":
+        check_likelihood_flags(settings)
     if f.model == "cvae" and not f.y and f.dataset == "none":
         common.stop(f, "--y: got no file, wants one with the targets for --model cvae")
     if f.model != "cvae" and f.y and f.dataset == "none":
         common.stop(f, f"--y: cannot be combined with --model {f.model}, which has no targets")
+    if any(learns_eta_dec(g) for g in settings):
+        check_learned_eta_dec(settings)
+
+
+def check_likelihood_flags(settings):
+    """End the program if flags of a prediction do not go with a decoder that is not Gaussian."""
+    f = settings[0]
+    other_models = [g.model for g in settings if g.model != "vae"]
+    if other_models:
+        common.stop(
+            f, f"--model: got {other_models[0]}, wants vae for --likelihood {f.likelihood}"
+        )
+    refuse_flags(settings, GAUSSIAN_FLAGS, f"--likelihood {f.likelihood}, which has no such number")
+    refuse_flags(
+        settings, ("active", "center"), f"--likelihood {f.likelihood}, only with gaussian"
+    )
+    if f.dataset != "none" and f.likelihood != "bernoulli":
+        common.stop(
+            f,
+            f"--dataset: cannot be combined with --likelihood {f.likelihood}; images are for "
+            "gaussian or bernoulli",
+        )
+
+
+def check_learned_eta_dec(settings):
+    """End the program if other flags do not go with a learned eta_dec."""
+    for g in settings:
+        if g.model != "vae":
+            common.stop(g, f"--eta_dec: got learned, wants a number for --model {g.model}")
+        if g.sigma:
+            common.stop(g, "--sigma: cannot be combined with --eta_dec learned")
 
 
 def check_post_mortem_flags(settings):
     """End the program if flags of a post-mortem do not go together."""
     f = settings[0]
-    for name in ("y", "dataset", "model", "center", "sigma", "active"):
-        if any(getattr(g, name) != getattr(Flags, name) for g in settings):
-            common.stop(f, f"--{name}: cannot be combined with --residual")
+    refuse_flags(
+        settings, ("y", "dataset", "model", "center", "sigma", "active"), "--residual"
+    )
     if not f.x or not all(g.collapsed for g in settings):
         common.stop(
             f,
             "--residual: also wants --x, a file with the inputs of the encoder, and --collapsed, a "
             "whole number of at least 1",
+        )
+    if f.likelihood == "gaussian":
+        refuse_flags(settings, ("fisher",), "--likelihood gaussian, whose information is known")
+        if any(learns_eta_dec(g) for g in settings):
+            common.stop(f, "--eta_dec: got learned, wants the number that the model has learned")
+        return
+
+    if f.likelihood == "categorical":
+        common.stop(
+            f,
+            "--likelihood: got categorical, wants gaussian, bernoulli or poisson for --residual; "
+            "categories would want all probabilities of each row",
+        )
+    refuse_flags(settings, GAUSSIAN_FLAGS, f"--likelihood {f.likelihood}, which has no such number")
+    if not f.fisher:
+        common.stop(
+            f,
+            f"--residual: also wants --fisher for --likelihood {f.likelihood}, a file with the "
+            "Fisher information of each column",
         )
 
 
@@ -1129,14 +1230,17 @@ def main(argv=None):
     settings = common.parse_flags(Flags, argv)
     if settings[0].residual:
         check_post_mortem_flags(settings)
-        post_mortems = examine(settings)
-        for post_mortem in post_mortems:
-            report_post_mortem(post_mortem)
-    else:
-        check_prediction_flags(settings)
-        predictions = predict(settings)
-        for prediction in predictions:
+        for result in post_mortem.examine(settings):
+            post_mortem.report(result)
+        return 0
+
+    check_prediction_flags(settings)
+    if settings[0].likelihood == "gaussian":
+        for prediction in predict(settings):
             report_prediction(prediction)
+    else:
+        for prediction in predict_stability(settings):
+            report_stability(prediction)
     return 0
 
 

@@ -168,6 +168,28 @@ class Values(unittest.TestCase):
         scalars = common.objective_scalars(settings[1:], torch.zeros(1))
         self.assertEqual(tuple(scalars["sigma"].shape), (4,))
 
+    def test_a_word_in_place_of_a_number(self):
+        """--eta_dec of predict_collapse.py takes the word learned, too."""
+        def settings(*argv):
+            with tempfile.TemporaryDirectory() as folder, mock.patch("sys.stderr"):
+                return common.parse_flags(predict_collapse.Flags, [*argv, "--out_dir", folder])
+
+        def values(text):
+            return [f.eta_dec for f in settings("--eta_dec", text)]
+
+        self.assertEqual(values("learned"), ["learned"])
+        self.assertEqual(values("0.5,learned"), [0.5, "learned"])
+        self.assertEqual(values("learned,1:2:0.5,learned"), ["learned", 1, 1.5, 2])
+        self.assertEqual(settings("--eta_dec=learned")[0].eta_dec, "learned")
+
+        grid = settings("--eta_dec", "0.5,learned", "--beta", "1,2")
+        self.assertEqual(
+            [(f.beta, f.eta_dec) for f in grid],
+            [(1, 0.5), (1, "learned"), (2, 0.5), (2, "learned")],
+        )
+        [f] = settings("--eta_dec", "learned")
+        self.assertEqual(files.spell(files.changed_settings(f, None)), "eta_dec=learned")
+
     def test_a_path_may_hold_commas_and_colons(self):
         self.assertEqual(parse("--data_dir", "a,b:c")[0].data_dir, "a,b:c")
 
@@ -223,13 +245,13 @@ class Refused(unittest.TestCase):
     Nothing is trained.
     """
 
-    def refuse(self, argv, *parts):
+    def refuse(self, argv, *parts, script=MNIST_HVAE_Relu):
         with mock.patch("training.train_group", side_effect=AssertionError("trained")):
-            status, out, err = call(MNIST_HVAE_Relu.main, *argv)
+            status, out, err = call(script.main, *argv)
         self.assertEqual(status, 2, err)
         self.assertEqual(out, "")
         self.assertEqual(err.count("\n"), 1, err)
-        for part in ("MNIST_HVAE_Relu.py: error: ", *parts):
+        for part in (f"{script.__name__}.py: error: ", *parts):
             self.assertIn(part, err)
 
     def test_unknown_flag(self):
@@ -284,6 +306,35 @@ class Refused(unittest.TestCase):
             common._parse_values(kind, "Identical,Randon")
         self.refuse(
             ["--dataset", "mnits"], "--dataset", "'mnits'", "auto, mnist, fashion, digits")
+
+    def test_a_wrong_word(self):
+        """The message names the word that a flag allows. Other flags allow no word."""
+        number = "a number above 1e-100 and at most 1e+100"
+        for value, part in (
+            ("learnt", "learnt"),
+            ("Learned", "Learned"),
+            ("0.5,learn", "learn"),
+            ("learned,0", "0"),
+            ("learned:1", "learned:1"),
+            ("learned/1", "learned/1"),
+        ):
+            self.refuse(
+                ["--eta_dec", value],
+                f"--eta_dec: got '{part}', wants ",
+                f"{number}, or learned\n",
+                script=predict_collapse,
+            )
+        self.refuse(
+            ["--eta_dec"],
+            f"--eta_dec: got no value, wants {number}, or learned\n",
+            script=predict_collapse,
+        )
+        self.refuse(
+            ["--eta_enc", "learned"],
+            f"--eta_enc: got 'learned', wants {number}\n",
+            script=predict_collapse,
+        )
+        self.refuse(["--eta_dec", "learned"], "--eta_dec: got 'learned', wants a number above 0\n")
 
     def test_empty_range(self):
         for value in ("5:1:1", "1:2:0", "1:2:-1", "0:1:1e-9"):

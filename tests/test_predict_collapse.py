@@ -1,30 +1,24 @@
-"""predict_collapse.py: its closed forms on arrays from files, and what it refuses to read.
+"""predict_collapse.py: its predictions on arrays from files, and the flags that it refuses.
 
-The closed forms are compared with numpy and with the scripts.
+The predictions are compared with numpy, with the scripts and with brute force.
 """
 import dataclasses
 import json
 import math
-import os
-import threading
 import unittest
-import warnings
 from unittest import mock
 
-import common
 import numpy as np
 import torch
 
+import arrays
 import datasets
-import headroom
 import MNIST_CVAE_Linear
 import MNIST_HVAE_Linear_learnable_sigma_2
 import MNIST_HVAE_Linear_nonlearnable_sigma_2
 import MNIST_VAE_Linear_learnable_sigma
 import MNIST_VAE_Linear_nonlearnable_sigma
 import predict_collapse
-import theory
-import training
 import verify
 from tests import small
 
@@ -37,6 +31,8 @@ def newest(folder, name):
 
 
 class Case(small.InFolder):
+    """Tests that call predict_collapse.py on files in a folder."""
+
     def setUp(self):
         super().setUp()
         random = np.random.default_rng(0)
@@ -350,291 +346,480 @@ class Predictions(Case):
                 self.assertRegex(sentence, "Nothing is trained|trained model")
 
 
-# ---------------------------------------------------------------------------------- kinds of files
+# ------------------------------------------------------------------------------- a learned eta_dec
 
-class Files(Case):
-    def theta(self, path):
-        """The theta that the program predicts for the rows of a file."""
-        return self.predict("--x", path)[0]["predicted"]["theta"]
+class LearnedEtaDec(Case):
+    """--eta_dec learned."""
 
-    def check_same(self, path, expected):
-        """Check that the prediction for a file is the expected one, {name: list}."""
-        predicted = self.predict("--x", path)[0]["predicted"]
-        self.assertEqual(set(predicted), set(expected))
-        for name, values in expected.items():
+    def test_by_hand(self):
+        """Probabilistic PCA at beta = 1, and the equation for another beta."""
+        x = self.save("x.npy", self.x)
+        for center, rows in (("false", self.x), ("true", self.x - self.x.mean(0))):
+            variances = np.linalg.svd(rows / 300**0.5, compute_uv=False)**2
+            for beta in (1.0, 0.3):
+                saved, out, _ = self.predict(
+                    "--x", x, "--eta_dec", "learned", "--d_1", 4, "--beta", beta,
+                    "--center", center)
+                active = (np.array(saved["predicted"]["kl"]) > 0).sum()
+                self.assertEqual(active, 4)
+                variance = variances[4:].sum() / (6 - 4 * beta)
+                self.assertAlmostEqual(saved["learned_eta_dec"], variance**0.5, places=9)
+                kl = np.log(variances[:4] / (beta * variance)) / 2
+                np.testing.assert_allclose(saved["predicted"]["kl"], kl, rtol=1e-9)
+                loss = 3 * (1 + math.log(2 * math.pi * variance)) + beta * kl.sum()
+                self.assertAlmostEqual(saved["optimal_loss"], loss, places=9)
+                self.assertIn(f"The learned eta_dec is {variance**0.5:.4g}, ", out)
+                self.assertIn(f"variance of {variance:.4g}.", out)
+                self.assertIn(
+                    f"beta = {beta:g}, eta_enc = 1, a learned eta_dec and a learnable sigma", out)
+
+    def test_like_a_fixed_eta_dec(self):
+        """With the learned eta_dec as a fixed one, the prediction is the same."""
+        x = self.save("x.npy", self.x)
+        argv = ["--x", x, "--d_1", 5, "--beta", 1.7]
+        learned, _, _ = self.predict(*argv, "--eta_dec", "learned")
+        fixed, _, _ = self.predict(*argv, "--eta_dec", repr(learned["learned_eta_dec"]))
+        self.assertAlmostEqual(learned["optimal_loss"], fixed["optimal_loss"], places=9)
+        for name in ("theta", "kl", "omega"):
             np.testing.assert_allclose(
-                predicted[name], values, rtol=1e-7, atol=1e-9, err_msg=f"{path.name} {name}")
+                learned["predicted"][name], fixed["predicted"][name], rtol=1e-9)
+        # Any other eta_dec has a larger loss.
+        for factor in (0.9, 1.1):
+            other, _, _ = self.predict(*argv, "--eta_dec", factor * learned["learned_eta_dec"])
+            self.assertGreater(other["optimal_loss"], learned["optimal_loss"] + 1e-3)
 
-    def test_every_format(self):
-        """The prediction is the same for each kind of file, type of number and order in memory."""
-        x = self.x.astype(np.float32)
-        expected = self.predict("--x", self.save("x.npy", x))[0]["predicted"]
-        np.savez(self.folder / "x.npz", x)
-        np.savetxt(self.folder / "x.csv", x, delimiter=",", fmt="%.9g")
-        np.savetxt(
-            self.folder / "named.csv",
-            x,
-            delimiter=",",
-            fmt="%.9g",
-            header="a,b,c,d,e,f",
-            comments="",
-        )
-        torch.save(torch.from_numpy(x), self.folder / "x.pt")
-        torch.save(torch.from_numpy(x).requires_grad_(), self.folder / "grad.pt")
-        self.save("fortran.npy", np.asfortranarray(x))
-        self.save("double.npy", x.astype(np.float64))
-        self.save("deep.npy", x.reshape(300, 2, 3))
-
-        text_files = ["x.csv", "named.csv"]
-        binary_files = ["x.npz", "x.pt", "grad.pt", "fortran.npy", "double.npy", "deep.npy"]
-        for name in text_files + binary_files:
-            self.check_same(self.folder / name, expected)
-
-    def test_any_length_of_a_chunk(self):
+    def test_recommendation_and_lists(self):
+        """A recommended beta keeps the wanted units, and the word may be in a list or after =."""
         x = self.save("x.npy", self.x)
-        expected = self.predict("--x", x)[0]["predicted"]
-        with mock.patch("predict_collapse.CHUNK", 7):
-            self.check_same(x, expected)
+        argv = ["--x", x, "--d_1", 5]
+        saved, out, _ = self.predict(*argv, "--eta_dec=learned", "--active", 3)
+        collapse = saved["predicted"]["collapse"]
+        self.assertIn(
+            f"Exactly 3 units are active for {collapse[3]:.6g} <= beta < {collapse[2]:.6g}.", out)
+        for beta, active in ((collapse[2] * 0.999, 3), (collapse[2] * 1.001, 2)):
+            saved, _, _ = self.predict(*argv, "--eta_dec", "learned", "--beta", beta)
+            self.assertEqual(sum(kl > 0 for kl in saved["predicted"]["kl"]), active)
 
-    def test_whole_numbers_and_bfloat16(self):
-        whole = np.round(10 * self.x)
-        x = self.save("int.npy", whole.astype(np.int16))
-        expected = self.predict("--x", x)[0]["predicted"]
-        theta = np.linalg.svd(whole / 300**0.5, compute_uv=False)
-        np.testing.assert_allclose(expected["theta"], theta, rtol=1e-7)
+        status, out, _ = self.call(*argv, "--eta_dec", "0.5,learned")
+        self.assertEqual(status, 0)
+        self.assertEqual(out.count("The learned eta_dec is"), 1)
+        self.assertIn("eta_dec = 0.5 and a learnable sigma", out)
+        # Each value is in the name of its folder.
+        names = [path.parent.name for path in (self.folder / "runs").rglob("prediction.json")]
+        for value in ("0.5", "learned"):
+            endings = [name for name in names if name.endswith(f",eta_dec={value},d_1=5")]
+            self.assertTrue(endings, names)
+        # The trade-off of the learned one has a column for it.
+        columns = [line for line in out.split("\n") if "distortion" in line and "beta " in line]
+        self.assertEqual([line.split()[-1] for line in columns], ["loss", "eta_dec"])
 
-        # These numbers have few bits, so that bfloat16 holds them exactly.
-        torch.save(torch.from_numpy(whole).bfloat16(), self.folder / "half.pt")
-        half = self.predict("--x", self.folder / "half.pt")[0]["predicted"]
-        self.assertEqual(half, expected)
-
-    def test_no_array(self):
-        self.write("text.npy", "no array")
-        self.write("empty.npy", "")
-        self.write("text.csv", "a,b\nc,d\n1,2\n")
-        self.write("text.pt", "no tensor")
-        self.write("text.npz", "no archive")
-        self.write("empty.csv", "")
-        torch.save({"x": torch.ones(3, 2)}, self.folder / "dict.pt")
-        torch.save(torch.eye(3).to_sparse(), self.folder / "sparse.pt")
-        np.savez(self.folder / "two.npz", a=self.x, b=self.y)
-        objects = np.array([{}, 1], dtype=object)
-        np.save(self.folder / "objects.npy", objects, allow_pickle=True)
-        self.save("words.npy", np.array([["a", "b"]] * 3))
-        self.save("complex.npy", self.x * 1j)
-        self.save("none.npy", self.x[:0])
-        self.save("vector.npy", self.x[:, 0])
-        names = [path.name for path in sorted(self.folder.iterdir())]
-        self.assertEqual(len(names), 14)
-        for name in [*names, "absent.npy"]:
-            with self.subTest(name), warnings.catch_warnings():
-                warnings.simplefilter("error")
-                self.refuse(
-                    ["--x", self.folder / name], "--x", name, "cannot be read as an array")
-
+    def test_no_lower_bound(self):
+        """Six units describe six columns, so that beta must be at least 1."""
+        x = self.save("x.npy", self.x)
         self.refuse(
-            ["--x", self.folder / "x.txt"],
-            "--x",
-            "wants a file whose name ends in .npy, .npz, .csv, .pt",
+            ["--x", x, "--eta_dec", "learned", "--beta", "2,0.9"],
+            "--eta_dec: got learned, but at beta = 0.9 the loss has no lower bound",
+            "6 units describe the data completely",
+            "--beta of at least 1 or --d_1 of at most 5",
+        )
+        # What the message names is enough.
+        self.predict("--x", x, "--eta_dec", "learned", "--beta", 1)
+        self.predict("--x", x, "--eta_dec", "learned", "--beta", 0.9, "--d_1", 5)
+
+        wide = self.save("wide.npy", np.concatenate([self.x, self.x[:, :1]], 1))
+        self.refuse(["--x", wide, "--eta_dec", "learned"], "--beta of at least 1.167 ")
+        self.predict("--x", wide, "--eta_dec", "learned", "--beta", 1.167)
+        zeros = self.save("zeros.npy", np.zeros((20, 3)))
+        self.refuse(["--x", zeros, "--eta_dec", "learned"], "--eta_dec", "0 in every row")
+
+    def test_wrong_flags(self):
+        x = self.save("x.npy", self.x)
+        y = self.save("y.npy", self.y)
+        learned = ["--x", x, "--eta_dec", "learned"]
+        self.refuse_in_one_line(
+            [*learned, "--model", "hvae"], "--eta_dec: got learned, wants a number")
+        self.refuse_in_one_line(
+            [*learned, "--model", "cvae", "--y", y], "--eta_dec: got learned, wants a number")
+        self.refuse_in_one_line([*learned, "--sigma", "0.5"], "--sigma")
+        self.refuse_in_one_line(
+            [*learned, "--residual", y, "--collapsed", 1], "--eta_dec: got learned, wants the")
+        self.refuse_in_one_line(["--x", x, "--eta_dec", "learnt"], "--eta_dec: got 'learnt'")
+
+
+# -------------------------------------------------------------------------- decoders not Gaussian
+
+class OneUnit:
+    """A VAE with one latent unit, a linear encoder and a linear decoder of natural parameters.
+
+    The expectation over z is exact up to Gauss-Hermite quadrature.
+    """
+
+    def __init__(self, likelihood, x):
+        self.likelihood = likelihood
+        self.x = torch.from_numpy(x).double()
+        self.sizes = []
+        self.s = self.x
+        if likelihood == "categorical":
+            parts = []
+            for column in self.x.T:
+                parts.append((column[:, None] == column.unique()).double())
+            self.sizes = [part.shape[1] for part in parts]
+            self.s = torch.cat(parts, 1)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+        self.nodes = torch.from_numpy(nodes)[:, None]
+        self.weights = torch.from_numpy(weights / weights.sum())[:, None]
+
+    def loss(self, p, beta):
+        """The negative beta-ELBO in nats per row."""
+        mean = self.s @ p["encoder"] + p["offset"]
+        std = p["log_std"].exp()
+        z = mean + std * self.nodes
+        a = p["bias"] + z[..., None] * p["decoder"]
+        if self.likelihood == "bernoulli":
+            log_partition = torch.nn.functional.softplus(a).sum(-1)
+        elif self.likelihood == "poisson":
+            log_partition = a.exp().sum(-1) + torch.lgamma(self.x + 1).sum(-1)
+        else:
+            log_partition = sum(part.logsumexp(-1) for part in a.split(self.sizes, -1))
+        reconstruction = (self.weights * (log_partition - (self.s * a).sum(-1))).sum(0).mean()
+        kl = ((mean**2).mean() + std**2 - 1) / 2 - p["log_std"]
+        return reconstruction + beta * kl
+
+    def start(self, scale):
+        """Parameters at the collapsed optimum, plus random weights of this scale."""
+        random = torch.Generator().manual_seed(0)
+        mean = self.s.mean(0)
+        zero = torch.zeros((), dtype=torch.float64)
+        p = {
+            "bias": mean.logit() if self.likelihood == "bernoulli" else mean.log(),
+            "offset": zero,
+            "log_std": zero.clone(),
+        }
+        for name in ("encoder", "decoder"):
+            p[name] = scale * torch.randn(len(mean), dtype=torch.float64, generator=random)
+        return p
+
+    def collapsed_loss(self):
+        return self.loss(self.start(0), 1).item()
+
+    def gain(self, beta):
+        """How far L-BFGS lowers the loss below that of the collapsed model."""
+        p = {name: value.requires_grad_() for name, value in self.start(0.05).items()}
+        optimizer = torch.optim.LBFGS(
+            p.values(),
+            max_iter=400,
+            tolerance_grad=1e-9,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
         )
 
-    def test_no_file(self):
-        """A folder and an absent file are refused in one line."""
-        for suffix in (".npy", ".npz", ".csv", ".pt"):
-            (self.folder / f"folder{suffix}").mkdir()
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(p, beta)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return self.collapsed_loss() - self.loss(p, beta).item()
+
+
+class OtherDecoders(Case):
+    """--likelihood bernoulli, categorical and poisson, before training."""
+
+    def setUp(self):
+        super().setUp()
+        random = np.random.default_rng(2)
+        z = random.standard_normal((301, 2))
+        logits = z @ random.standard_normal((2, 6)) * 1.5 + random.standard_normal(6)
+        self.binary = (random.random((301, 6)) < 1 / (1 + np.exp(-logits))).astype(np.uint8)
+        self.counts = random.poisson(np.exp(0.5 * logits))
+        # Codes with gaps, of 3, 2, 4 and 3 categories.
+        columns = []
+        for codes in ((3, 7, 10), (0, 1), (0, 5, 6, 100), (1, 2, 4)):
+            place = np.clip(np.round(z[:, 0] + random.standard_normal(301)), 0, len(codes) - 1)
+            columns.append(np.array(codes)[place.astype(int)])
+        self.codes = np.stack(columns, 1)
+
+    def predict_stability(self, *argv):
+        """(contents of prediction.json, stdout, stderr)."""
+        status, out, err = self.call(*argv)
+        self.assertEqual(status, 0, err)
+        path = newest(self.folder / "runs", "prediction.json")
+        self.assertTrue((path.parent / "stability.png").read_bytes().startswith(PNG))
+        return json.loads(path.read_text(encoding="utf-8")), out, err
+
+    def ratio_of_other_half(self, s, fisher):
+        """The held-out rho_1 of statistics s (n, D). fisher(mean) is H (D, D)."""
+        halves = arrays.halves_of(len(s), np.random.default_rng(0))
+        ratios = []
+        for half, other in (halves, halves[::-1]):
+            covariance = np.cov(s[half].T, bias=True)
+            information = fisher(s[half].mean(0))
+            # The eigenvectors of H^+ Cov are the directions of decoder weights.
+            sizes, directions = np.linalg.eig(np.linalg.pinv(information) @ covariance)
+            w = directions[:, sizes.real.argmax()].real
+            information = fisher(s[other].mean(0))
+            ratios.append(w @ np.cov(s[other].T, bias=True) @ w / (w @ information @ w))
+        return sum(ratios) / 2
+
+    def gain(self, ratios, units, beta):
+        """G_k by its formula."""
+        ratio = np.maximum(np.sort(ratios)[::-1][:units] / beta, 1)
+        return beta / 2 * (ratio - 1 - np.log(ratio)).sum()
+
+    def test_bernoulli(self):
+        """rho are the eigenvalues of the correlation matrix. Constant columns are left out."""
+        constant = np.ones((301, 1), dtype=np.uint8)
+        x = np.concatenate([self.binary[:, :4], constant, 0 * constant, self.binary[:, 4:]], 1)
+        path = self.save("x.npy", x)
+        with mock.patch("arrays.CHUNK", 38):
+            saved, out, _ = self.predict_stability(
+                "--x", path, "--likelihood", "bernoulli", "--beta", 1.1, "--d_1", 2)
+
+        # 1. rho, and the loss of independent columns.
+        rho = np.linalg.eigvalsh(np.corrcoef(self.binary.T))[::-1]
+        np.testing.assert_allclose(saved["rho"], rho, rtol=1e-9)
+        p = self.binary.mean(0)
+        entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p)).sum()
+        self.assertAlmostEqual(saved["collapsed_loss"], entropy, places=9)
+        self.assertEqual((saved["constant_columns"], saved["columns"]), (2, 8))
+
+        # 2. The held-out rho_1.
+        held_out = self.ratio_of_other_half(self.binary, lambda p: np.diag(p * (1 - p)))
+        self.assertAlmostEqual(saved["held_out_rho_1"], held_out, places=9)
+        self.assertGreater(held_out, 1.5)
+
+        # 3. The bound of Jaakkola and Jordan, which is above that of Boehning.
+        logit = np.log(p / (1 - p))
+        bound = np.tanh(logit / 2) / (2 * logit)
+        covariance = np.cov(self.binary.T, bias=True)
+        ratios = np.linalg.eigvalsh(covariance / np.sqrt(np.outer(bound, bound)))
+        self.assertAlmostEqual(saved["guaranteed_gain"], self.gain(ratios, 2, 1.1), places=9)
+        boehning = self.gain(4 * np.linalg.eigvalsh(covariance), 2, 1.1)
+        self.assertGreater(saved["guaranteed_gain"], boehning)
+
+        # 4. In words, and in the table.
+        unstable = (rho > 1.1).sum()
+        self.assertTrue(1 < unstable < 6)
+        self.assertEqual(saved["unstable_directions"], unstable)
+        words = " ".join(out.split())
+        for sentence in (
+            f"With a Bernoulli decoder on {path} (301 rows), collapse of all units is stable from "
+            f"beta = {rho[0]:.4g} on.",
+            "A better solution far from collapse is not excluded.",
+            f"At beta = 1.1, {unstable} directions are unstable. This does not count the units "
+            "that training would activate.",
+            f"The held-out rho_1 is {held_out:.4g}.",
+            "2 of 8 columns are constant and left out.",
+            f"The loss of the collapsed model is {entropy:.2f} nats per row.",
+        ):
+            self.assertIn(sentence, words)
+        self.assertNotIn("impossible", words)
+        self.assertEqual(words.find("With a Bernoulli"), 0)
+        table = saved["over_beta"]
+        for beta, unstable, gain in zip(table["beta"], table["unstable"], table["gain"]):
+            self.assertEqual(unstable, (rho > beta).sum())
+            self.assertAlmostEqual(gain, self.gain(ratios, 2, beta), places=9)
+            self.assertRegex(out, rf"\n *{beta:g} +{unstable} +{gain:.4f}\n")
+
+    def test_poisson(self):
+        x = np.concatenate([self.counts, np.full((301, 1), 2), np.zeros((301, 1))], 1)
+        saved, out, _ = self.predict_stability(
+            "--x", self.save("x.npy", x), "--likelihood", "poisson", "--beta", 0.8)
+        rate = self.counts.mean(0)
+        covariance = np.cov(self.counts.T, bias=True)
+        rho = np.linalg.eigvalsh(covariance / np.sqrt(np.outer(rate, rate)))[::-1]
+        np.testing.assert_allclose(saved["rho"][:6], rho, rtol=1e-9)
+        self.assertAlmostEqual(max(map(abs, saved["rho"][6:])), 0)
+        self.assertEqual(saved["constant_columns"], 2)
+        held_out = self.ratio_of_other_half(self.counts, np.diag)
+        self.assertAlmostEqual(saved["held_out_rho_1"], held_out, places=9)
+
+        loss = 0
+        for column in x.T:
+            rate = column.mean()
+            for count in column:
+                log_rate = math.log(rate) if rate else 0
+                loss -= (count * log_rate - rate - math.lgamma(count + 1)) / 301
+        self.assertAlmostEqual(saved["collapsed_loss"], loss, places=9)
+
+        self.assertIsNone(saved["guaranteed_gain"])
+        self.assertEqual(set(saved["over_beta"]), {"beta", "unstable"})
+        self.assertIn("A Poisson decoder has no guaranteed gain.", out)
+
+    def test_categorical(self):
+        """rho are the eigenvalues of multiple correspondence analysis, per column once."""
+        x = np.concatenate([self.codes, np.full((301, 1), 9)], 1)
+        with mock.patch("arrays.CHUNK", 38):
+            saved, out, _ = self.predict_stability(
+                "--x", self.save("x.npy", x), "--likelihood", "categorical", "--beta", 1.2,
+                "--d_1", 3)
+
+        sizes = []
+        parts = []
+        for column in self.codes.T:
+            codes = sorted(set(column.tolist()))
+            sizes.append(len(codes))
+            parts.append(np.stack([column == code for code in codes], 1).astype(float))
+        self.assertEqual(sizes, [3, 2, 4, 3])
+        s = np.concatenate(parts, 1)
+
+        # 1. Multiple correspondence analysis: the indicator matrix, centred and weighted.
+        p = s.mean(0)
+        singular_values = np.linalg.svd((s - p) / np.sqrt(p * 301), compute_uv=False)
+        rho = singular_values[:8]**2
+        np.testing.assert_allclose(saved["rho"][:8], rho, rtol=1e-9)
+        self.assertAlmostEqual(max(map(abs, saved["rho"][8:])), 0)
+        self.assertEqual((saved["constant_columns"], saved["columns"]), (1, 5))
+
+        # 2. The held-out rho_1, the loss and Boehning's bound.
+        def fisher(p):
+            information = np.diag(p)
+            for start, size in zip(np.cumsum([0, *sizes]), sizes):
+                block = slice(start, start + size)
+                information[block, block] -= np.outer(p[block], p[block])
+            return information
+
+        held_out = self.ratio_of_other_half(s, fisher)
+        self.assertAlmostEqual(saved["held_out_rho_1"], held_out, places=9)
+        self.assertAlmostEqual(saved["collapsed_loss"], -(p * np.log(p)).sum(), places=9)
+        ratios = 2 * np.linalg.eigvalsh(np.cov(s.T, bias=True))
+        gain = self.gain(ratios, 3, 1.2)
+        self.assertGreater(gain, 0)
+        self.assertAlmostEqual(saved["guaranteed_gain"], gain, places=9)
+        self.assertIn("With a categorical decoder", out)
+        self.assertIn("1 of 5 columns is constant", out)
+
+    def test_brute_force(self):
+        """A unit gains something just below rho_1, nothing just above it, and more than the bound.
+
+        The unit has a linear encoder. Its exact expected loss is minimised from a start near
+        collapse.
+        """
+        for likelihood, x in (
+            ("bernoulli", self.binary), ("poisson", self.counts), ("categorical", self.codes),
+        ):
+            argv = ["--x", self.save("x.npy", x), "--likelihood", likelihood, "--d_1", 1]
+            rho = self.predict_stability(*argv)[0]["rho"][0]
+            unit = OneUnit(likelihood, x)
+            with self.subTest(likelihood=likelihood):
+                self.assertGreater(unit.gain(0.95 * rho), 1e-4)
+                self.assertLess(abs(unit.gain(1.03 * rho)), 1e-9)
+
+                saved, _, _ = self.predict_stability(*argv, "--beta", 0.3 * rho)
+                self.assertAlmostEqual(saved["collapsed_loss"], unit.collapsed_loss(), places=9)
+                if likelihood != "poisson":
+                    self.assertGreater(saved["guaranteed_gain"], 0.1)
+                    self.assertGreater(unit.gain(0.3 * rho), saved["guaranteed_gain"])
+
+    def test_two_categories_are_a_bernoulli_variable(self):
+        x = self.save("x.npy", self.binary)
+        bernoulli, _, _ = self.predict_stability("--x", x, "--likelihood", "bernoulli")
+        categorical, _, _ = self.predict_stability("--x", x, "--likelihood", "categorical")
+        np.testing.assert_allclose(categorical["rho"][:6], bernoulli["rho"], rtol=1e-9)
+        for name in ("held_out_rho_1", "collapsed_loss"):
+            self.assertAlmostEqual(categorical[name], bernoulli[name], places=9)
+
+    def test_noise_apart_from_structure(self):
+        """Independent columns have a rho_1 above 1 by chance, but not on held-out rows."""
+        random = np.random.default_rng(3)
+        samples = {
+            "bernoulli": random.random((400, 60)) < random.random(60),
+            "poisson": random.poisson(3 * random.random((1, 60)), (400, 60)),
+            "categorical": random.integers(0, 3, (400, 30)),
+        }
+        for likelihood, x in samples.items():
+            saved, _, _ = self.predict_stability(
+                "--x", self.save("noise.npy", x), "--likelihood", likelihood)
+            self.assertGreater(saved["rho"][0], 1.5)
+            self.assertLess(abs(saved["held_out_rho_1"] - 1), 0.15)
+
+    def test_lists(self):
+        """A list of betas is one report with a row for each, and each --d_1 is a report."""
+        x = self.save("x.npy", self.binary)
+        status, out, _ = self.call(
+            "--x", x, "--likelihood", "bernoulli", "--beta", "0.5,1,100", "--d_1", "1,6")
+        self.assertEqual(status, 0)
+        self.assertEqual(out.count("At beta = 0.5, "), 2)
+        self.assertIn("1 unit gains at least", out)
+        self.assertIn("6 units gain at least", out)
+        self.assertEqual(len(list((self.folder / "runs").rglob("prediction.json"))), 2)
+        last_row = out.strip().split("\n")[-1]
+        self.assertEqual(last_row.split(), ["100", "0", "0.0000"])
+
+    def test_images_are_binarised(self):
+        """A data set of images gives what a file of its binarised pixels gives."""
+        small.write_mnist(self.folder / "data")
+        saved, out, _ = self.predict_stability(
+            "--dataset", "mnist", "--data_dir", self.folder / "data", "--likelihood", "bernoulli")
+        self.assertIn("The images are binarised: a pixel above 0.5 counts as 1", out)
+        f = predict_collapse.Flags(dataset="mnist", data_dir=str(self.folder / "data"))
+        [data] = datasets.load_mnist([f])
+        pixels = self.save("pixels.npy", data.train[0].numpy() > 0.5)
+        other, out, _ = self.predict_stability("--x", pixels, "--likelihood", "bernoulli")
+        self.assertNotIn("binarised", out)
+        self.assertEqual(saved["rho"], other["rho"])
+        self.assertGreater(saved["rho"][0], 2)
+
+    def test_few_rows(self):
+        """Rows of one half may all be the same in a column."""
+        rare = np.zeros((300, 3))
+        rare[7, 0] = rare[7, 1] = rare[20, 2] = 1
+        x = self.save("x.npy", rare)
+        for likelihood in ("bernoulli", "categorical", "poisson"):
+            saved, _, _ = self.predict_stability("--x", x, "--likelihood", likelihood)
+            self.assertAlmostEqual(saved["rho"][0], 2, places=1)
+            self.assertEqual(saved["held_out_rho_1"], 0)
+        _, _, err = self.predict_stability(
+            "--x", self.save("few.npy", self.binary[:4]), "--likelihood", "bernoulli")
+        self.assertIn("warning: there are fewer rows (4) than columns (6)", err)
+
+    def test_constant_columns_for_any_number_of_rows(self):
+        """A mean of 1 has no rounding error, which would look like a column with information."""
+        for count in range(3, 120, 4):
+            x = np.ones((count, 2))
+            x[::2, 0] = 0
+            path = str(self.save("x.npy", x))
+            f = predict_collapse.Flags(x=path, likelihood="bernoulli")
+            instability = predict_collapse.measure_instability(f)
+            self.assertEqual((instability.constants, len(instability.rho)), (1, 1))
+            self.assertAlmostEqual(instability.rho.item(), 1)
+
+    def test_constant_data(self):
+        x = self.save("x.npy", np.ones((9, 3)))
+        for likelihood in ("bernoulli", "categorical", "poisson"):
+            self.refuse(["--x", x, "--likelihood", likelihood], "--x: all columns are constant")
+
+    def test_wrong_flags(self):
+        x = self.save("x.npy", self.binary)
+        y = self.save("y.npy", self.y)
+        argv = ["--x", x, "--likelihood", "bernoulli"]
+        for flag, value in (
+            ("--eta_dec", "0.5"),
+            ("--eta_dec", "learned"),
+            ("--eta_enc", "0.5"),
+            ("--sigma", "0,1"),
+            ("--active", 3),
+            ("--center", "true"),
+            ("--beta_1", 2),
+        ):
             self.refuse_in_one_line(
-                ["--x", self.folder / f"folder{suffix}"], "--x", f"folder{suffix}", "regular file")
+                [*argv, flag, value], f"{flag}: cannot be combined with --likelihood bernoulli")
+        for model in ("cvae", "hvae", "vae,hvae"):
             self.refuse_in_one_line(
-                ["--x", self.folder / f"absent{suffix}"], "--x", f"absent{suffix}")
-        self.refuse_in_one_line(["--x", self.folder], "--x", "wants a file whose name ends in")
-
-    @unittest.skipUnless(os.path.exists("/dev/null"), "there is no /dev/null")
-    def test_a_device(self):
-        self.refuse_in_one_line(["--x", "/dev/null"], "--x", "/dev/null", "wants a file")
-        for suffix in (".npy", ".npz", ".csv", ".pt"):
-            link = self.folder / f"device{suffix}"
-            link.symlink_to("/dev/null")
-            self.refuse_in_one_line(["--x", link], "--x", link.name, "regular file")
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "there are no FIFOs")
-    def test_a_fifo(self):
-        """Opening a FIFO would wait for a writer for ever."""
-        x = self.save("x.npy", self.x)
-        for suffix in (".npy", ".npz", ".csv", ".pt"):
-            fifo = self.folder / f"fifo{suffix}"
-            os.mkfifo(fifo)
-            self.refuse_fifo(["--x", fifo], fifo)
-        for flags in (["--model", "cvae", "--y"], ["--collapsed", 1, "--residual"]):
-            self.refuse_fifo(["--x", x, *flags, self.folder / "fifo.npy"], self.folder / "fifo.npy")
-
-    def refuse_fifo(self, argv, fifo):
-        """Check that the program refuses a FIFO, in a thread that cannot hang the test."""
-        results = []
-
-        def run():
-            results.append(self.call(*argv))
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(30)
-        if thread.is_alive():
-            # The end of a writer lets the reader go on.
-            os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
-            thread.join(30)
-            self.fail(f"{fifo.name} was opened")
-        [(status, out, err)] = results
-        self.assertEqual((status, out), (2, ""))
-        self.assertEqual(len(err.splitlines()), 1, err)
-        self.assertIn(fifo.name, err)
-        self.assertIn("wants a regular file", err)
-
-    def test_rows_that_do_not_fit(self):
-        x = self.save("x.npy", self.x)
-        short_y = self.save("y.npy", self.y[:-1])
-        self.refuse(
-            ["--model", "cvae", "--x", x, "--y", short_y],
-            "--y: got 299 rows, wants 300 rows like --x",
-        )
-        self.refuse(["--x", self.save("one.npy", self.x[:1])], "--x", "at least 2")
-        short_r = self.save("r.npy", self.y[1:])
-        self.refuse(
-            ["--x", x, "--collapsed", 1, "--residual", short_r], "--residual", "299 rows", "300")
-
-    def test_bad_numbers(self):
-        for value in (math.nan, math.inf, -math.inf):
-            broken = self.x.copy()
-            broken[217, 3] = value
-            with mock.patch("predict_collapse.CHUNK", 50):
-                self.refuse(
-                    ["--x", self.save("broken.npy", broken)], "--x", "row 217 ", str(value))
-        self.refuse(["--x", self.save("vast.npy", self.x * 1e200)], "--x", "up to 1e+100")
-
-        # The message names the first bad number, also where numbers of both kinds are bad.
-        both = self.x.copy()
-        both[[3, 5], 0] = 1e101, math.nan
-        self.refuse(["--x", self.save("both.npy", both)], "--x", "row 3 ", "1e+101", "up to 1e+100")
-
-
-class TextFiles(Case):
-    """Files that end in .csv."""
-
-    # The rows of a file, and their theta by numpy.
-    ROWS = np.array([[1.0, 2.0], [3.0, -4.0], [5.0, 7.0], [-2.0, 8.0]])
-
-    def text(self, first="", newline="\n"):
-        """The text of a file that holds the rows, after the text `first`."""
-        lines = [",".join(f"{number:g}" for number in row) for row in self.ROWS]
-        return first + newline.join(lines) + newline
-
-    def check_rows(self, path, rows=ROWS):
-        """Check that the program reads these rows from a file."""
-        saved, _, _ = self.predict("--x", path)
-        self.assertEqual(saved["rows"], len(rows))
-        theta = np.linalg.svd(rows / len(rows)**0.5, compute_uv=False)
-        np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
-
-    def refuse_cell(self, text, *words):
-        """Check that the program refuses a file with this text, in one line with these words."""
-        path = self.write("x.csv", text)
-        self.refuse_in_one_line(["--x", path], "--x", "x.csv", *words)
-
-    def test_a_bad_cell_in_the_first_row(self):
-        """The first row is not dropped as a header because one of its cells is no number."""
-        self.refuse_cell(
-            "1,abc\n3,4\n5,6\n7,8\n", "line 1, column 2", "'abc'", "wants a number")
-        self.refuse_cell("x1,2\n3,4\n5,6\n7,8\n", "line 1, column 1", "'x1'", "wants a number")
-        # Spreadsheets leave a missing number empty, and some countries write a decimal comma.
-        self.refuse_cell("1,\n3,4\n5,6\n", "line 1, column 2", "''")
-        self.refuse_cell('1,"2,5"\n3,4\n5,6\n', "line 1, column 2", "'2,5'")
-
-    def test_a_bad_cell_in_the_first_row_after_a_header(self):
-        self.refuse_cell(
-            "age,size\n1,abc\n3,4\n5,6\n", "line 2, column 2", "'size'", "'abc'", "wants a number")
-
-    def test_a_bad_cell_further_down(self):
-        text = self.text()
-        self.refuse_cell(text + "8,x\n", "line 5, column 2", "'x'", "wants a number")
-        self.refuse_cell(
-            "age,size\n" + text + "8,x\n", "line 6, column 2", "'size'", "'x'", "wants a number")
-
-    def test_a_second_line_without_numbers(self):
-        """Only one line is a header."""
-        self.refuse_cell("age,size\nyears,m\n1,2\n3,4\n", "line 2, column 1", "'age'", "'years'")
-
-    def test_rows_of_different_lengths(self):
-        self.refuse_cell("1,2\n3,4\n5,6,7\n", "line 3", "3 cells", "2", "line 1")
-        self.refuse_cell("a,b\n1,2\n\n3\n", "line 4", "1 cells", "2", "line 2")
-
-    def test_header(self):
-        """A first line without any number is skipped."""
-        self.check_rows(self.write("x.csv", self.text("age,size\n")))
-        self.check_rows(self.write("x.csv", self.text('"the age, in years","size"\n')))
-
-    def test_first_row_of_numbers_is_kept(self):
-        """nan and inf are numbers, and are refused as such, with their column."""
-        self.check_rows(self.write("x.csv", self.text()))
-        for value in ("nan", "inf", "-inf"):
-            line = self.refuse(
-                ["--x", self.write("x.csv", f"{value},{value}\n1,2\n3,4\n")],
-                "--x", "line 1, column 1", "wants finite numbers")
-            self.assertIn(f"is {value}, wants", line)
-
-    def test_blank_lines_and_comments(self):
-        first = "# measured in May\n\nage,size\n  \n"
-        self.check_rows(self.write("x.csv", self.text(first) + "\n# the end\n\n"))
-
-    def test_rows_are_named_by_lines(self):
-        """Where a number is bad, its line in the file is named, and the name of its column."""
-        text = "# first\n\nage,size\n1,2\n\n3,4\n# between\n5,nan\n7,8\n"
-        path = self.write("x.csv", text)
-        self.refuse(
-            ["--x", path], "--x", "line 8, column 2", "'size'", "is nan", "finite numbers")
-        path = self.write("x.csv", text.replace("nan", "1e200"))
-        self.refuse(["--x", path], "--x", "line 8, column 2", "'size'", "1e+200", "up to 1e+100")
-        # Chunks do not matter.
-        with mock.patch("predict_collapse.CHUNK", 2):
-            self.refuse(["--x", path], "--x", "line 8, column 2", "'size'", "1e+200")
-        # The same number in a file without a header has no name.
-        path = self.write("x.csv", "1,2\n\n3,4\n5,nan\n")
-        line = self.refuse(["--x", path], "--x", "line 4, column 2 is nan")
-        self.assertNotIn("size", line)
-
-    def test_columns_of_y_and_residual(self):
-        """Messages name the flag whose file holds the bad number."""
-        x = self.write("x.csv", self.text())
-        bad = self.write("bad.csv", "target\n1\n2\n\nnan\n4\n")
-        for flags in (["--model", "cvae", "--y"], ["--collapsed", 1, "--residual"]):
-            self.refuse(["--x", x, *flags, bad], flags[-1], "line 5, column 1", "'target'", "nan")
-
-    def test_byte_order_mark(self):
-        """Spreadsheets begin a file with one. It is not a part of the first number or name."""
-        for newline in ("\n", "\r\n"):
-            text = self.text(newline=newline)
-            self.check_rows(self.write("x.csv", text, encoding="utf-8-sig"))
-            self.check_rows(self.write("x.csv", "age,size" + newline + text, "utf-8-sig"))
-        path = self.write("x.csv", "age,size\nx,2\n3,4\n", "utf-8-sig")
-        self.refuse(["--x", path], "line 2, column 1 ('age') is 'x'")
-
-    def test_accents_in_the_header(self):
-        """The file is read as UTF-8, also where the computer's own encoding is another one."""
-        header = "Größe,élévation\n"
-        self.check_rows(self.write("x.csv", self.text(header)))
-        path = self.write("x.csv", header + "1,2\n3,ö\n5,6\n")
-        self.refuse(["--x", path], "line 3, column 2 ('élévation') is 'ö'")
-        path = self.write("x.csv", header + "1,2\nnan,4\n5,6\n")
-        self.refuse(["--x", path], "line 3, column 1 ('Größe') is nan")
-
-        def open_in_ascii(path, *args, encoding="ascii", **options):
-            return open(path, *args, encoding=encoding, **options)
-
-        with mock.patch("predict_collapse.open", open_in_ascii, create=True):
-            self.check_rows(self.write("x.csv", self.text(header)))
-
-    def test_another_encoding(self):
-        """A file that is not UTF-8 is refused in one line, not with a traceback."""
-        path = self.write("x.csv", self.text("Größe,Länge\n"), encoding="latin-1")
-        self.refuse_in_one_line(["--x", path], "--x", "x.csv", "cannot be read as an array")
-
+                [*argv, "--model", model], "--model: got", "wants vae for --likelihood bernoulli")
+        self.refuse_in_one_line([*argv, "--y", y], "--y: cannot be combined with --model vae")
+        self.refuse_in_one_line(
+            ["--x", x, "--likelihood", "binary"], "--likelihood: got 'binary', wants one of")
+        self.refuse_in_one_line(
+            ["--x", x, "--likelihood", "bernoulli,poisson"], "--likelihood", "single value")
+        self.refuse_in_one_line([*argv, "--fisher", y], "--fisher: also wants --residual")
+        for likelihood in ("poisson", "categorical"):
+            self.refuse_in_one_line(
+                ["--dataset", "digits", "--likelihood", likelihood],
+                f"--dataset: cannot be combined with --likelihood {likelihood}",
+            )
+        self.refuse([*argv, "--beta", "1e-320"], "--beta", "not finite")
 
 # ------------------------------------------------------------------------------------------ flags
 
@@ -670,6 +855,7 @@ class WrongFlags(Case):
         """They are refused at once, in one line. Nothing is read, printed or written."""
         x = self.save("x.npy", self.x)
         extremes = (
+            ("--eta_dec", "0"),
             ("--eta_dec", "1e-200"),
             ("--eta_dec", "1e200"),
             ("--eta_enc", "1e-200"),
@@ -728,165 +914,6 @@ class WrongFlags(Case):
                 saved, _, _ = self.predict("--x", x, *flags)
                 self.assertTrue(math.isfinite(saved["optimal_loss"]))
                 self.assertTrue(np.isfinite(saved["predicted"]["kl"]).all())
-
-
-# -------------------------------------------------------------------------------- the post-mortem
-
-class PostMortems(Case):
-    """--residual: the headroom of a model of the user's own."""
-
-    def examine(self, *argv):
-        """(contents of headroom.json, stdout)."""
-        status, out, err = self.call(*argv)
-        self.assertEqual(status, 0, err)
-        path = newest(self.folder / "runs", "headroom.json")
-        self.assertTrue((path.parent / "headroom.png").read_bytes().startswith(PNG))
-        return json.loads(path.read_text(encoding="utf-8")), out
-
-    def test_by_hand(self):
-        """The headroom by numpy's regression, and the held-out gain row by row."""
-        beta = 0.6
-        eta_dec = 0.7
-        k = 3
-        u = np.concatenate([self.x, np.ones((300, 1))], axis=1)
-        with mock.patch("predict_collapse.CHUNK", 38):
-            saved, out = self.examine(
-                "--x", self.save("u.npy", self.x),
-                "--residual", self.save("r.npy", self.y.reshape(300, 2, 2)),
-                "--eta_dec", eta_dec,
-                "--beta", beta,
-                "--collapsed", k,
-            )
-
-        # 1. All rows.
-        fitted = u @ np.linalg.lstsq(u, self.y, rcond=None)[0]
-        tau = np.linalg.svd(fitted / 300**0.5, compute_uv=False)**2
-        level = beta * eta_dec**2
-        np.testing.assert_allclose(saved["tau"], tau[:k], rtol=1e-9)
-        self.assertAlmostEqual(saved["level"], level)
-        ratio = np.maximum(tau[:k] / level, 1)
-        gain = beta / 2 * (ratio - 1 - np.log(ratio)).sum()
-        self.assertAlmostEqual(saved["headroom"], gain, places=9)
-        self.assertGreater((ratio > 1).sum(), 1)
-
-        # 2. Units from one half of the rows, on the other half. The best ridge counts.
-        held_out = []
-        for ridge in (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
-            gains = [
-                self.gain_on_other_half(u, half, ridge, k, beta, eta_dec) for half in (0, 1)
-            ]
-            held_out.append(sum(gains) / 2)
-        self.assertAlmostEqual(saved["held_out"], max(held_out), places=8)
-        self.assertGreater(saved["held_out"], 0.01)
-        self.assertTrue(
-            out.startswith(
-                "\nWith beta = 0.6 and eta_dec = 0.7, 3 units collapsed because of training: "
-                f"reviving them would lower the loss by at least {saved['headroom']:.2g} nats."
-            ),
-            out,
-        )
-
-        # 3. The table. The gain of one unit is its term of the sum.
-        self.assertIn("unit tau tau / threshold gain (nats)", " ".join(out.split()))
-        term = beta / 2 * (ratio[0] - 1 - np.log(ratio[0]))
-        self.assertRegex(out, rf"\n +1 +{tau[0]:.4f} +{ratio[0]:.4f} +{term:.4f}")
-
-    def gain_on_other_half(self, u, half, ridge, k, beta, eta_dec):
-        """The gain of k units that are fitted on the even (0) or odd (1) rows, on the others."""
-        level = beta * eta_dec**2
-        half_u = u[half::2]
-        half_r = self.y[half::2]
-        other_u = u[1 - half::2]
-        left = self.y[1 - half::2]
-
-        A = half_u.T @ half_u / len(half_u)
-        C = half_r.T @ half_u / len(half_u)
-        regression = np.linalg.solve(A + ridge * np.trace(A) * np.eye(len(A)), C.T)
-        sizes, directions = np.linalg.eigh(C @ regression)
-
-        # In stds of its prior, z is z_mean plus noise of the variance noise_share.
-        total = 0
-        for i in range(len(sizes) - 1, len(sizes) - 1 - k, -1):
-            direction = directions[:, i]
-            noise_share = min(1, level / sizes[i])
-            predicted = other_u @ regression @ direction
-            z_mean = (1 - noise_share)**0.5 * predicted / sizes[i]**0.5
-            decoder = max(0, sizes[i] - level)**0.5 * direction
-
-            still_left = left - np.outer(z_mean, decoder)
-            fall = (left**2).sum(1) - (still_left**2).sum(1) - noise_share * (decoder**2).sum()
-            kl = (z_mean**2 + noise_share - 1 - np.log(noise_share)) / 2
-            total += (fall / (2 * eta_dec**2) - beta * kl).mean()
-            left = still_left
-        return total
-
-    def test_verdicts(self):
-        random = np.random.default_rng(1)
-        u = random.standard_normal((200, 30))
-        noise = random.standard_normal((200, 8))
-        x = self.save("u.npy", u)
-
-        # 1. 31 columns fit 200 rows of noise by chance.
-        r = self.save("noise.npy", noise)
-        saved, out = self.examine("--x", x, "--residual", r, "--eta_dec", 0.3, "--collapsed", 4)
-        self.assertGreater(saved["headroom"], 0.01)
-        self.assertLess(saved["held_out"], 0.01)
-        self.assertIn(
-            "4 units collapsed: there are too few rows to decide whether because of the objective "
-            "or of training",
-            out,
-        )
-
-        # 2. The objective.
-        saved, out = self.examine("--x", x, "--residual", r, "--eta_dec", 1, "--collapsed", 4)
-        self.assertEqual((saved["headroom"], saved["held_out"]), (0, 0))
-        self.assertIn("4 units collapsed because of the objective.", out)
-
-        # 3. Both causes, in a list of betas.
-        r = self.save("r.npy", noise + 3 * u[:, :8])
-        _, out = self.examine("--x", x, "--residual", r, "--collapsed", 1, "--beta", "0.5,50")
-        self.assertRegex(
-            out,
-            r"(?s)With beta = 0.5 and eta_dec = 1, 1 unit collapsed because of training: .*"
-            r"With beta = 50 and eta_dec = 1, 1 unit collapsed because of the objective\.")
-
-    def test_rare_columns_are_not_relied_on(self):
-        """A column may be tiny in a row of one half, and large in a row of the other.
-
-        A fit on the first half would then give an enormous z to the row of the other half.
-        """
-        random = np.random.default_rng(1)
-        u = random.standard_normal((400, 3))
-        noise = random.standard_normal((400, 2))
-        rare = np.zeros((400, 1))
-        rare[10] = 1e-4
-        rare[11] = 1
-        x = self.save("u.npy", np.concatenate([u, rare], 1))
-        r = self.save("r.npy", noise + 3 * u[:, :2])
-        saved, _ = self.examine("--x", x, "--residual", r, "--collapsed", 2)
-        without, _ = self.examine(
-            "--x", self.save("u.npy", u), "--residual", r, "--collapsed", 2)
-        self.assertAlmostEqual(saved["held_out"], without["held_out"], delta=0.02)
-
-    def test_like_a_script(self):
-        """A script reports the same headroom for its own model as two arrays give."""
-        data = small.digit_data(300, 20)
-        f = MNIST_VAE_Linear_learnable_sigma.Flags(device="cpu", d_1=4, eta_dec=0.5)
-        model = training.build(MNIST_VAE_Linear_learnable_sigma.VAE, f, data).eval()
-        [(cross, moment, *objective)] = headroom.residual_moments(model, f, data).values()
-        tau = theory.spectrum(headroom.linear_part(cross, moment))
-        gain = headroom.gain_of_units(tau, 4, *objective)
-
-        [x] = data.train
-        residual = x - model.U(model.W(x)).detach()
-        saved, _ = self.examine(
-            "--x", self.save("u.npy", x.numpy()),
-            "--residual", self.save("r.npy", residual.numpy()),
-            "--eta_dec", 0.5,
-            "--collapsed", 4,
-        )
-        self.assertGreater(gain, 0.1)
-        self.assertAlmostEqual(saved["headroom"], gain, places=6)
 
 
 if __name__ == "__main__":
