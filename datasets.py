@@ -7,6 +7,7 @@ The file has four parts: the functions that scripts call, how a data set is foun
 its files are read and checked, and how a digit is drawn. Batches are made in training.py.
 """
 import contextlib
+import dataclasses
 import functools
 import math
 import socket
@@ -137,6 +138,36 @@ def _as_images(f, data):
 def image_shape(dataset):
     """(C, H, W) of a data set's images."""
     return (3, 32, 32) if dataset == "cifar10" else (1, 28, 28)
+
+
+def load_binary_mnist(settings):
+    """The data of each setting as in `load_mnist`, with binary pixels: 0.0 or 1.0.
+
+    With --binarise threshold a pixel is 1 where its grey value exceeds 0.5. With --binarise sample
+    it is drawn once, by the seed, with the grey value as the probability of a 1. The data are
+    shared where settings share --dataset and --binarise, and for sample also --seed.
+    """
+    loaded = {}
+    keys = []
+    for f, data in zip(settings, load_mnist(settings)):
+        key = (f.dataset, f.binarise, f.seed if f.binarise == "sample" else None)
+        keys.append(key)
+        if key not in loaded:
+            loaded[key] = _as_binary(f, data)
+    return [loaded[key] for key in keys]
+
+
+def _as_binary(f, data):
+    """`Data` with the images of `load_mnist` made binary as --binarise of the setting f says."""
+    generator = common.generator(f.seed, "data")
+    splits = []
+    for (images,) in (data.train, data.test):
+        threshold = 0.5
+        if f.binarise == "sample":
+            threshold = torch.rand(images.shape, generator=generator).to(images.device)
+        splits.append((images > threshold).to(images.dtype))
+    train, test = splits
+    return dataclasses.replace(data, train=(train,), test=(test,))
 
 
 def load_mnist_quarters(settings):
