@@ -610,6 +610,7 @@ class DCTVAE(nn.Module):
     """
 
     elbo_draws = 1
+    headroom_rows = deep.HEADROOM_ROWS
 
     def __init__(self, f):
         super().__init__()
@@ -707,6 +708,16 @@ class DCTVAE(nn.Module):
             return deep.LogisticMixture(out, self.c_x)
         return Bernoulli(logits=out)
 
+    def draw_posterior(self, c, x, sample_shape):
+        """A draw of all latents from q(z|c, x), the top level first, and what p(x|z) reads.
+
+        c (n, c_x, k, k) has the context of each draw. The results are those of `top_down`.
+        """
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        return self.top_down(c, features, lambda l, p, q: deep.draw(q))
+
     def forward(self, x, f, sample_shape=()):
         """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py.
 
@@ -715,13 +726,10 @@ class DCTVAE(nn.Module):
         """
         shape = (*sample_shape, len(x))
 
-        # 1. A draw of all latents from the posterior, the top level first.
+        # 1. A draw of all latents from the posterior.
         c = self.dct(x)
-        features = {}
-        for side, e in self.encoder(x).items():
-            features[side] = deep.repeat_examples(e, sample_shape)
         repeated_c = deep.repeat_examples(c, sample_shape)
-        drawn, decoder_input = self.top_down(repeated_c, features, lambda l, p, q: deep.draw(q))
+        drawn, decoder_input = self.draw_posterior(repeated_c, x, sample_shape)
 
         # 2. The reconstruction, the bound on -log p(c), and the KL of each level.
         log_px_z = self.p_x(decoder_input, shape).log_prob(x).flatten(len(shape)).sum(-1)
@@ -760,6 +768,21 @@ class DCTVAE(nn.Module):
         for level in learned:
             learned_kl = learned_kl + common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
         return -terms["log_px_z"] + f.beta * (context_kl + learned_kl)
+
+    # What the report measures (see report.py).
+
+    def residuals(self, x, f, draws):
+        """Describe binary pixels minus their expected probabilities, as headroom.py needs it.
+
+        See deep.level_residuals. Each of the two estimates has one draw of the latents.
+        """
+        # headroom.py has no theory for the mixture of logistics of cifar10.
+        if self.dimensions:
+            return {}
+        x = common.binarise(x)
+        c = deep.repeat_examples(self.dct(x), (2,))
+        _, decoder_input = self.draw_posterior(c, x, (2,))
+        return deep.level_residuals(self, x, self.p_x(decoder_input, (2, len(x))).logits, f)
 
     # What the pictures and the measurements of --evaluate use.
 

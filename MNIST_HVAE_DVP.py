@@ -557,6 +557,7 @@ class DVPVAE(nn.Module):
     """
 
     elbo_draws = 1
+    headroom_rows = deep.HEADROOM_ROWS
 
     def __init__(self, f):
         super().__init__()
@@ -667,14 +668,8 @@ class DVPVAE(nn.Module):
             drawn_u = deep.repeat_examples(u, sample_shape)
             kl_top = kl_u
 
-        # 2. A draw of all latents from the posterior, level 1 first.
-        features = {}
-        for side, e in self.encoder(x).items():
-            features[side] = deep.repeat_examples(e, sample_shape)
-        drawn = list(self.top_down(drawn_u, features, lambda l, p, q: deep.draw(q)))
-        drawn.reverse()
-
-        # 3. The reconstruction, and the KL of each level.
+        # 2. The reconstruction, and the KL of each level.
+        drawn = self.draw_posterior(drawn_u, x, sample_shape)
         zs = [z for p, q, z in drawn]
         log_px_z = self.p_x(zs, shape).log_prob(x).flatten(len(shape)).sum(-1)
         terms = {"log_px_z": log_px_z}
@@ -682,7 +677,7 @@ class DVPVAE(nn.Module):
             terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
         terms[f"kl_{self.levels}"] = kl_top
 
-        # 4. What only the evaluation needs.
+        # 3. What only the evaluation needs.
         if not self.training:
             terms.update(self.evaluation_terms(x, drawn, log_px_z, shape))
             if u is not None:
@@ -690,6 +685,18 @@ class DVPVAE(nn.Module):
                 terms["error_context"] = error
                 terms["context_baseline"] = gaussian
         return terms
+
+    def draw_posterior(self, u, x, sample_shape):
+        """A draw of all latents from q(z|u, x), level 1 first: a list of (p, q, z).
+
+        u is (n, c_x, k, k), where n is the number of draws of all examples together.
+        """
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        drawn = list(self.top_down(u, features, lambda l, p, q: deep.draw(q)))
+        drawn.reverse()
+        return drawn
 
     def draw_u(self, x, sample_shape):
         """A draw of q(u|x), (n, c_x, k, k), and the bound on its KL, (*sample_shape, B, d)."""
@@ -728,6 +735,21 @@ class DVPVAE(nn.Module):
         for level in learned:
             learned_kl = learned_kl + common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
         return -terms["log_px_z"] + f.beta * (context_kl + learned_kl)
+
+    # What the report measures (see report.py).
+
+    def residuals(self, x, f, draws):
+        """Describe binary pixels minus their expected probabilities, as headroom.py needs it.
+
+        See deep.level_residuals. Each of the two estimates has one draw of u and the latents.
+        """
+        # headroom.py has no theory for the mixture of logistics of cifar10.
+        if self.dimensions:
+            return {}
+        x = common.binarise(x)
+        u = deep.draw(self.q_u(deep.repeat_examples(x, (2,))))
+        zs = [z for p, q, z in self.draw_posterior(u, x, (2,))]
+        return deep.level_residuals(self, x, self.p_x(zs, (2, len(x))).logits, f)
 
     # What the pictures and the measurements of --evaluate use.
 
@@ -821,6 +843,7 @@ class VampLadder(nn.Module):
     """
 
     elbo_draws = 1
+    headroom_rows = deep.HEADROOM_ROWS
 
     def __init__(self, f):
         super().__init__()
@@ -918,6 +941,14 @@ class VampLadder(nn.Module):
             return deep.LogisticMixture(out, self.c_x)
         return Bernoulli(logits=out)
 
+    def draw_posterior(self, x, sample_shape):
+        """A draw of all latents from q(z|x), the top level first: a list of (p, q, z)."""
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        n = math.prod((*sample_shape, len(x)))
+        return list(self.top_down(n, features, lambda l, p, q: deep.draw(q)))
+
     def forward(self, x, f, sample_shape=()):
         """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py.
 
@@ -926,15 +957,10 @@ class VampLadder(nn.Module):
         """
         shape = (*sample_shape, len(x))
 
-        # 1. A draw of all latents from the posterior, the top level first.
-        features = {}
-        for side, e in self.encoder(x).items():
-            features[side] = deep.repeat_examples(e, sample_shape)
-        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q)))
+        # 1. The reconstruction, and the KL of each level.
+        drawn = self.draw_posterior(x, sample_shape)
         top_p, top_q, top_z = drawn[0]
         below = drawn[1:]
-
-        # 2. The reconstruction, and the KL of each level.
         zs = [z for p, q, z in drawn]
         log_px_z = self.p_x(zs, shape).log_prob(x).flatten(len(shape)).sum(-1)
         top_kl = top_q.log_prob(top_z).flatten(1).sum(1) - top_p.log_prob(top_z)
@@ -944,7 +970,7 @@ class VampLadder(nn.Module):
             terms[f"kl_{l}"] = deep.per_unit(kl_divergence(q, p), shape)
         terms[f"kl_{self.levels}"] = top_kl
 
-        # 3. What only the evaluation needs.
+        # 2. What only the evaluation needs.
         if not self.training:
             terms.update(self.evaluation_terms(drawn, log_px_z, top_kl, shape))
         return terms
@@ -981,6 +1007,20 @@ class VampLadder(nn.Module):
         for level in below:
             kl_below = kl_below + common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
         return -terms["log_px_z"] + f.beta * (top_kl + kl_below)
+
+    # What the report measures (see report.py).
+
+    def residuals(self, x, f, draws):
+        """Describe binary pixels minus their expected probabilities, as headroom.py needs it.
+
+        See deep.level_residuals. Each of the two estimates has one draw of the latents.
+        """
+        # headroom.py has no theory for the mixture of logistics of cifar10.
+        if self.dimensions:
+            return {}
+        x = common.binarise(x)
+        zs = [z for p, q, z in self.draw_posterior(x, (2,))]
+        return deep.level_residuals(self, x, self.p_x(zs, (2, len(x))).logits, f)
 
     # What the pictures and the measurements of --evaluate use.
 

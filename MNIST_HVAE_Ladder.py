@@ -198,6 +198,7 @@ class LadderVAE(nn.Module):
     """
 
     elbo_draws = 1
+    headroom_rows = deep.HEADROOM_ROWS
 
     def __init__(self, f):
         super().__init__()
@@ -256,18 +257,22 @@ class LadderVAE(nn.Module):
             return deep.LogisticMixture(out, self.c_x)
         return Bernoulli(logits=out)
 
+    def draw_posterior(self, x, sample_shape):
+        """A draw of all latents from q(z|x), level 1 first: a list of (p, q, z)."""
+        features = {}
+        for side, e in self.encoder(x).items():
+            features[side] = deep.repeat_examples(e, sample_shape)
+        n = math.prod((*sample_shape, len(x)))
+        drawn = list(self.top_down(n, features, lambda l, p, q: deep.draw(q)))
+        drawn.reverse()
+        return drawn
+
     def forward(self, x, f, sample_shape=()):
         """The terms of the ELBO for x (B, c_x, H, W), in nats. Shapes are in report.py."""
         shape = (*sample_shape, len(x))
 
-        # 1. A draw of all latents from the posterior, level 1 first.
-        features = {}
-        for side, e in self.encoder(x).items():
-            features[side] = deep.repeat_examples(e, sample_shape)
-        drawn = list(self.top_down(math.prod(shape), features, lambda l, p, q: deep.draw(q)))
-        drawn.reverse()
-
-        # 2. The reconstruction, and the KL of each level.
+        # 1. The reconstruction, and the KL of each level.
+        drawn = self.draw_posterior(x, sample_shape)
         zs = [z for p, q, z in drawn]
         log_px_z = self.p_x(zs, shape).log_prob(x).flatten(len(shape)).sum(-1)
         terms = {"log_px_z": log_px_z}
@@ -276,7 +281,7 @@ class LadderVAE(nn.Module):
         if self.training:
             return terms
 
-        # 3. For the evaluation: the importance weight, and the means in units of the prior.
+        # 2. For the evaluation: the importance weight, and the means in units of the prior.
         log_ratio = 0
         for p, q, z in drawn:
             log_ratio = log_ratio + deep.per_unit(p.log_prob(z) - q.log_prob(z), shape).sum(-1)
@@ -294,6 +299,20 @@ class LadderVAE(nn.Module):
         for level in common.levels(terms):
             loss = loss + f.beta * common.free_bits(terms[f"kl{level}"], f.free_bits).sum(-1)
         return loss
+
+    # What the report measures (see report.py).
+
+    def residuals(self, x, f, draws):
+        """Describe binary pixels minus their expected probabilities, as headroom.py needs it.
+
+        See deep.level_residuals. Each of the two estimates has one draw of the latents.
+        """
+        # headroom.py has no theory for the mixture of logistics of cifar10.
+        if self.dimensions:
+            return {}
+        x = common.binarise(x)
+        zs = [z for p, q, z in self.draw_posterior(x, (2,))]
+        return deep.level_residuals(self, x, self.p_x(zs, (2, len(x))).logits, f)
 
     # What the pictures and the measurements of --evaluate use.
 

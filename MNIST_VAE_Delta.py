@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import datasets
 import deep
+import headroom
 import processes
 import report
 import training
@@ -275,6 +276,7 @@ class DeltaVAE(nn.Module):
 
     n, width = datasets.image_shape("mnist")[1:]
     elbo_draws = 1
+    headroom_rows = deep.HEADROOM_ROWS
 
     def __init__(self, f):
         super().__init__()
@@ -360,6 +362,36 @@ class DeltaVAE(nn.Module):
         --free_bits of the KL of every unit cost nothing.
         """
         return -terms["log_px_z"] + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
+
+    # What the report measures (see report.py).
+
+    def residuals(self, x, f, draws):
+        """Describe binary pixels minus their expected probabilities, as headroom.py needs it.
+
+        The probability of a pixel depends on the true pixels before it. A further unit adds its
+        contribution to the logits of all pixels. Each of the two estimates has one draw of z.
+
+        No posterior matches the AR(1) prior. With this prior a unit counts as collapsed if its mean
+        does not vary, and a further unit is a sequence of one unit per image row.
+        """
+        x = common.binarise(x)
+        z = draw(self.q_z(x), (2,))
+        logits = self.decoder.horizontal(x, z, self.decoder.vertical(x))
+
+        prior = {}
+        if f.prior == "ar1":
+            steps = torch.arange(self.n)
+            covariance = self.alpha ** (steps[:, None] - steps).abs().double()
+            factor = headroom.sequence_factor(covariance, self.closest_std.squeeze(1).cpu())
+            prior = {
+                "counts_means": True,
+                "sequence_length": self.n,
+                "sequence_factor": factor,
+            }
+        residual = headroom.bernoulli_residual(
+            x, logits[:, None], encoder_input=(x.flatten(1),), beta=f.beta, **prior
+        )
+        return {"": residual}
 
     # What the pictures use.
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import datasets
 import files
+import headroom
 import pictures
 import processes
 
@@ -178,6 +179,27 @@ def per_unit(values, shape):
 def draw(normal, temperature=1.0):
     """A differentiable draw of a Normal whose std is multiplied by the temperature."""
     return normal.mean + temperature * normal.stddev * processes.normal_like(normal.mean)
+
+
+# The number of training images from which the headroom of a deep model is measured. One pass
+# through such a model is expensive.
+HEADROOM_ROWS = 20_000
+
+
+def level_residuals(model, x, logits, f):
+    """{level suffix: residual} of the learned levels of a hierarchy, as headroom.py needs them.
+
+    x is binary (B, c_x, H, W), drawn anew as in training. logits (2, B, c_x, H, W) are those of
+    p(x|z) at two draws of all latents.
+
+    All levels share one residual. A further unit of any level reads x and adds its contribution to
+    the logits of the pixels. That is a wider class of models than the decoder, in which an upper
+    level reaches the pixels only through the levels below. The verdict is about this class.
+    """
+    residual = headroom.bernoulli_residual(
+        x, logits[:, None], encoder_input=(x.flatten(1),), beta=f.beta
+    )
+    return {f"_{level}": residual for level in range(1, model.learned_levels + 1)}
 
 
 class LogisticMixture:
