@@ -332,7 +332,7 @@ def learned_levels(row):
 
     A context, which is the top level of the models that have one, is not learned.
     """
-    counts = [int(count) for count in measurements.numbers_of(row["AU_kl from the top"])]
+    counts = measurements.values_of_levels(row["AU_kl from the top"])
     return counts[1:] if "context_baseline" in row else counts
 
 
@@ -395,3 +395,146 @@ def rates_above_delta(commands):
     if standard:
         sentences.append(f"With the standard prior it is {measurements.join_words(standard)}.")
     return " ".join(sentences) or "All models diverged."
+
+
+# ----------------------------------------------------------------- causes and threshold of collapse
+
+# What `deep_causes` says of each cause, see headroom.cause_of_collapse.
+CAUSES_IN_WORDS = {
+    "objective": "The objective collapsed units in {places}.",
+    "training": "Training collapsed units in {places}.",
+    "encoder": "Only a richer encoder could use the collapsed units in {places}.",
+    "unstable": "Collapse is unstable in {places}.",
+    "none": "All units are active in {places}.",
+}
+
+
+def deep_causes(commands):
+    """What collapsed units of each model, with a sentence for each cause."""
+    places = {cause: [] for cause in CAUSES_IN_WORDS}
+    for command in commands:
+        for values, rows in command.by_setting().items():
+            parts = [*measurements.own_flags(command, commands), command.label(values)]
+            distinction = ", ".join(part for part in parts if part)
+            model = f"{command.script} ({distinction})" if distinction else command.script
+            for cause, place in places_of_causes(model, rows).items():
+                places[cause].append(place)
+
+    sentences = []
+    for cause, sentence in CAUSES_IN_WORDS.items():
+        if places[cause]:
+            sentences.append(sentence.format(places=measurements.join_words(places[cause])))
+    return " ".join(sentences) or "No model has a verdict."
+
+
+def places_of_causes(model, rows):
+    """The levels that each cause has in one model: {cause: "levels 4 and 3 of MNIST_HVAE_DCT"}.
+
+    rows has a row per seed. A level with a cause that only some seeds have is followed by their
+    number.
+    """
+    causes_of_seeds = [measurements.causes_of_row(row) for row in rows]
+    all_levels = list(causes_of_seeds[0])
+
+    # 1. The numbers of the levels with each cause.
+    numbers_by_cause = {}
+    for level in all_levels:
+        causes = [causes_of_seed[level] for causes_of_seed in causes_of_seeds]
+        for cause in dict.fromkeys(causes):
+            seeds = causes.count(cause)
+            share = "" if seeds == len(rows) else f" ({seeds} of {len(rows)} seeds)"
+            numbers_by_cause.setdefault(cause, []).append(level.removeprefix("_") + share)
+
+    # 2. These levels in words. The only level of a one-level model has no number.
+    places = {}
+    for cause, numbers in numbers_by_cause.items():
+        if all_levels == [""]:
+            places[cause] = model + numbers[0]
+        elif len(numbers) == 1:
+            places[cause] = f"level {numbers[0]} of {model}"
+        elif [f"_{number}" for number in numbers] == all_levels:
+            places[cause] = f"all levels of {model}"
+        else:
+            places[cause] = f"levels {measurements.join_words(numbers)} of {model}"
+    return places
+
+
+@dataclass
+class CollapseRange:
+    """Where z of a model collapses as beta grows, over all seeds.
+
+    z counts as collapsed if the KL of all units together is at most 0.01 nats. The units are not
+    counted one by one. Near the threshold the model uses a single direction of z, which may be
+    spread over several units, each with a smaller KL.
+
+    last_in_use      the largest beta at which z of some seed is in use; None if there is none
+    first_collapsed  the smallest beta above last_in_use, where z of every seed is collapsed; None
+                     if there is none
+    predicted        the beta from which on the theory says that collapse is stable
+    """
+
+    last_in_use: float | None
+    first_collapsed: float | None
+    predicted: float
+
+
+def collapse_range(command):
+    """The CollapseRange of a command that varies beta, or None if all its settings diverged."""
+    is_in_use = {}
+    for rows in command.by_setting().values():
+        is_in_use[rows[0]["beta"]] = any(row["kl"] > theory.ACTIVE for row in rows)
+    if not is_in_use:
+        return None
+
+    last_in_use = max((beta for beta in is_in_use if is_in_use[beta]), default=None)
+    above = [beta for beta in is_in_use if last_in_use is None or beta > last_in_use]
+    return CollapseRange(
+        last_in_use=last_in_use,
+        first_collapsed=min(above, default=None),
+        predicted=measurements.finished_rows(command.rows)[0]["collapse_threshold"],
+    )
+
+
+def collapse_ranges(commands):
+    """Where training collapsed z, beside the predicted threshold."""
+    predicted = None
+    kinds_by_range = {}
+    for command in commands:
+        measured = collapse_range(command)
+        if measured is not None:
+            predicted = measured.predicted
+            kind = f"the {kind_of_start(command)}"
+            kinds_by_range.setdefault(range_in_words(measured), []).append(kind)
+    if predicted is None:
+        return "All models diverged."
+
+    sentences = [
+        f"Collapse is predicted to be stable from β = {predicted:.2f} on. The percentages are "
+        "differences from this β."
+    ]
+    for words, kinds in kinds_by_range.items():
+        sentences.append(f"The KL of {measurements.join_words(kinds)} is {words}.")
+    return " ".join(sentences)
+
+
+def kind_of_start(command):
+    """The model of MNIST_VAE_Bernoulli.py, and from which side it comes to the threshold."""
+    row = command.rows[0]
+    model = "linear model" if row["linear"] else "ReLU model"
+    start = "after a rise of β" if row["beta_warmup"] else "that starts next to collapse"
+    return f"{model} {start}"
+
+
+def range_in_words(measured):
+    """A CollapseRange in words, with the differences from the predicted threshold in percent."""
+
+    def beta_in_words(beta):
+        return f"β = {beta:g} ({100 * (beta / measured.predicted - 1):+.1f} %)"
+
+    parts = []
+    if measured.last_in_use is not None:
+        parts.append(f"above {theory.ACTIVE:g} nats up to {beta_in_words(measured.last_in_use)}")
+    if measured.first_collapsed is not None:
+        smaller = "smaller" if parts else f"at most {theory.ACTIVE:g} nats"
+        parts.append(f"{smaller} from {beta_in_words(measured.first_collapsed)} on")
+    return measurements.join_words(parts)

@@ -383,6 +383,117 @@ def plot_levels(ax, commands, column):
     ax.set_xticks(range(1, 1 + most_levels), names)
 
 
+# ------------------------------------------------------------------------ the threshold of collapse
+
+def around_threshold(path, commands, arrays):
+    """Draw KL, active units and gain of MNIST_VAE_Bernoulli.py over beta.
+
+    The dotted line is the predicted beta from which on collapse is stable. The gain is by how much
+    the training loss is below that of the collapsed model. It is drawn for the commands that start
+    next to collapse, beside the gain that the theory guarantees at the optimum.
+    """
+    finished = [command for command in commands if command.by_setting()]
+    if not finished:
+        return
+    threshold = measurements.finished_rows(finished[0].rows)[0]["collapse_threshold"]
+    betas = {row["beta"] for command in finished for row in command.rows}
+
+    def draw(axes):
+        [[kl_axes, unit_axes, gain_axes]] = axes
+        for command in finished:
+            plot_over_beta(kl_axes, command, "kl")
+            plot_over_beta(unit_axes, command, "AU_kl")
+        plot_gains(gain_axes, [command for command in finished if not is_raised(command)])
+
+        kl_axes.set(ylabel="KL (nats)")
+        unit_axes.set(ylabel="active units")
+        gain_axes.set(ylabel="gain over collapse (nats)")
+        set_log_y(kl_axes, 1e-4)
+        set_log_y(gain_axes, 1e-2)
+        for ax in (kl_axes, unit_axes, gain_axes):
+            ax.axvline(threshold, color="0.6", linestyle=":", label=f"ρ1 = {threshold:.2f}")
+            ax.set(xlabel="β")
+            pictures.set_log_axis(ax, "x", [threshold, *betas])
+        # The lines of the second panel are those of the first one.
+        kl_axes.legend(fontsize=7)
+        gain_axes.legend(fontsize=7)
+
+    pictures.save_figure(path, columns=3, rows=1, width=4.0, height=3.4, caption="", draw=draw)
+
+
+def set_log_y(ax, lowest):
+    """Make the y axis logarithmic, from `lowest` on.
+
+    Values may be smaller, also 0 or negative. A line to them leaves the axes at the bottom.
+    """
+    highest = max([10 * lowest, *(max(line.get_ydata()) for line in ax.get_lines())])
+    # A logarithmic axis cannot find its limits where no value is positive.
+    ax.set(ylim=(lowest, 2 * highest))
+    ax.set(yscale="log")
+
+
+def is_raised(command):
+    """Whether the command trains at a smaller beta first, which then rises."""
+    return bool(command.rows[0]["beta_warmup"])
+
+
+def color_of_model(command):
+    """One colour for the linear model of MNIST_VAE_Bernoulli.py, and one for the ReLU model."""
+    return "C1" if command.rows[0]["linear"] else "C0"
+
+
+def plot_over_beta(ax, command, metric):
+    """Plot the mean of a metric over the seeds. A model after a rise of beta has a dashed line."""
+    betas = []
+    means = []
+    for rows in command.by_setting().values():
+        betas.append(rows[0]["beta"])
+        means.append(measurements.seed_mean(rows, metric))
+    ax.plot(
+        betas,
+        means,
+        "s--" if is_raised(command) else "o-",
+        color=color_of_model(command),
+        markerfacecolor="none",
+        markersize=5,
+        linewidth=1,
+        label=answers.kind_of_start(command),
+    )
+
+
+def plot_gains(ax, commands):
+    """Plot the gain of trained models over the collapsed one, and the gain that is guaranteed."""
+    guaranteed = {}
+    for command in commands:
+        gains = {}
+        for rows in command.by_setting().values():
+            row = rows[0]
+            loss = measurements.seed_mean(rows, "last epoch loss")
+            gains[row["beta"]] = row["collapsed_loss"] - loss
+            # It depends on the data and beta alone.
+            guaranteed[row["beta"]] = row["collapsed_headroom"]
+        model = "linear model" if command.rows[0]["linear"] else "ReLU model"
+        ax.plot(
+            list(gains),
+            list(gains.values()),
+            "o-",
+            color=color_of_model(command),
+            markersize=4,
+            linewidth=1,
+            label=f"{model}, trained",
+        )
+    if guaranteed:
+        betas = sorted(guaranteed)
+        ax.plot(
+            betas,
+            [guaranteed[beta] for beta in betas],
+            "--",
+            color=PREDICTED_COLOR,
+            linewidth=1,
+            label="guaranteed at the optimum",
+        )
+
+
 # -------------------------------------------------------------------------- prediction and training
 
 def against_prediction(path, commands, arrays):

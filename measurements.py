@@ -82,6 +82,15 @@ class Command:
         parts = [f"{name} = {value}" for name, value in zip(self.flags, values)]
         return ", ".join(parts)
 
+    def written_flags(self):
+        """The flags with a value on the command line: {name: text}."""
+        words = self.line.split()
+        flags = {}
+        for word, following in zip(words, words[1:]):
+            if word.startswith("--") and not following.startswith("--"):
+                flags[word.removeprefix("--")] = following
+        return flags
+
 
 def finished_rows(rows):
     """The rows that have results."""
@@ -91,6 +100,22 @@ def finished_rows(rows):
 def is_finished(row):
     """Whether a row has results. The row of a setting that diverged has none."""
     return "elbo" in row or "max error" in row
+
+
+def own_flags(command, commands):
+    """What distinguishes a command from others of its script: a list such as ["prior = vamp"].
+
+    These are the flags on its command line that the others do not share. A command with varying
+    flags is known by them, so that its list is empty.
+    """
+    if command.flags:
+        return []
+    others = [other for other in commands if other.script == command.script and other != command]
+    parts = []
+    for flag, value in command.written_flags().items():
+        if any(other.written_flags().get(flag) != value for other in others):
+            parts.append(f"{flag} = {value}")
+    return parts
 
 
 # --------------------------------------------------------------------------------- reading the rows
@@ -265,28 +290,67 @@ def rank_correlations(commands):
 class Causes:
     """What collapsed the units of the levels that have a headroom.
 
+    headroom.cause_of_collapse says what the causes mean.
+
     levels        the number of levels, over all settings and seeds
-    by_objective  those with collapsed units and a headroom of at most 0.01 nats
-    by_training   those with collapsed units and a larger headroom
+    by_objective  those with collapsed units because of the objective
+    by_training   those with collapsed units because of training
+    undecided     other levels with collapsed units. Only a richer encoder could use them, or their
+                  collapse is unstable and the gain without it is not known.
     """
 
-    levels: int
-    by_objective: int
-    by_training: int
+    levels: int = 0
+    by_objective: int = 0
+    by_training: int = 0
+    undecided: int = 0
+
+    @property
+    def collapsed(self):
+        """The number of levels with collapsed units."""
+        return self.by_objective + self.by_training + self.undecided
 
 
 def causes_of_collapse(commands):
     """The Causes of collapse in several commands."""
-    causes = Causes(levels=0, by_objective=0, by_training=0)
+    causes = Causes()
     for row in distinct_rows(commands):
-        for suffix in ("", "_2"):
-            if f"headroom{suffix}" not in row:
-                continue
+        for cause in causes_of_row(row).values():
             causes.levels += 1
-            if row[f"headroom{suffix}"] > theory.ACTIVE:
+            if cause == "training":
                 causes.by_training += 1
-            elif row[f"AU_kl{suffix}"] < number_of_units(row, suffix):
+            elif cause == "objective":
                 causes.by_objective += 1
+            elif cause != "none":
+                causes.undecided += 1
+    return causes
+
+
+def causes_of_row(row):
+    """The cause of collapse in each level with a headroom, {suffix: cause}, the top level first.
+
+    The suffix is "" in a one-level model and "_2" for level 2. A cause is a result of
+    headroom.cause_of_collapse, or "none" if no unit of the level collapsed.
+
+    A row that an earlier version of the programs wrote has no causes. They then follow from the
+    headroom with a linear encoder.
+    """
+    if "cause from the top" in row:
+        from_the_top = values_of_levels(row["cause from the top"])
+        numbers = range(len(from_the_top), 0, -1)
+        return {f"_{number}": cause for number, cause in zip(numbers, from_the_top)}
+
+    causes = {}
+    for suffix in ("_2", "_1", ""):
+        if f"headroom{suffix}" not in row:
+            continue
+        if f"cause{suffix}" in row:
+            causes[suffix] = row[f"cause{suffix}"]
+        elif row[f"headroom{suffix}"] > theory.ACTIVE:
+            causes[suffix] = "training"
+        elif row[f"AU_kl{suffix}"] < number_of_units(row, suffix):
+            causes[suffix] = "objective"
+        else:
+            causes[suffix] = "none"
     return causes
 
 
@@ -339,11 +403,11 @@ def levels_of_row(row):
     return common.levels([name for name in row if name.startswith("kl")])
 
 
-def numbers_of(text):
-    """The numbers in a cell that holds one per level, such as "27.91, 0.01, 9.88"."""
-    return [float(part) for part in str(text).split(", ")]
+def values_of_levels(cell):
+    """The values in a cell that holds one per level, such as "27.91, 0.01" or "none, training"."""
+    return [parse(text) for text in str(cell).split(", ")]
 
 
 def mean_of_levels(rows, column):
     """The mean over the seeds of a column that holds one number per level, (levels,)."""
-    return np.mean([numbers_of(row[column]) for row in rows], axis=0)
+    return np.mean([values_of_levels(row[column]) for row in rows], axis=0)

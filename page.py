@@ -31,15 +31,30 @@ MOST_SETTINGS = 15
 # The columns of a table on the page, as far as the rows have them. The .csv file has all columns.
 COLUMNS = (
     "log_px", "exact_log_px", "elbo", "kl", "kl_1", "kl_2", "AU_kl", "AU_kl_1", "AU_kl_2",
-    "headroom", "headroom_2", "linear kl", "linear kl_1", "linear kl_2", "linear AU",
-    "linear AU_2", "active predicted -> trained", "gap", "verdict", "max error",
-    "kl from the top", "AU_kl from the top", "rate_auxiliary", "elbo_auxiliary",
-    "context_baseline", "parameters",
+    "headroom", "headroom_any", "headroom_2", "headroom_any_2", "rho", "rho_any", "cause",
+    "cause_2", "linear kl", "linear kl_1", "linear kl_2", "linear AU", "linear AU_2",
+    "active predicted -> trained", "gap", "verdict", "max error", "kl from the top",
+    "AU_kl from the top", "headroom from the top", "headroom_any from the top",
+    "cause from the top", "rate_auxiliary", "elbo_auxiliary", "context_baseline", "parameters",
 )
 
 # Columns whose numbers need another format than two decimals, and columns with another heading.
-DECIMALS = {"headroom": 3, "headroom_2": 3}
+DECIMALS = {
+    "headroom": 3,
+    "headroom_any": 3,
+    "headroom_2": 3,
+    "headroom_any_2": 3,
+    "rho": 3,
+    "rho_any": 3,
+    "headroom from the top": 3,
+    "headroom_any from the top": 3,
+}
 HEADINGS = {
+    "headroom_any": "headroom, any encoder",
+    "headroom_any_2": "headroom_2, any encoder",
+    "headroom_any from the top": "headroom from the top, any encoder",
+    "rho": "ρ1",
+    "rho_any": "ρ1, any encoder",
     "AU": "active by mean",
     "AU_kl": "active",
     "AU_kl_1": "active_1",
@@ -178,23 +193,7 @@ def command_name(command, commands):
     parts = []
     if len({other.script for other in commands}) > 1:
         parts.append(command.script)
-    others = [other for other in commands if other.script == command.script and other != command]
-    if not command.flags:
-        own = flags_of(command)
-        for flag, value in own.items():
-            if any(flags_of(other).get(flag) != value for other in others):
-                parts.append(f"{flag} = {value}")
-    return ", ".join(parts)
-
-
-def flags_of(command):
-    """The flags with a value on a command line: {name: text}."""
-    words = command.line.split()
-    flags = {}
-    for word, following in zip(words, words[1:]):
-        if word.startswith("--") and not following.startswith("--"):
-            flags[word.removeprefix("--")] = following
-    return flags
+    return ", ".join([*parts, *measurements.own_flags(command, commands)])
 
 
 def row_label(command, values, name):
@@ -215,6 +214,14 @@ def cell(column, rows):
         if agreeing == len(values):
             return values[0]
         return f"differs in {len(values) - agreeing} of {measurements.plural(len(values), 'seed')}"
+    if column.endswith("from the top"):
+        levels = zip(*(measurements.values_of_levels(value) for value in values))
+        return ", ".join(seeds_cell(column, level_values) for level_values in levels)
+    return seeds_cell(column, values)
+
+
+def seeds_cell(column, values):
+    """The text of one value of a column over the seeds. Different texts are all in it."""
     if any(isinstance(value, str) for value in values):
         return " / ".join(dict.fromkeys(str(value) for value in values))
     return measurements.format_seeds(values, DECIMALS.get(column, 2))
@@ -322,6 +329,88 @@ def deep_tables(commands):
         "and add up to its difference."
     )
     return [*setting_tables(commands), caption, markdown_table(table)]
+
+
+# The columns of `cause_tables` with their headings.
+CAUSE_COLUMNS = {
+    "AU_kl from the top": "active from the top",
+    "headroom from the top": "headroom from the top",
+    "headroom_any from the top": "headroom, any encoder",
+    "rho": "ρ1",
+    "rho_any": "ρ1, any encoder",
+    "cause from the top": "cause",
+}
+
+
+def cause_tables(commands):
+    """The table of what collapsed the units of deep models, whether with one level or with many."""
+    table = [["model", *CAUSE_COLUMNS.values()]]
+    for command in commands:
+        name = command_name(command, commands)
+        for values, rows in command.all_settings().items():
+            label = row_label(command, values, name)
+            table.append(table_row(label, CAUSE_COLUMNS, [row_of_levels(row) for row in rows]))
+    caption = (
+        "A cell with several numbers has one for each learned level, the top level first. Where no "
+        "posterior can match the prior, a unit counts as active if its mean varies. "
+        "[docs/metrics.md](../docs/metrics.md#4-headroom) explains the other columns."
+    )
+    return [markdown_table(table), caption]
+
+
+def row_of_levels(row):
+    """A row whose CAUSE_COLUMNS have a value for each level with a headroom, the top level first.
+
+    A model with a single level has them, too. A context has no headroom, so that its units are left
+    out.
+    """
+    causes = measurements.causes_of_row(row)
+    if not causes:
+        return row
+    if "cause from the top" in row:
+        active = str(row["AU_kl from the top"]).split(", ")
+        return row | {"AU_kl from the top": ", ".join(active[-len(causes):])}
+
+    # Only a prior that no posterior can match has a smallest rate above 0.
+    active = row["AU"] if row.get("smallest_rate") else row["AU_kl"]
+    return row | {
+        "AU_kl from the top": active,
+        "headroom from the top": row["headroom"],
+        "headroom_any from the top": row["headroom_any"],
+        "cause from the top": row["cause"],
+    }
+
+
+def threshold_tables(commands):
+    """The KL and the active units of each kind of MNIST_VAE_Bernoulli.py (across) over beta."""
+    head = ["β"]
+    columns = []
+    for command in commands:
+        if command.rows:
+            head.append(answers.kind_of_start(command))
+            settings = command.all_settings().values()
+            columns.append({rows[0]["beta"]: rows for rows in settings})
+
+    table = [head]
+    for beta in sorted(set().union(*columns)):
+        table.append([f"{beta:g}", *(threshold_cell(column.get(beta)) for column in columns)])
+    caption = (
+        "KL in nats, and in parentheses the number of active units. Near the threshold the model "
+        "uses a single direction of z. If this is spread over several units, none of them may "
+        "count as active."
+    )
+    return [caption, markdown_table(table)]
+
+
+def threshold_cell(rows):
+    """The KL and the active units of one setting with a row per seed, or None for no setting."""
+    if rows is None:
+        return "-"
+    finished = measurements.finished_rows(rows)
+    if not finished:
+        return "diverged"
+    kl = measurements.format_seeds([row["kl"] for row in finished], 3)
+    return f"{kl} ({cell('AU_kl', finished)})"
 
 
 # ---------------------------------------------------------------- beside the authors' released code
@@ -568,11 +657,15 @@ def correlation_cell(commands):
 
 
 def causes_cell(commands):
-    """How many levels the objective and training collapsed, such as "13 / 35 of 48"."""
+    """How many levels the objective and training collapsed, such as "13 / 35 of 48".
+
+    Levels whose cause is undecided have a number of their own: "13 / 33, 2 undecided, of 48".
+    """
     causes = measurements.causes_of_collapse(commands)
     if not causes.levels:
         return "-"
-    return f"{causes.by_objective} / {causes.by_training} of {causes.levels}"
+    undecided = f", {causes.undecided} undecided," if causes.undecided else ""
+    return f"{causes.by_objective} / {causes.by_training}{undecided} of {causes.levels}"
 
 
 def seeds_in_words(commands):

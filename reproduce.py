@@ -131,6 +131,24 @@ DEEP = [
     "MNIST_HVAE_DVP.py --preset small",
 ]
 
+# The same models after few epochs, and the VAEs with an autoregressive decoder.
+DEEP_WHY = [
+    *(f"{command} --num_epochs 4 --num_samples 0" for command in DEEP),
+    "MNIST_HVAE_DVP.py --preset small --prior vamp --num_epochs 4 --num_samples 0",
+    "MNIST_VAE_Delta.py --preset small --prior standard --num_samples 0",
+    "MNIST_VAE_Delta.py --preset small --delta 5 --num_samples 0",
+]
+
+# A VAE with Bernoulli pixels, trained from a start next to collapse and after a rise of beta.
+BERNOULLI = []
+for linear in ("false", "true"):
+    BERNOULLI += [
+        f"MNIST_VAE_Bernoulli.py --linear {linear} --start_std 1 "
+        "--beta 0.5,1,2,4,8,16,24,30,32,33,34,35,40,60 --num_epochs 12 --num_samples 0",
+        f"MNIST_VAE_Bernoulli.py --linear {linear} --beta_warmup 8 "
+        "--beta 24,30,32,33,34,35,40 --num_epochs 12 --num_samples 0",
+    ]
+
 ABLATIONS = [
     "MNIST_HVAE_Ladder.py --preset small --grad_clip 5,2717",
     "MNIST_HVAE_Ladder.py --preset small --linear_path true,false",
@@ -383,6 +401,22 @@ EXPERIMENTS = {
         commands=[f"{command} --num_epochs 4" for command in ABLATIONS],
         answer=answers.ablation,
     ),
+    "figure_bernoulli": page.Experiment(
+        section=page.BEYOND,
+        question="Does a VAE with Bernoulli pixels collapse at the β that the correlations of the "
+        "pixels predict?",
+        commands=BERNOULLI,
+        answer=answers.collapse_ranges,
+        picture=figures.around_threshold,
+        tables=page.threshold_tables,
+    ),
+    "table_deep_why": page.Experiment(
+        section=page.BEYOND,
+        question="Did the objective or training collapse the levels of the deep models?",
+        commands=DEEP_WHY,
+        answer=answers.deep_causes,
+        tables=page.cause_tables,
+    ),
     "figure_delta": page.Experiment(
         section=page.BEYOND,
         question="Does a prior that no posterior can match keep the KL of a VAE with an "
@@ -590,6 +624,9 @@ def result_columns(result):
         return {}
 
     columns = dict(result.metrics)
+    for latent, level in (result.headroom or {}).items():
+        number = latent.removeprefix("z")
+        columns[f"cause_{number}" if number else "cause"] = level.cause()
     levels = [level for level in common.levels(columns) if level]
     if len(levels) > report.MANY_LEVELS:
         columns = join_levels(columns, levels)
@@ -607,10 +644,11 @@ def result_columns(result):
 
 
 def join_levels(columns, levels):
-    """The columns of a model with many levels: one for all KLs and one for all active units.
+    """The columns of a model with many levels: one for all KLs, one for all active units and so on.
 
     The other columns of single levels are left out. Every model has the columns about a context, so
-    that models with and without one can share a table.
+    that models with and without one can share a table. A context has no headroom. The levels share
+    one residual, so that rho is the same for all of them.
     """
     joined = dict(columns)
     from_the_top = levels[::-1]
@@ -619,6 +657,19 @@ def join_levels(columns, levels):
         if kind in ("kl", "AU_kl"):
             texts = [common.format_metric(value) for value in values]
             joined[f"{kind} from the top"] = ", ".join(texts)
+
+    learned = [level for level in from_the_top if f"headroom{level}" in joined]
+    for kind in ("headroom", "headroom_any", "cause"):
+        texts = []
+        for level in learned:
+            value = joined.pop(f"{kind}{level}")
+            texts.append(value if kind == "cause" else f"{value:.4f}")
+        if texts:
+            joined[f"{kind} from the top"] = ", ".join(texts)
+    for kind in ("rho", "rho_any"):
+        values = [joined.pop(f"{kind}{level}") for level in learned]
+        if values:
+            joined[kind] = values[0]
 
     for name in ("context_baseline", "error_context"):
         joined[name] = joined.pop(name, "")

@@ -2,6 +2,7 @@
 import unittest
 
 import answers
+import headroom
 from tests.test_measurements import command_with, predicted_sweep, sweep
 
 
@@ -439,6 +440,183 @@ class DeepModels(unittest.TestCase):
         diverged = command_with("y.py", {}, [{"seed": 1}])
         answer = answers.deep_models([deep("x.py", ["5, 0"], log_px=-90.0), diverged])
         self.assertIn("x 1 of 2", answer)
+
+
+def bernoulli(kls, threshold=10.0, linear=False, beta_warmup=0.0):
+    """A command of MNIST_VAE_Bernoulli.py. kls is {beta: KL per seed}.
+
+    A seed with None diverged.
+    """
+    rows = []
+    for beta, kls_of_seeds in kls.items():
+        for seed, kl in enumerate(kls_of_seeds, 1):
+            row = {"beta": beta, "seed": seed, "linear": linear, "beta_warmup": beta_warmup}
+            if kl is not None:
+                # A KL that is spread over many units leaves each of them below 0.01 nats.
+                row |= {"elbo": -1.0, "kl": kl, "AU_kl": 0, "collapse_threshold": threshold}
+            rows.append(row)
+    line = f"MNIST_VAE_Bernoulli.py --linear {linear} --beta_warmup {beta_warmup}"
+    return command_with(line, {"beta": list(kls)}, rows)
+
+
+class CollapseRanges(unittest.TestCase):
+    def limits(self, kls):
+        """(last_in_use, first_collapsed) of a command."""
+        measured = answers.collapse_range(bernoulli(kls))
+        self.assertEqual(measured.predicted, 10.0)
+        return measured.last_in_use, measured.first_collapsed
+
+    def test_on_both_sides(self):
+        """z is in use if a single seed has a KL above 0.01 nats."""
+        self.assertEqual(
+            self.limits({1.0: [30.0, 30.0], 9.0: [0.0, 0.011], 11.0: [0.01, 0.0], 20.0: [0.0]}),
+            (9.0, 11.0),
+        )
+
+    def test_on_one_side(self):
+        self.assertEqual(self.limits({1.0: [30.0], 9.0: [2.0]}), (9.0, None))
+        self.assertEqual(self.limits({11.0: [0.001], 20.0: [0.0]}), (None, 11.0))
+
+    def test_a_gap(self):
+        """At beta 9 z is collapsed, but it is in use again at beta 12."""
+        self.assertEqual(
+            self.limits({1.0: [30.0], 9.0: [0.0], 12.0: [0.02], 15.0: [0.0], 20.0: [0.0]}),
+            (12.0, 15.0),
+        )
+
+    def test_the_order_of_the_flag_does_not_count(self):
+        self.assertEqual(
+            self.limits({20.0: [0.0], 1.0: [3.0], 11.0: [0.0], 9.0: [1.0]}), (9.0, 11.0)
+        )
+
+    def test_settings_that_diverged(self):
+        """z is neither in use nor collapsed there. A seed that diverged leaves the others."""
+        self.assertEqual(
+            self.limits({1.0: [None, 2.0], 9.0: [None], 11.0: [None], 12.0: [0.0, None]}),
+            (1.0, 12.0),
+        )
+        self.assertIsNone(answers.collapse_range(bernoulli({1.0: [None], 9.0: [None, None]})))
+
+    def test_words(self):
+        """9 is 10 % below the predicted threshold of 10, and 12.5 is 25 % above it."""
+        both, only_in_use, only_collapsed = [
+            answers.range_in_words(answers.CollapseRange(last, first, 10.0))
+            for last, first in ((9.0, 12.5), (9.0, None), (None, 12.5))
+        ]
+        self.assertEqual(
+            both, "above 0.01 nats up to β = 9 (-10.0 %) and smaller from β = 12.5 (+25.0 %) on"
+        )
+        self.assertEqual(only_in_use, "above 0.01 nats up to β = 9 (-10.0 %)")
+        self.assertEqual(only_collapsed, "at most 0.01 nats from β = 12.5 (+25.0 %) on")
+
+    def test_answer(self):
+        """Commands with the same range share a sentence. One that diverged has none."""
+        kls = {9.0: [1.0], 12.5: [0.0]}
+        answer = answers.collapse_ranges([
+            bernoulli(kls),
+            bernoulli({9.0: [None]}, beta_warmup=8.0),
+            bernoulli({12.5: [0.0]}, linear=True),
+            bernoulli(kls, linear=True, beta_warmup=8.0),
+        ])
+        self.assertEqual(
+            answer,
+            "Collapse is predicted to be stable from β = 10.00 on. The percentages are differences "
+            "from this β. The KL of the ReLU model that starts next to collapse and the linear "
+            "model after a rise of β is above 0.01 nats up to β = 9 (-10.0 %) and smaller from β = "
+            "12.5 (+25.0 %) on. The KL of the linear model that starts next to collapse is at most "
+            "0.01 nats from β = 12.5 (+25.0 %) on.",
+        )
+
+    def test_all_diverged(self):
+        self.assertEqual(
+            answers.collapse_ranges([bernoulli({9.0: [None]})]), "All models diverged."
+        )
+
+
+def with_causes(line, causes, context=False):
+    """A command of a model with many levels: for each seed the causes, the top level first."""
+    rows = []
+    for seed, cause in enumerate(causes, 1):
+        row = {"seed": seed, "elbo": 0.0, "cause from the top": cause}
+        # The context has active units, but neither a headroom nor a cause.
+        units = [9] * (context + len(cause.split(", ")))
+        row["AU_kl from the top"] = ", ".join(map(str, units))
+        rows.append(row)
+    return command_with(line, {}, rows)
+
+
+class DeepCauses(unittest.TestCase):
+    def test_levels(self):
+        """The levels have the numbers from the image, with a context above them or without."""
+        for context in (False, True):
+            command = with_causes(
+                "x.py", ["training, training, none, objective"], context=context
+            )
+            self.assertEqual(
+                answers.deep_causes([command]),
+                "The objective collapsed units in level 1 of x. Training collapsed units in levels "
+                "4 and 3 of x. All units are active in level 2 of x.",
+            )
+
+    def test_all_levels(self):
+        command = with_causes("x.py", ["unstable, unstable, unstable"])
+        self.assertEqual(
+            answers.deep_causes([command]), "Collapse is unstable in all levels of x."
+        )
+
+    def test_seeds_that_differ(self):
+        command = with_causes("x.py", ["training, none", "training, encoder", "none, encoder"])
+        self.assertEqual(
+            answers.deep_causes([command]),
+            "Training collapsed units in level 2 (2 of 3 seeds) of x. Only a richer encoder could "
+            "use the collapsed units in level 1 (2 of 3 seeds) of x. All units are active in "
+            "levels 2 (1 of 3 seeds) and 1 (1 of 3 seeds) of x.",
+        )
+
+    def test_one_level(self):
+        """It has no number. Commands of one script are distinguished by their flags."""
+        commands = []
+        for flags, causes in (
+            ("--prior standard", ["objective", "objective"]), ("--delta 5", ["none", "training"]),
+        ):
+            rows = []
+            for seed, cause in enumerate(causes, 1):
+                rows.append({"seed": seed, "elbo": 0.0, "headroom": 0.0, "cause": cause})
+            commands.append(command_with(f"y.py --preset small {flags}", {}, rows))
+        self.assertEqual(
+            answers.deep_causes(commands),
+            "The objective collapsed units in y (prior = standard). Training collapsed units in y "
+            "(delta = 5) (1 of 2 seeds). All units are active in y (delta = 5) (1 of 2 seeds).",
+        )
+
+    def test_varying_flags(self):
+        rows = []
+        for delta, cause in ((2.0, "none"), (5.0, "objective")):
+            rows.append({"delta": delta, "elbo": 0.0, "headroom": 0.0, "cause": cause})
+        command = command_with("y.py --delta 2,5", {"delta": [2.0, 5.0]}, rows)
+        self.assertEqual(
+            answers.deep_causes([command]),
+            "The objective collapsed units in y (delta = 5.0). All units are active in y (delta = "
+            "2.0).",
+        )
+
+    def test_models_that_diverged(self):
+        diverged = command_with("y.py", {}, [{"seed": 1}])
+        command = with_causes("x.py", ["none, none"])
+        command.rows.insert(0, {"seed": 9})
+        self.assertEqual(
+            answers.deep_causes([diverged, command]), "All units are active in all levels of x."
+        )
+        self.assertEqual(answers.deep_causes([diverged]), "No model has a verdict.")
+
+    def test_every_cause_has_words(self):
+        """A cause without words would end the program that writes the page."""
+        causes = {"none"}
+        for nats, nats_any, unstable in (
+            (1.0, 1.0, ""), (0.0, 1.0, ""), (0.0, 0.0, ""), (0.0, 0.0, "linear"),
+        ):
+            causes.add(headroom.cause_of_collapse(nats, nats_any, unstable))
+        self.assertEqual(causes, set(answers.CAUSES_IN_WORDS))
 
 
 class Ablation(unittest.TestCase):

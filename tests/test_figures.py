@@ -482,6 +482,115 @@ class LevelBars(Drawn):
         self.assertFalse((self.folder / "x.png").exists())
 
 
+# ------------------------------------------------------------------------ the threshold of collapse
+
+class AroundThreshold(Drawn):
+    """Both models at two betas below the threshold of 10 and one above it, from both sides."""
+
+    def command(self, linear, beta_warmup=0.0, kls=(4.0, 1.0, 0.0), gain=2.0):
+        """Two seeds whose KLs are 1 nat and 3 nats above or below kls, unless these are 0."""
+        rows = []
+        for beta, kl in zip((2.0, 5.0, 20.0), kls):
+            for seed in (1, 2):
+                rows.append({
+                    "beta": beta, "seed": seed, "linear": linear, "beta_warmup": beta_warmup,
+                    "elbo": -1.0, "kl": kl * seed / 1.5, "AU_kl": 3 * seed if kl else 0,
+                    "collapse_threshold": 10.0, "collapsed_loss": 200.0,
+                    "collapsed_headroom": 1.0 if kl else 0.0,
+                    # Next to collapse, the draws of z can lift the loss above the collapsed one.
+                    "last epoch loss": 200.0 - gain * seed if kl else 200.1,
+                })
+        line = f"MNIST_VAE_Bernoulli.py --linear {linear} --beta_warmup {beta_warmup}"
+        return command_with(line, {"beta": [2.0, 5.0, 20.0]}, rows)
+
+    def commands(self):
+        return [
+            self.command(linear=False),
+            self.command(linear=False, beta_warmup=8.0, kls=(3.0, 2.0, 0.0)),
+            self.command(linear=True, gain=4.0),
+            self.command(linear=True, beta_warmup=8.0),
+        ]
+
+    def panels(self, commands):
+        """The three panels, which are also drawn into a file without a warning."""
+        self.picture(figures.around_threshold, commands, {})
+        [axes] = axes_of(figures.around_threshold, commands)
+        return axes
+
+    def check_points(self, line, points):
+        np.testing.assert_allclose(line, points)
+
+    def test_kl_and_units(self):
+        """Means over the seeds, the same colour for a model from both sides."""
+        kl, units, _ = self.panels(self.commands())
+        names = [
+            "ReLU model that starts next to collapse", "ReLU model after a rise of β",
+            "linear model that starts next to collapse", "linear model after a rise of β",
+        ]
+        for ax in (kl, units):
+            self.assertEqual(list(lines(ax)), [*names, "ρ1 = 10.00"])
+            colors = [line.get_color() for line in ax.get_lines()]
+            self.assertEqual(colors[:4], ["C0", "C0", "C1", "C1"])
+            styles = [line.get_linestyle() for line in ax.get_lines()]
+            self.assertEqual(styles[:4], ["-", "--", "-", "--"])
+        self.check_points(lines(kl)[names[0]], [(2, 4), (5, 1), (20, 0)])
+        self.check_points(lines(kl)[names[1]], [(2, 3), (5, 2), (20, 0)])
+        self.check_points(lines(units)[names[3]], [(2, 4.5), (5, 4.5), (20, 0)])
+
+    def test_threshold(self):
+        for ax in self.panels(self.commands()):
+            self.assertEqual([x for x, _ in lines(ax)["ρ1 = 10.00"]], [10.0, 10.0])
+
+    def test_gains(self):
+        """The gain of the models that start next to collapse, and the guaranteed one, once."""
+        _, _, gain = self.panels(self.commands())
+        names = ["ReLU model, trained", "linear model, trained", "guaranteed at the optimum"]
+        self.assertEqual(list(lines(gain)), [*names, "ρ1 = 10.00"])
+        # Gains of 2 and 4 nats, and of 4 and 8 nats.
+        self.check_points(lines(gain)[names[0]], [(2, 3), (5, 3), (20, -0.1)])
+        self.check_points(lines(gain)[names[1]], [(2, 6), (5, 6), (20, -0.1)])
+        self.check_points(lines(gain)[names[2]], [(2, 1), (5, 1), (20, 0)])
+        self.assertEqual([line.get_color() for line in gain.get_lines()][:2], ["C0", "C1"])
+
+    def test_one_model(self):
+        """The linear model keeps its colour. After a rise of beta alone there are no gains."""
+        kl, _, gain = self.panels([self.command(linear=True)])
+        self.assertEqual(kl.get_lines()[0].get_color(), "C1")
+        self.assertEqual(gain.get_lines()[0].get_color(), "C1")
+        self.assertIn("guaranteed at the optimum", lines(gain))
+        kl, _, gain = self.panels([self.command(linear=False, beta_warmup=8.0)])
+        self.assertEqual(len(lines(kl)), 2)
+        self.assertEqual(list(lines(gain)), ["ρ1 = 10.00"])
+
+    def test_everything_is_collapsed(self):
+        """No value is positive, so that the logarithmic axes have nothing to show but the line."""
+        kl, units, gain = self.panels([self.command(linear=False, kls=(0.0, 0.0, 0.0))])
+        for ax in (kl, gain):
+            lowest, highest = ax.get_ylim()
+            self.assertGreater(lowest, 0)
+            self.assertGreater(highest, lowest)
+
+    def test_a_command_that_diverged(self):
+        """The others are drawn. A setting that diverged has no point."""
+        commands = self.commands()
+        for row in commands[0].rows:
+            del row["elbo"], row["collapse_threshold"]
+        for row in commands[2].rows[:2]:
+            del row["elbo"]
+        kl, _, gain = self.panels(commands)
+        self.assertEqual(len(lines(kl)), 4)
+        self.assertEqual(kl.get_lines()[1].get_color(), "C1")
+        self.check_points(lines(gain)["linear model, trained"], [(5, 6), (20, -0.1)])
+        self.assertNotIn("ReLU model, trained", lines(gain))
+
+    def test_all_diverged(self):
+        command = self.command(linear=False)
+        for row in command.rows:
+            del row["elbo"]
+        figures.around_threshold(self.folder / "x.png", [command], {})
+        self.assertFalse((self.folder / "x.png").exists())
+
+
 # -------------------------------------------------------------------------- prediction and training
 
 class AgainstPrediction(Drawn):

@@ -126,6 +126,30 @@ class Settings(unittest.TestCase):
         self.assertTrue(command.is_released)
         self.assertFalse(command_with("MNIST_CVAE_Relu.py --beta 1", {}, []).is_released)
 
+    def test_written_flags(self):
+        """A flag without a value, such as --released_objective, has none."""
+        command = command_with("x.py --beta 1,2 --released_objective --prior vamp", {}, [])
+        self.assertEqual(command.written_flags(), {"beta": "1,2", "prior": "vamp"})
+        self.assertEqual(command_with("x.py", {}, []).written_flags(), {})
+
+    def test_what_distinguishes_a_command(self):
+        """The flags on its line that other commands of the script lack or have otherwise."""
+        plain = command_with("x.py --preset small", {}, [])
+        vamp = command_with("x.py --preset small --prior vamp", {}, [])
+        large = command_with("x.py --preset large", {}, [])
+        other_script = command_with("y.py --preset large", {}, [])
+        commands = [plain, vamp, other_script]
+        self.assertEqual(measurements.own_flags(plain, commands), [])
+        self.assertEqual(measurements.own_flags(vamp, commands), ["prior = vamp"])
+        self.assertEqual(measurements.own_flags(other_script, commands), [])
+        commands.append(large)
+        self.assertEqual(measurements.own_flags(plain, commands), ["preset = small"])
+        self.assertEqual(
+            measurements.own_flags(vamp, commands), ["preset = small", "prior = vamp"]
+        )
+        varying = command_with("x.py --beta 1,2", {"beta": [1.0, 2.0]}, [])
+        self.assertEqual(measurements.own_flags(varying, [varying, plain]), [])
+
 
 class Shared(unittest.TestCase):
     """What two commands share counts once."""
@@ -372,6 +396,73 @@ class CausesOfCollapse(unittest.TestCase):
         )
         self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (1, 1, 0))
 
+    def test_undecided(self):
+        """Only a richer encoder could use the units, or collapse is unstable."""
+        rows = []
+        for cause in ("none", "objective", "training", "training", "encoder", "unstable", "none"):
+            rows.append({"dim_z": 16, "AU_kl": 0, "headroom": 0.0, "cause": cause})
+        causes = self.causes(self.command(rows))
+        self.assertEqual(
+            (causes.levels, causes.by_objective, causes.by_training, causes.undecided),
+            (7, 1, 2, 2),
+        )
+        self.assertEqual(causes.collapsed, 5)
+
+    def test_many_levels(self):
+        causes = self.causes(self.command([
+            {"cause from the top": "none, training, objective"},
+            {"cause from the top": "encoder, unstable, training"},
+            {"cause from the top": "objective"},
+        ]))
+        self.assertEqual(
+            (causes.levels, causes.by_objective, causes.by_training, causes.undecided),
+            (7, 2, 2, 2),
+        )
+
+    def test_no_causes(self):
+        causes = measurements.causes_of_collapse([])
+        self.assertEqual((causes.levels, causes.collapsed), (0, 0))
+
+
+class CausesOfRow(unittest.TestCase):
+    def test_with_causes(self):
+        """The headroom does not count where the row has a cause."""
+        row = {"dim_z": 16, "AU_kl": 0, "headroom": 0.0, "headroom_any": 0.5, "cause": "encoder"}
+        self.assertEqual(measurements.causes_of_row(row), {"": "encoder"})
+        row = {"d_1": 4, "d_2": 8, "AU_kl_2": 0, "headroom_2": 1.0, "cause_2": "objective"}
+        self.assertEqual(measurements.causes_of_row(row), {"_2": "objective"})
+
+    def test_of_an_earlier_version(self):
+        """Without a cause it is that of the headroom with a linear encoder."""
+        row = {"dim_z": 16, "AU_kl": 0, "headroom": 0.01}
+        self.assertEqual(measurements.causes_of_row(row), {"": "objective"})
+        self.assertEqual(measurements.causes_of_row(row | {"headroom": 0.011}), {"": "training"})
+        self.assertEqual(measurements.causes_of_row(row | {"AU_kl": 16}), {"": "none"})
+        row = {"d_1": 4, "d_2": 8, "AU_kl_1": 0, "AU_kl_2": 8, "headroom_2": 0.0}
+        self.assertEqual(measurements.causes_of_row(row), {"_2": "none"})
+
+    def test_levels_from_the_top(self):
+        """Level 1 is next to the image. Two levels have columns of their own."""
+        row = {"cause from the top": "training, none, encoder", "AU_kl from the top": "49, 0, 7, 3"}
+        causes = measurements.causes_of_row(row)
+        self.assertEqual(
+            list(causes.items()), [("_3", "training"), ("_2", "none"), ("_1", "encoder")]
+        )
+        row = {
+            "headroom_1": 0.0, "headroom_2": 0.0, "cause_1": "objective", "cause_2": "unstable",
+        }
+        causes = measurements.causes_of_row(row)
+        self.assertEqual(list(causes.items()), [("_2", "unstable"), ("_1", "objective")])
+
+    def test_without_a_headroom(self):
+        """A fixed variance, a setting that diverged, and a deep model of an earlier version."""
+        for row in (
+            {"d_1": 5, "AU_kl": 0, "elbo": -1.0},
+            {"d_1": 5},
+            {"AU_kl from the top": "49, 0, 45", "elbo": -1.0},
+        ):
+            self.assertEqual(measurements.causes_of_row(row), {})
+
 
 class Text(unittest.TestCase):
     def test_numbers_over_seeds(self):
@@ -412,10 +503,20 @@ class Text(unittest.TestCase):
         self.assertEqual(measurements.levels_of_row(two_levels), ["_1", "_2"])
         self.assertEqual(measurements.levels_of_row({"kl from the top": "1, 2"}), [])
 
-    def test_numbers_of_a_cell(self):
-        """A cell with a single number was parsed as one."""
-        self.assertEqual(measurements.numbers_of("27.91, 0.01, 9"), [27.91, 0.01, 9.0])
-        self.assertEqual(measurements.numbers_of(3), [3.0])
+    def test_values_of_levels(self):
+        """A cell with a single number was parsed as one. Counts are whole numbers."""
+        self.assertEqual(measurements.values_of_levels("27.91, 0.01"), [27.91, 0.01])
+        self.assertEqual(measurements.values_of_levels("none, training"), ["none", "training"])
+        self.assertEqual(measurements.values_of_levels(2.5), [2.5])
+        for cell in ("3, 0", 3):
+            for count in measurements.values_of_levels(cell):
+                self.assertIs(type(count), int)
+
+    def test_mean_of_levels(self):
+        rows = [{"kl from the top": "4.00, 1.50"}, {"kl from the top": "2.00, 0.50"}]
+        np.testing.assert_array_equal(
+            measurements.mean_of_levels(rows, "kl from the top"), [3.0, 1.0]
+        )
 
 
 if __name__ == "__main__":

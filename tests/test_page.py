@@ -153,6 +153,51 @@ class SettingTables(unittest.TestCase):
         self.assertEqual(by_first_cell(first)["matrix_VAE"]["verdict"], "VERIFIED")
         self.assertEqual(by_first_cell(second)["MNIST_CVAE_Linear"]["verdict"], "as predicted")
 
+    def test_headroom_and_causes(self):
+        """Headrooms and rho have three decimals. The causes of the seeds stand side by side."""
+        rows = []
+        for seed, cause in ((1, "objective"), (2, "encoder"), (3, "objective")):
+            rows.append({
+                "seed": seed, "elbo": -1.0, "headroom": 0.0004, "headroom_any": 0.0625,
+                "rho": 1.0131, "rho_any": 1.4424, "cause": cause,
+            })
+        hvae = {
+            "elbo": -1.0, "headroom_2": 0.5, "headroom_any_2": 0.6, "cause_2": "training",
+        }
+        [table] = self.tables(command_with("x.py", {}, rows), command_with("y.py", {}, [hvae]))
+        head, first, second = cells(table)
+        self.assertEqual(head, [
+            "script", "elbo", "headroom", "headroom, any encoder", "headroom_2",
+            "headroom_2, any encoder", "ρ1", "ρ1, any encoder", "cause", "cause_2",
+        ])
+        self.assertEqual(first[2:], [
+            "0.000", "0.062", "-", "-", "1.013", "1.442", "objective / encoder", "-",
+        ])
+        self.assertEqual(second[2:], ["-", "-", "0.500", "0.600", "-", "-", "-", "training"])
+
+    def test_levels(self):
+        """Each level has its mean over the seeds."""
+        rows = []
+        for kls, active, nats, causes in (
+            ("27.91, 0.00", "49, 3", "0.0625", "none"),
+            ("28.91, 0.00", "49, 4", "0.0625", "training"),
+        ):
+            rows.append({
+                "elbo": -1.0, "kl from the top": kls, "AU_kl from the top": active,
+                # A cell with a single number was read as one.
+                "headroom from the top": float(nats), "headroom_any from the top": float(nats),
+                "cause from the top": causes,
+            })
+        [table] = self.tables(command_with("x.py", {}, rows))
+        head, row = cells(table)
+        self.assertEqual(head[2:], [
+            "kl from the top", "active from the top", "headroom from the top",
+            "headroom from the top, any encoder", "cause from the top",
+        ])
+        self.assertEqual(row[2:], [
+            "28.41 ± 0.71, 0.00", "49, 3.5 ± 0.7", "0.062", "0.062", "none / training",
+        ])
+
     def test_a_value_that_a_row_lacks(self):
         learnable = command_with("x.py", {}, [{"elbo": -1.0, "headroom": 0.5}])
         fixed = command_with("y.py", {}, [{"elbo": -2.0}])
@@ -249,7 +294,7 @@ class DeepTables(unittest.TestCase):
         """A command with a row per seed, from lists (log_px, reconstruction, KLs from the top)."""
         measured = []
         for seed, (log_px, reconstruction, kls) in enumerate(rows, 1):
-            total = sum(measurements.numbers_of(kls))
+            total = sum(measurements.values_of_levels(kls))
             row = {
                 "seed": seed, "log_px": log_px, "reconstruction": reconstruction, "kl": total,
                 "elbo": -reconstruction - total, "kl from the top": kls,
@@ -293,6 +338,121 @@ class DeepTables(unittest.TestCase):
         diverged = command_with("MNIST_HVAE_DVP.py", {}, [{"seed": 1}])
         dct = self.model("MNIST_HVAE_DCT.py", [(-92.0, 58.0, "20, 12, 8")])
         self.assertEqual(list(self.differences(ladder, diverged, dct)), ["MNIST_HVAE_DCT"])
+
+
+class CauseTables(unittest.TestCase):
+    def rows(self, *commands):
+        """The rows of the table, without its head."""
+        table, caption = page.cause_tables(list(commands))
+        head, *rows = cells(table)
+        self.assertEqual(head, [
+            "model", "active from the top", "headroom from the top", "headroom, any encoder", "ρ1",
+            "ρ1, any encoder", "cause",
+        ])
+        self.assertEqual({len(row) for row in rows}, {len(head)})
+        self.assertIn("top level first", caption)
+        return rows
+
+    def hierarchy(self, line="MNIST_HVAE_DCT.py --preset small", seeds=(1,), context=True):
+        """Two learned levels, and a context above them with 49 active units or none."""
+        rows = []
+        for seed in seeds:
+            row = {
+                "seed": seed, "elbo": -1.0, "AU_kl": 52, "rho": 2.5, "rho_any": 3.25,
+                "AU_kl from the top": "49, 0, 3" if context else "0, 3",
+                "headroom from the top": "1.2346, 0.0004",
+                "headroom_any from the top": "2.5000, 0.0116",
+                "cause from the top": f"training, {'encoder' if seed == 1 else 'none'}",
+            }
+            rows.append(row | {"context_baseline": 33.0} if context else row)
+        return command_with(line, {}, rows)
+
+    def delta(self, line, **columns):
+        return command_with(line, {}, [{
+            "elbo": -1.0, "AU": 3, "AU_kl": 108, "rho": 1.01, "rho_any": 1.44, "headroom": 0.0,
+            "headroom_any": 0.0, "cause": "unstable", **columns,
+        }])
+
+    def test_levels_and_one_level(self):
+        """The context is left out, so that all cells of a row have the same levels.
+
+        With the AR(1) prior the active units are those whose means vary.
+        """
+        rows = self.rows(
+            self.hierarchy(),
+            self.hierarchy("MNIST_HVAE_Ladder.py", context=False),
+            self.delta("MNIST_VAE_Delta.py --preset small --prior standard", smallest_rate=0.0),
+            self.delta("MNIST_VAE_Delta.py --preset small --delta 5", smallest_rate=5.0),
+        )
+        levels = [
+            "0, 3", "1.235, 0.000", "2.500, 0.012", "2.500", "3.250", "training, encoder"
+        ]
+        one_level = ["0.000", "0.000", "1.010", "1.440", "unstable"]
+        self.assertEqual(rows, [
+            ["MNIST_HVAE_DCT", *levels],
+            ["MNIST_HVAE_Ladder", *levels],
+            ["MNIST_VAE_Delta, prior = standard", "108", *one_level],
+            ["MNIST_VAE_Delta, delta = 5", "3", *one_level],
+        ])
+
+    def test_seeds(self):
+        """Only the level whose cause differs has two of them."""
+        [row] = self.rows(self.hierarchy(seeds=(1, 2, 3)))
+        self.assertEqual(row[-1], "training, encoder / none")
+        self.assertEqual(row[1], "0, 3")
+
+    def test_models_that_diverged(self):
+        [diverged, row] = self.rows(
+            command_with("MNIST_HVAE_DVP.py", {}, [{"seed": 1}]), self.hierarchy()
+        )
+        self.assertEqual(diverged, ["MNIST_HVAE_DVP", "diverged", *["-"] * 5])
+        self.assertEqual(row[1], "0, 3")
+        command = self.hierarchy()
+        command.rows.append({"seed": 2})
+        [row] = self.rows(command)
+        self.assertIn("1 of 2 seeds", row[0])
+
+    def test_a_model_without_a_verdict(self):
+        """No theory covers its decoder."""
+        command = command_with("x.py", {}, [{"elbo": -1.0, "AU_kl from the top": "5, 3"}])
+        self.assertEqual(self.rows(command), [["x", "5, 3", *["-"] * 5]])
+
+
+class ThresholdTables(unittest.TestCase):
+    def command(self, kls, **flags):
+        """A command with these KLs over the seeds at each beta, None where a seed diverged."""
+        rows = []
+        for beta, kls_of_seeds in kls.items():
+            for seed, kl in enumerate(kls_of_seeds, 1):
+                row = {"beta": beta, "seed": seed, "linear": False, "beta_warmup": 0.0, **flags}
+                if kl is not None:
+                    row |= {"elbo": -1.0, "kl": kl, "AU_kl": int(kl > 0.01)}
+                rows.append(row)
+        return command_with("MNIST_VAE_Bernoulli.py", {"beta": list(kls)}, rows)
+
+    def test_columns(self):
+        """All betas in their order. A command without one of them has a dash there."""
+        caption, table = page.threshold_tables([
+            self.command({0.5: [2.0, 3.0], 33.0: [0.0625, 0.0625], 40.0: [0.0, 0.0]}),
+            self.command({40.0: [0.0], 24.0: [None], 33.0: [0.05, None]}, beta_warmup=8.0),
+            self.command({33.0: [None]}, linear=True),
+        ])
+        self.assertIn("KL in nats", caption)
+        self.assertEqual(cells(table), [
+            [
+                "β", "ReLU model that starts next to collapse", "ReLU model after a rise of β",
+                "linear model that starts next to collapse",
+            ],
+            ["0.5", "2.500 ± 0.707 (1)", "-", "-"],
+            ["24", "-", "diverged", "-"],
+            ["33", "0.062 (1)", "0.050 (1)", "diverged"],
+            ["40", "0.000 (0)", "0.000 (0)", "-"],
+        ])
+
+    def test_a_command_without_rows(self):
+        """It was added after the .csv file was written."""
+        _, table = page.threshold_tables([self.command({1.0: [2.0]}), self.command({})])
+        self.assertEqual(cells(table)[1], ["1", "2.000 (1)"])
 
 
 class ReleasedValues(small.InFolder):
@@ -444,6 +604,11 @@ class SummaryCells(unittest.TestCase):
                 "elbo": headroom, "kl": active, "dim_z": 16, "AU_kl": active, "headroom": headroom,
             })
         self.assertEqual(page.causes_cell([command_with("x.py", {}, rows)]), "1 / 2 of 4")
+        deep = {"elbo": -1.0, "cause from the top": "training, encoder, unstable, none, objective"}
+        self.assertEqual(
+            page.causes_cell([command_with("x.py", {}, rows), command_with("y.py", {}, [deep])]),
+            "2 / 3, 2 undecided, of 9",
+        )
         self.assertEqual(page.causes_cell([sweep("kl", [1.0])]), "-")
 
     def test_seeds_and_epochs(self):

@@ -12,6 +12,7 @@ from unittest import mock
 import measurements
 import numpy as np
 
+import headroom
 import report
 import reproduce
 from tests import small
@@ -45,6 +46,37 @@ def experiments_with(**commands):
             experiment = reproduce.EXPERIMENTS[name]
             patches.enter_context(mock.patch.object(experiment, "commands", commands_of_name))
         yield
+
+
+def level_with(collapsed, nats, nats_any, likelihood="bernoulli"):
+    """A made-up headroom of a level with 8 units, whose largest rho are 1.5 and 2.5."""
+    return headroom.LevelHeadroom(
+        units=8,
+        collapsed=collapsed,
+        headroom=nats,
+        headroom_any=nats_any,
+        level=1.0,
+        tau=[1.5, 0.5],
+        tau_any=[2.5, 0.5],
+        theta=[],
+        likelihood=likelihood,
+    )
+
+
+def deep_result(levels, headrooms):
+    """A made-up result with this number of levels. headrooms is {"z1": LevelHeadroom}."""
+    metrics = {"elbo": -1.0}
+    for level in range(1, levels + 1):
+        metrics |= {
+            f"kl_{level}": level / 4, f"AU_{level}": 8, f"AU_kl_{level}": level,
+            f"active_share_{level}": 0.5,
+        }
+    for latent, level in headrooms.items():
+        metrics.update(report.headroom_metrics(latent, level))
+    result = result_with(metrics)
+    result.headroom = headrooms
+    result.parameters = 123
+    return result
 
 
 def without_runs():
@@ -270,10 +302,14 @@ class Made(Reproduced):
                 "MNIST_HVAE_Relu.py --d_hidden 8 --num_samples 0",
                 "MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0",
             ],
+            figure_bernoulli=[
+                "MNIST_VAE_Bernoulli.py --linear true --start_std 1 --beta 1,500 --num_samples 0",
+                "MNIST_VAE_Bernoulli.py --linear true --beta_warmup 8 --beta 500 --num_samples 0",
+            ],
         )
         names = [
             "figure_single_digit", "table_theorems", "table_correlation", "figure_vae_sigma",
-            "figure_prediction",
+            "figure_prediction", "figure_bernoulli",
         ]
         with experiments:
             self.made(*names)
@@ -299,6 +335,19 @@ class Made(Reproduced):
         digits = self.part("figure_single_digit")
         self.assertIn("| MNIST_CVAE_Relu_single_digit, digit = 2 | ", digits)
         self.assertEqual(len(self.rows("figure_prediction")), 4)
+        self.check_threshold()
+
+    def check_threshold(self):
+        """The table and the answer have the numbers of the rows."""
+        text = self.part("figure_bernoulli")
+        first, second, raised = self.rows("figure_bernoulli")
+        threshold = float(first["collapse_threshold"])
+        self.assertIn(f"stable from β = {threshold:.2f} on", text)
+        cells = []
+        for row in (second, raised):
+            cells.append(f"{float(row['kl']):.3f} ({row['AU_kl']})")
+        self.assertIn(f"| 500 | {cells[0]} | {cells[1]} |", text)
+        self.assertIn(f"| 1 | {float(first['kl']):.3f} ({first['AU_kl']}) | - |", text)
 
     def test_from_the_arrays_of_a_grid(self):
         """Pictures of what the scripts leave beside the pictures of their grids."""
@@ -337,7 +386,13 @@ class Made(Reproduced):
             "--num_samples 0 --num_test 20"
         )
         ladder_flags = "--latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"
+        why = [
+            f"MNIST_HVAE_Ladder.py {ladder_flags}",
+            f"MNIST_HVAE_DCT.py {ladder_flags}",
+            f"MNIST_VAE_Delta.py --prior standard {delta_flags}",
+        ]
         experiments = experiments_with(
+            table_deep_why=why,
             figure_delta=[
                 f"MNIST_VAE_Delta.py --prior standard {delta_flags}",
                 f"MNIST_VAE_Delta.py --delta 2,5 {delta_flags}",
@@ -348,9 +403,12 @@ class Made(Reproduced):
             ],
         )
         with experiments:
-            self.made("figure_delta", "table_deep")
+            err = self.made("figure_delta", "table_deep", "table_deep_why")
+            # A command of several results is made once.
+            self.assertIn("command 4 of 4, ", err)
             self.check_deltas()
             self.check_deep_models()
+            self.check_causes()
             self.check_page_without_runs()
 
     def check_deltas(self):
@@ -370,6 +428,19 @@ class Made(Reproduced):
         ladder, dct = self.rows("table_deep")
         difference = float(dct["elbo"]) - float(ladder["elbo"])
         self.assertRegex(text, rf"\| MNIST_HVAE_DCT \| .*{re.escape(f'{difference:+.2f}')} \|")
+
+    def check_causes(self):
+        """A row for each model, with as many values as it has learned levels."""
+        ladder, dct, delta = self.rows("table_deep_why")
+        text = self.part("table_deep_why")
+        for row in (ladder, dct):
+            # Three levels each. The DCT-VAE has a context, too, which is not learned.
+            causes = row["cause from the top"].split(", ")
+            self.assertEqual(len(causes), 3)
+            active = row["AU_kl from the top"].split(", ")[-3:]
+            name = row["command"].split(".py")[0]
+            self.assertRegex(text, rf"\| {name} \| {', '.join(active)} \| .*{', '.join(causes)} \|")
+        self.assertRegex(text, rf"\| MNIST_VAE_Delta \| {delta['AU_kl']} \| .*{delta['cause']} \|")
 
     def test_settings_that_diverged(self):
         """One setting of the first command diverged, and all of the second."""
@@ -783,6 +854,78 @@ class Dealt(small.InFolder):
         self.assertEqual(reproduce.deal([1.0, 5.0, 3.0, 3.0], 2), [[1, 0], [2, 3]])
         self.assertEqual(reproduce.deal([0.0] * 4, 2), [[0, 2], [1, 3]])
         self.assertEqual(reproduce.deal([7.0], 3), [[0], [], []])
+
+
+class Columns(unittest.TestCase):
+    """The columns of a .csv row that say why units collapsed."""
+
+    # Training, the objective and no collapse, from the top.
+    CAUSES = {
+        "z1": level_with(collapsed=0, nats=0.0, nats_any=0.0),
+        "z2": level_with(collapsed=3, nats=0.00123, nats_any=0.00987),
+        "z3": level_with(collapsed=8, nats=1.23456, nats_any=2.5),
+    }
+
+    def columns(self, levels, headrooms):
+        return reproduce.result_columns(deep_result(levels, headrooms))
+
+    def check_no_single_levels(self, columns):
+        """The columns of single levels are joined or left out."""
+        self.assertEqual([name for name in columns if re.search(r"_\d$", name)], [])
+
+    def test_levels_below_a_context(self):
+        """The context is level 4. It has a KL and units, but no headroom."""
+        columns = self.columns(4, self.CAUSES)
+        self.check_no_single_levels(columns)
+        self.assertEqual(columns["kl from the top"], "1.00, 0.75, 0.50, 0.25")
+        self.assertEqual(columns["AU_kl from the top"], "4, 3, 2, 1")
+        self.assertEqual(columns["headroom from the top"], "1.2346, 0.0012, 0.0000")
+        self.assertEqual(columns["headroom_any from the top"], "2.5000, 0.0099, 0.0000")
+        # The largest rho with any encoder, 2.5, is above 1.
+        self.assertEqual(columns["cause from the top"], "training, unstable, none")
+        self.assertEqual((columns["rho"], columns["rho_any"]), (1.5, 2.5))
+        self.assertEqual(columns["parameters"], 123)
+
+    def test_levels_without_a_context(self):
+        columns = self.columns(3, self.CAUSES)
+        self.assertEqual(columns["AU_kl from the top"], "3, 2, 1")
+        self.assertEqual(columns["cause from the top"], "training, unstable, none")
+
+    def test_a_decoder_without_a_theory(self):
+        columns = self.columns(3, {})
+        self.check_no_single_levels(columns)
+        self.assertEqual(columns["AU_kl from the top"], "3, 2, 1")
+        for name in columns:
+            self.assertNotRegex(name, "headroom|cause|rho")
+
+    def test_two_levels(self):
+        """They are few enough for columns of their own. A Gaussian decoder has no rho."""
+        level = level_with(collapsed=2, nats=0.0, nats_any=0.5, likelihood="gaussian")
+        columns = self.columns(2, {"z2": level})
+        self.assertEqual(columns["cause_2"], "encoder")
+        self.assertEqual((columns["headroom_2"], columns["headroom_any_2"]), (0.0, 0.5))
+        self.assertNotIn("cause_1", columns)
+        self.assertNotIn("rho_2", columns)
+
+    def test_one_level(self):
+        result = deep_result(0, {"z": level_with(collapsed=8, nats=0.0, nats_any=0.0)})
+        result.metrics |= {"kl": 0.0, "AU_kl": 0}
+        columns = reproduce.result_columns(result)
+        self.assertEqual(columns["cause"], "unstable")
+        self.assertEqual((columns["rho"], columns["rho_any"]), (1.5, 2.5))
+
+    def test_a_model_without_a_headroom(self):
+        """Its encoder variance is fixed, so that result.headroom is None."""
+        columns = reproduce.result_columns(result_with({"elbo": -1.0, "kl": 1.0}))
+        self.assertEqual(columns, {"elbo": -1.0, "kl": 1.0})
+
+    def test_read_again(self):
+        """What the rows say of the causes is what the results say."""
+        columns = self.columns(4, self.CAUSES)
+        causes = measurements.causes_of_row(columns)
+        self.assertEqual(list(causes), ["_3", "_2", "_1"])
+        for latent, level in self.CAUSES.items():
+            self.assertEqual(causes[latent.replace("z", "_")], level.cause())
 
 
 class Costs(small.InFolder):

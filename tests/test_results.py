@@ -112,7 +112,7 @@ def numbers_of_cnn_samples():
     causes = measurements.causes_of_collapse(commands_of("figure_hvae_cnn_samples"))
     return {
         "19": causes.by_training,
-        "42": causes.by_training + causes.by_objective,
+        "42": causes.collapsed,
         "0.01": 0.01,
     }
 
@@ -172,7 +172,7 @@ def numbers_of_correlation():
 def numbers_of_deep():
     rows = {row["command"].split()[0]: row for row in rows_of("table_deep")}
     ladder, dvp = rows["MNIST_HVAE_Ladder.py"], rows["MNIST_HVAE_DVP.py"]
-    context, *_ = measurements.numbers_of(dvp["kl from the top"])
+    context, *_ = measurements.values_of_levels(dvp["kl from the top"])
     return {
         "88,000": round(min(row["parameters"] for row in rows.values()), -3),
         "104,000": round(max(row["parameters"] for row in rows.values()), -3),
@@ -188,7 +188,7 @@ def numbers_of_ablation():
     variances = {}
     for row in rows_of(name):
         if "step_variance" in row["command"]:
-            context, *_ = measurements.numbers_of(row["kl from the top"])
+            context, *_ = measurements.values_of_levels(row["kl from the top"])
             variances[row["step_variance"]] = context
     return {
         "5": 5,
@@ -319,8 +319,8 @@ class Glance(unittest.TestCase):
         row = self.row("Did the objective or training")
         hvae = measurements.causes_of_collapse(commands_of("table_hvae"))
         cvae = measurements.causes_of_collapse(commands_of("table_cvae"))
-        self.assertIn(f"{hvae.by_objective} of {hvae.by_objective + hvae.by_training}", row)
-        self.assertIn(f"{cvae.by_training} of {cvae.by_objective + cvae.by_training}", row)
+        self.assertIn(f"{hvae.by_objective} of {hvae.collapsed}", row)
+        self.assertIn(f"{cvae.by_training} of {cvae.collapsed}", row)
 
         row = self.row("Do remedies help?")
         cases = answers.remedy_cases(commands_of("table_remedies"))
