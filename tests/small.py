@@ -218,6 +218,82 @@ def check_shapes_of_terms(test, model, x, f, units, log_ws=("log_w",), shared=()
     return terms
 
 
+def check_level_residuals(test, model, x, f, levels, probabilities, readers=("encoder",)):
+    """Check `residuals` of a model with binary pixels on grey images x (B, c, H, W).
+
+    levels has the suffixes of the levels that have a headroom. probabilities(x, S) are S draws of
+    the probabilities of the pixels of binary x, (S, B, ...), computed in another way. readers names
+    the parts of the model that read the images.
+    """
+    model.eval()
+    d = x[0].numel()
+    torch.manual_seed(0)
+
+    # 1. Grey images are binarised, and the model reads what the residual is about.
+    read = []
+    hooks = []
+    for name in readers:
+        part = getattr(model, name)
+        hooks.append(part.register_forward_pre_hook(lambda part, args: read.append(args[0])))
+    residuals = model.residuals(x, f, 4)
+    for hook in hooks:
+        hook.remove()
+    test.assertEqual(list(residuals), levels)
+    residual = residuals[levels[0]]
+    [binary] = residual.encoder_input
+    test.assertEqual(set(binary.unique().tolist()), {0.0, 1.0})
+    test.assertEqual(len(read), len(readers))
+    for images in read:
+        # Some parts read each image once for each draw.
+        for part in images.flatten(1).split(len(x)):
+            test.assertTrue(torch.equal(part, binary))
+
+    # 2. All levels share one residual of a binary variable.
+    for other in residuals.values():
+        test.assertIs(other, residual)
+    test.assertEqual((residual.likelihood, residual.counts_means), ("bernoulli", False))
+    test.assertEqual((float(residual.beta), float(residual.weight)), (float(f.beta), 1))
+    test.assertEqual(tuple(residual.residual.shape), (2, len(x), d))
+    p = binary - residual.residual
+    test.assertTrue(((p >= 0) & (p <= 1)).all())
+    torch.testing.assert_close(residual.fisher, (p * (1 - p)).mean(0))
+
+    # 3. For binary images, the mean of each estimate is that of other draws.
+    x = binary.view_as(x)
+    draws = []
+    for _ in range(150):
+        residual = model.residuals(x, f, 4)[levels[0]]
+        test.assertTrue(torch.equal(residual.encoder_input[0], binary))
+        draws.append(binary - residual.residual)
+    draws = torch.stack(draws)
+    expected = probabilities(x, 1000).flatten(2)
+    variance = expected.var(0)
+    error = (variance / len(draws) + variance / len(expected)).sqrt()
+    for estimate in (0, 1):
+        difference = draws[:, estimate].mean(0) - expected.mean(0)
+        test.assertLess((difference / error).abs().max().item(), 5.5)
+    test.assertLess(error.max().item(), 0.03)
+
+    # 4. The two estimates have draws of their own.
+    check_independent(test, draws.numpy())
+
+
+def check_independent(test, residuals):
+    """Check that two estimates of a residual come from independent draws.
+
+    residuals (calls, 2, B, D) has both estimates of several calls. Around the mean over the calls
+    their products are 0 on average. The squares of one estimate are not.
+    """
+    n = len(residuals)
+    deviations = residuals - residuals.mean(0)
+    first, second = deviations[:, 0].reshape(n, -1), deviations[:, 1].reshape(n, -1)
+    products = (first * second).sum(1)
+    squares = (first**2).sum(1)
+    error = products.std() / n**0.5
+    test.assertLess(abs(products.mean()), 4 * error)
+    test.assertGreater(squares.mean(), 10 * error)
+
+
 # ------------------------------------------------------------------------ folders and data
 
 class InFolder(unittest.TestCase):

@@ -21,6 +21,7 @@ import torch
 import MNIST_CVAE_Linear_single_digit
 import MNIST_HVAE_Ladder
 import MNIST_HVAE_Relu
+import MNIST_VAE_Bernoulli
 from tests import small
 from tests.small import REAL_MNIST, call, write_mnist
 
@@ -452,6 +453,99 @@ class OtherSets(small.InFolder):
         in_between = (grey > 0.1) & (grey < 0.9)
         self.assertAlmostEqual(error[in_between].std().item(), 1, delta=0.1)
         torch.testing.assert_close(data[0].train[0].flatten(1), whole.train[0])
+
+
+class Binary(small.InFolder):
+    """Images whose pixels are all 0.0 or 1.0, as the script with Bernoulli pixels reads them."""
+
+    def setUp(self):
+        super().setUp()
+        write_mnist(self.folder, 40, 30)
+
+    def setting(self, **flags):
+        flags = {"dataset": "mnist", "data_dir": str(self.folder), "device": "cpu"} | flags
+        return MNIST_VAE_Bernoulli.Flags(**flags)
+
+    def test_threshold(self):
+        """A pixel is 1 where its grey value exceeds 0.5: from byte 128 on."""
+        f = self.setting()
+        [data] = datasets.load_binary_mnist([f])
+        [grey] = datasets.load_mnist([f])
+        self.assertEqual(data.name, "mnist")
+        for split in ("train", "test"):
+            [images], [grey_images] = getattr(data, split), getattr(grey, split)
+            self.assertEqual((images.shape, images.dtype), (grey_images.shape, torch.float32))
+            grey_bytes = (grey_images * 255).round()
+            self.assertTrue(torch.equal(images == 1, grey_bytes >= 128))
+            self.assertTrue(torch.equal(images == 0, grey_bytes <= 127))
+            # Both values next to the threshold occur.
+            self.assertTrue((grey_bytes == 127).any() and (grey_bytes == 128).any())
+        self.assertTrue(torch.equal(data.train_labels, grey.train_labels))
+        self.assertTrue(torch.equal(data.test_labels, grey.test_labels))
+
+    def test_samples_have_the_grey_values_as_means(self):
+        """Over 400 seeds each pixel is on as often as it is grey, in both splits."""
+        settings = [self.setting(binarise="sample", seed=seed) for seed in range(400)]
+        [grey] = datasets.load_mnist(settings[:1])
+        data = datasets.load_binary_mnist(settings)
+        for split in ("train", "test"):
+            draws = torch.stack([getattr(data_of_seed, split)[0] for data_of_seed in data])
+            self.assertEqual(draws.unique().tolist(), [0.0, 1.0])
+            [grey_images] = getattr(grey, split)
+            mean = draws.mean(0)
+            certain = (grey_images == 0) | (grey_images == 1)
+            self.assertTrue(torch.equal(mean[certain], grey_images[certain]))
+            in_between = (grey_images > 0.1) & (grey_images < 0.9)
+            error = (mean - grey_images) / (grey_images * (1 - grey_images) / 400).sqrt()
+            self.assertLess(error[in_between].abs().max().item(), 5)
+            self.assertAlmostEqual(error[in_between].std().item(), 1, delta=0.1)
+
+    def test_samples_of_a_seed(self):
+        """The same seed gives the same pixels again, and another seed others."""
+        settings = [self.setting(binarise="sample", seed=seed) for seed in (3, 4)]
+        once = datasets.load_binary_mnist(settings)
+        again = datasets.load_binary_mnist(settings)
+        for split in ("train", "test"):
+            for data, same in zip(once, again):
+                self.assertTrue(torch.equal(getattr(data, split)[0], getattr(same, split)[0]))
+            [images], [others] = getattr(once[0], split), getattr(once[1], split)
+            self.assertFalse(torch.equal(images, others))
+
+    def test_train_and_test_images_have_draws_of_their_own(self):
+        """Where both splits are equal and grey, the drawn pixels differ."""
+        half = torch.full((30, 784), 0.5)
+        whole = datasets.Data("grey", (half,), (half,))
+        with mock.patch("datasets.load_mnist", return_value=[whole]):
+            [data] = datasets.load_binary_mnist([self.setting(binarise="sample")])
+        agreement = (data.train[0] == data.test[0]).float().mean().item()
+        self.assertAlmostEqual(agreement, 0.5, delta=0.02)
+
+    def test_shared_between_settings(self):
+        """The seed matters for samples only, and other flags do not matter."""
+        settings = [
+            self.setting(),
+            self.setting(beta=2.0, seed=1),
+            self.setting(binarise="sample", seed=1),
+            self.setting(binarise="sample", seed=1, beta=2.0),
+            self.setting(binarise="sample", seed=2),
+        ]
+        data = datasets.load_binary_mnist(settings)
+        self.assertIs(data[0], data[1])
+        self.assertIs(data[2], data[3])
+        self.assertEqual(len({id(data_of_setting) for data_of_setting in data}), 3)
+
+    def test_grey_images_stay_as_they_are(self):
+        f = self.setting()
+        [grey] = datasets.load_mnist([f])
+        before = grey.train[0].clone()
+        moment = grey.moment_with_one
+        with mock.patch("datasets.load_mnist", return_value=[grey]):
+            [data] = datasets.load_binary_mnist([f])
+        self.assertTrue(torch.equal(grey.train[0], before))
+        # The moments of the binary images are their own ones.
+        self.assertFalse(torch.equal(data.moment_with_one, moment))
+        pixels = torch.cat([data.train[0], torch.ones(40, 1)], dim=1).double()
+        torch.testing.assert_close(data.moment_with_one, pixels.T @ pixels / 40)
 
 
 def write_drawing(path, random):

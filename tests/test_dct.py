@@ -690,6 +690,56 @@ class Context(unittest.TestCase):
         self.assertLessEqual(trained, changed)
 
 
+class Residuals(unittest.TestCase):
+    """What headroom.py needs. The context has no headroom, since nothing is learned about it."""
+
+    @torch.no_grad()
+    def test_residuals_of_the_learned_levels(self):
+        for decoder in ("state", "aggregate"):
+            model, f, x = some_model(
+                2, distance=0.2, latents="1,1", num_ch=3, context_size=2, beta=0.7, decoder=decoder)
+
+            def probabilities(x, S):
+                features = {}
+                for side, e in model.encoder(x).items():
+                    features[side] = e.repeat(S, 1, 1, 1)
+                contexts = model.dct(x).repeat(S, 1, 1, 1)
+                _, decoder_input = model.top_down(contexts, features, lambda l, p, q: q.sample())
+                return model.p_x(decoder_input, (S, len(x))).mean
+
+            with self.subTest(decoder=decoder):
+                grey = (x + 0.5) / 2
+                small.check_level_residuals(
+                    self, model, grey, f, ["_1", "_2"], probabilities, readers=("encoder", "dct"))
+
+    @torch.no_grad()
+    def test_forward_draws_the_same_numbers_as_before(self):
+        """Features come first, then one draw a level from the top down, then the context's."""
+        for decoder in ("state", "aggregate"):
+            model, f, x = some_model(
+                3, distance=0.3, latents="1,1", num_ch=3, context_size=2, decoder=decoder)
+            torch.manual_seed(5)
+            terms = model.eval()(x, f, (4,))
+            torch.manual_seed(5)
+            features = {}
+            contexts = deep.repeat_examples(model.dct(x), (4,))
+            for side, e in model.encoder(x).items():
+                features[side] = deep.repeat_examples(e, (4,))
+            drawn, decoder_input = model.top_down(contexts, features, lambda l, p, q: deep.draw(q))
+            log_px_z = model.p_x(decoder_input, (4, 3)).log_prob(x).flatten(2).sum(-1)
+            self.assertTrue(torch.equal(terms["log_px_z"], log_px_z))
+            bound, _ = model.p_c.bound(contexts)
+            bound = bound.flatten(1).unflatten(0, (4, 3))
+            self.assertTrue(torch.equal(terms["kl_3"], bound))
+            for level, (p, q, z) in enumerate(reversed(drawn), start=1):
+                kl = kl_divergence(q, p).flatten(1).unflatten(0, (4, 3))
+                self.assertTrue(torch.equal(terms[f"kl_{level}"], kl))
+
+    def test_cifar10_has_none(self):
+        model, f, x = some_model(1, dataset="cifar10", latents="1", num_ch=2, diffusion_ch=2)
+        self.assertEqual(model.residuals(x, f, 4), {})
+
+
 class SharedCode(unittest.TestCase):
     def test_the_ladder_has_the_same_head(self):
         self.assertEqual(inspect.getsource(ladder.Head), inspect.getsource(dct.Head))

@@ -43,6 +43,10 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# No model has a headroom while this is in force.
+WITHOUT_HEADROOM = mock.patch("headroom.measure", return_value={})
+
+
 class WithScripts(small.InFolder):
     """Tests that run scripts on a few drawn digits, and look at the files that they leave."""
 
@@ -101,12 +105,13 @@ class Tables(WithScripts):
             self.assertEqual(status, 0, err)
             status, out, err = small.call(MNIST_HVAE_DVP.main, *argv, "--num_samples", "0,2")
         self.assertEqual(status, 0, err)
-        lines = out.strip().split("\n")
+        totals, levels, verdicts = out.strip().split("\n\n")
 
         # 1. The table of totals.
+        lines = totals.split("\n")
         names = lines[1].split()
         self.assertEqual(names[2:4], ["log_px", "elbo"])
-        rows = [dict(zip(names, line.split())) for line in lines[2:6]]
+        rows = [dict(zip(names, line.split())) for line in lines[2:]]
         settings = [("vamp", "0"), ("vamp", "2"), ("diffusion", "0"), ("diffusion", "2")]
         self.assertEqual([(row["prior"], row["num_samples"]) for row in rows], settings)
         has_no_log_px = [row["log_px"] == "-" for row in rows]
@@ -121,10 +126,25 @@ class Tables(WithScripts):
             top = 4 if prior == "diffusion" else 3
             for level in range(top, 0, -1):
                 expected.append([prior, num_samples, str(level)])
-        self.assertEqual([line.split()[:3] for line in lines[8:-1]], expected)
-        self.assertEqual(lines[-1], "more columns: --columns all")
+        head, *lines, last_line = levels.split("\n")
+        self.assertEqual([line.split()[:3] for line in lines], expected)
+        self.assertEqual(last_line, "more columns: --columns all")
+        # The context of the diffusion prior has no headroom.
+        position = head.split().index("headroom")
+        without = [line.split()[:3] for line in lines if line.split()[position] == "-"]
+        self.assertEqual(without, [["diffusion", "0", "4"], ["diffusion", "2", "4"]])
 
-        # 3. The pictures of the grid.
+        # 3. The verdicts, level by level, from level 1 on.
+        expected = []
+        for prior, num_samples in settings:
+            for level in (1, 2, 3):
+                expected.append(f"prior={prior},num_samples={num_samples}: z{level}: ")
+        lines = verdicts.split("\n")
+        self.assertEqual(len(lines), len(expected))
+        for line, start in zip(lines, expected):
+            self.assertTrue(line.startswith(start), line)
+
+        # 4. The pictures of the grid.
         folders = []
         for folder in (self.folder / "runs").rglob("grids/*"):
             if "num_samples=0+2" in folder.name:
@@ -159,10 +179,15 @@ class Tables(WithScripts):
         metrics = read_json(folder / "result.json")["metrics"]
         self.check_files(folder, metrics, measurements)
         self.check_metrics(metrics)
+        levels = self.learned_levels(script)
+        self.check_headroom(metrics, levels)
         tables = out.strip().split("\n\n")
         self.check_totals(tables[0], metrics)
         if len(common.levels(metrics)) > 1:
             self.check_levels(tables[1], metrics)
+        [verdicts] = [table for table in tables if " collapsed" in table]
+        starts = [line.split(": ")[0] for line in verdicts.split("\n")]
+        self.assertEqual(starts, [f"z{level.removeprefix('_')}" for level in levels])
 
         # 2. The command again.
         status, out_again, err = small.call(script.main, *measuring_argv)
@@ -183,7 +208,7 @@ class Tables(WithScripts):
     def check_files(self, folder, metrics, measurements):
         # 1. The pictures.
         expected = {"collapse.png", "reconstructions.png", "samples.png", "training.png"}
-        expected |= {f"{name}.png" for name in measurements}
+        expected |= {"headroom.png"} | {f"{name}.png" for name in measurements}
         self.assertEqual({path.name for path in folder.glob("*.png")}, expected)
 
         # 2. The KLs of the units, which are the ELBO's terms.
@@ -216,6 +241,26 @@ class Tables(WithScripts):
             active_units = sum(metrics[f"AU_kl{level}"] for level in suffixes)
             self.assertEqual(active_units, metrics["AU_kl"])
 
+    def learned_levels(self, script):
+        """The suffixes of the levels that have a headroom. A context has none."""
+        if script is MNIST_VAE_Delta:
+            return [""]
+        words = SMALL[script].split()
+        latents = words[words.index("--latents") + 1]
+        count = sum(int(number) for number in latents.split(","))
+        return [f"_{level}" for level in range(1, 1 + count)]
+
+    def check_headroom(self, metrics, levels):
+        """All levels have the same eigenvalues, since the residual is the same."""
+        expected = []
+        for level in levels:
+            names = ("headroom", "headroom_any", "rho", "rho_any")
+            expected += [f"{name}{level}" for name in names]
+        shown = [name for name in metrics if name.startswith(("headroom", "rho"))]
+        self.assertEqual(shown, expected)
+        for name in ("rho", "rho_any"):
+            self.assertEqual(len({metrics[f"{name}{level}"] for level in levels}), 1)
+
     def check_totals(self, table, metrics):
         lines = table.split("\n")
         names = lines[1].split()
@@ -230,7 +275,8 @@ class Tables(WithScripts):
         *lines, last_line = table.split("\n")
         self.assertEqual(last_line, "more columns: --columns all")
         names, *rows = [line.split() for line in lines]
-        self.assertEqual(names, ["level", "kl", "AU"])
+        headroom = ["headroom", "headroom_any", "rho", "rho_any"]
+        self.assertEqual(names, ["level", "kl", "AU", *headroom])
         # The levels of the metrics include "kl", the total.
         top = len(common.levels(metrics)) - 1
         self.assertEqual([int(row[0]) for row in rows], list(range(top, 0, -1)))
@@ -268,9 +314,11 @@ class Killed(WithScripts):
         Curves and weights are equal bit by bit.
         """
         small.write_mnist(self.folder / "data")
-        for script in SMALL:
-            with self.subTest(script=script.__name__), mock.patch.object(pictures, "draw_run"):
-                self.check_script(script)
+        # Only the training matters here. Pictures and headrooms would take most of the time.
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            for script in SMALL:
+                with self.subTest(script=script.__name__):
+                    self.check_script(script)
 
     def check_script(self, script):
         flags = {"num_epochs": 2, "batch_size": 64, "checkpoint_seconds": 0, "beta_warmup": 1.5}
@@ -333,6 +381,8 @@ class ManyProcesses(WithScripts):
         code = (
             "import importlib\n"
             "import common\n"
+            "import headroom\n"
+            "headroom.measure = lambda *args: {}\n"
             f"commands = {commands!r}\n"
             "def main():\n"
             "    statuses = []\n"
@@ -349,7 +399,7 @@ class ManyProcesses(WithScripts):
         # 2. One process.
         for script in SMALL:
             argv = self.argv(script, "one", num_epochs=5, batch_size=256)
-            with mock.patch.object(pictures, "draw_run"):
+            with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
                 status, _, err = small.call(script.main, *argv)
             self.assertEqual(status, 0, err)
 

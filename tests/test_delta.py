@@ -12,13 +12,16 @@ from decimal import Decimal
 from unittest import mock
 
 import common
+import numpy as np
 import torch
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
 import datasets
 import deep
 import files
+import headroom
 import MNIST_VAE_Delta as delta_vae
+import report
 import training
 from tests import small
 
@@ -327,6 +330,230 @@ class Model(unittest.TestCase):
         self.assertEqual([tuple(batch.shape) for batch in panels], 4 * [(3, 1, N, N)])
         self.assertTrue(torch.equal(panels[0], x))
         self.assertLessEqual(set(torch.stack(panels).unique().tolist()), {0.0, 1.0})
+
+
+class Residuals(unittest.TestCase):
+    """What headroom.py needs: pixels minus their probabilities given the true pixels before."""
+
+    @torch.no_grad()
+    def test_residuals_at_given_z(self):
+        """Grey images are binarised once. The probabilities are computed draw by draw."""
+        for prior in ("ar1", "standard"):
+            model, f, x = build(prior=prior, beta=0.7)
+            z = torch.randn(2, 4, N, 2, generator=torch.Generator().manual_seed(2), dtype=D)
+            shapes = []
+
+            def given(q_z, sample_shape):
+                shapes.append((q_z.mean.shape, sample_shape))
+                return z
+
+            torch.manual_seed(3)
+            with mock.patch.object(delta_vae, "draw", given):
+                residuals = model.residuals((x + 0.5) / 2, f, 4)
+            self.assertEqual(shapes, [((4, N, 2), (2,))])
+            self.assertEqual(list(residuals), [""])
+            residual = residuals[""]
+            [binary] = residual.encoder_input
+            self.assertEqual(set(binary.unique().tolist()), {0.0, 1.0})
+
+            images = binary.view(4, 1, N, N)
+            self.assertFalse(torch.equal(images, x))
+            context = model.decoder.vertical(images)
+            logits = [model.decoder.horizontal(images, draw[None], context)[0] for draw in z]
+            p = torch.stack(logits).flatten(2).sigmoid()
+            torch.testing.assert_close(residual.residual, binary - p)
+            torch.testing.assert_close(residual.fisher, (p * (1 - p)).mean(0))
+            self.assertEqual(residual.likelihood, "bernoulli")
+            self.assertEqual((float(residual.beta), float(residual.weight)), (f.beta.item(), 1))
+
+    @torch.no_grad()
+    def test_posterior_reads_the_binary_images(self):
+        """The recurrent layer reads them from the last row up."""
+        model, f, x = build()
+        read = []
+        model.rows_to_h.register_forward_pre_hook(lambda gru, inputs: read.append(inputs[0]))
+        [binary] = model.residuals((x + 0.5) / 2, f, 4)[""].encoder_input
+        self.assertTrue(torch.equal(read[0], binary.view(4, N, N).flip(1)))
+
+    @torch.no_grad()
+    def test_mean_of_many_calls(self):
+        """Both estimates have the mean of other draws of z, and draws of their own."""
+        model, f, x = build(images=2, num_layers=1, prior="standard")
+        torch.manual_seed(0)
+        draws = torch.stack([model.residuals(x, f, 4)[""].residual for _ in range(300)])
+        z = model.q_z(x).sample((2000,))
+        context = model.decoder.vertical(x)
+        p = model.decoder.horizontal(x, z, context).sigmoid().flatten(2)
+        expected = x.flatten(1) - p
+        error = (expected.var(0) / 300 + expected.var(0) / 2000).sqrt()
+        for estimate in (0, 1):
+            difference = draws[:, estimate].mean(0) - expected.mean(0)
+            self.assertLess((difference.abs() / error).max().item(), 5)
+        self.assertLess(error.max().item(), 0.03)
+        small.check_independent(self, draws.numpy())
+
+    def test_factor_of_the_prior(self):
+        """It is the largest eigenvalue of S^(-1) R S^(-1), with R_ts = alpha^|t-s|, by numpy."""
+        for delta, dim_z in ((0.5, 2), (5.0, 2), (30.0, 3)):
+            model, f, x = build(images=1, delta=delta, dim_z=dim_z)
+            residual = model.residuals(x, f, 4)[""]
+            alpha, prior_var, _ = ar1(delta, dim_z, N)
+            steps = np.arange(N)
+            covariance = alpha ** np.abs(steps[:, None] - steps)
+            std = closest_variance(alpha, prior_var).sqrt().squeeze(1).numpy()
+            expected = np.linalg.eigvalsh(covariance / std[:, None] / std)[-1]
+            self.assertAlmostEqual(residual.sequence_factor / expected, 1, places=6)
+            self.assertGreater(expected, 1)
+            self.assertEqual((residual.counts_means, residual.sequence_length), (True, N))
+
+        model, f, x = build(images=1, prior="standard")
+        residual = model.residuals(x, f, 4)[""]
+        self.assertEqual(residual.sequence_factor, 1)
+        self.assertEqual((residual.counts_means, residual.sequence_length), (False, 1))
+
+    def test_factor_is_how_cheap_the_best_means_are(self):
+        """Means S v cost at least |v|^2 / (2 factor) nats above delta, for any v.
+
+        The eigenvector of the factor costs exactly this.
+        """
+        model, f, x = build(images=1, delta=5.0)
+        factor = model.residuals(x, f, 4)[""].sequence_factor
+        alpha, prior_var, covariance = ar1(5.0, 2, N)
+        std = closest_variance(alpha, prior_var).sqrt()
+        _, vectors = torch.linalg.eigh(covariance / std / std.T)
+        random = torch.randn(500, N, generator=torch.Generator().manual_seed(1), dtype=D)
+
+        def cost(v):
+            """What the means S v of one unit cost in nats, (n,), times 2 / |v|^2."""
+            means = std * v[..., None]
+            kl = delta_vae.kl_to_ar1(means, std.expand_as(means), alpha, prior_var)
+            least = delta_vae.kl_to_ar1(0 * means, std.expand_as(means), alpha, prior_var)
+            return 2 * (kl - least).sum((1, 2)) / v.square().sum(1)
+
+        self.assertAlmostEqual(cost(vectors.T[-1:]).item() * factor, 1, places=6)
+        self.assertGreater(cost(random).min().item() * factor, 1)
+
+    @torch.no_grad()
+    def test_collapsed_sequences(self):
+        """An AR(1) prior allows no KL of 0, so that units whose mean does not vary are counted.
+
+        Where z does not reach the pixels, the prior multiplies every rho by its factor.
+        """
+        levels = {}
+        factors = {}
+        for prior in ("ar1", "standard"):
+            model, f, x = build(
+                images=1000, prior=prior, num_ch=1, num_layers=1, dtype=torch.float32)
+            for weight in (*model.h_to_z.parameters(), model.decoder.z_to_h.weight):
+                weight.zero_()
+            data = datasets.Data("random", (x,), (x[:20],))
+            setting = delta_vae.Flags(prior=prior, num_samples=0, device="cpu")
+            with mock.patch("sys.stderr"):
+                metrics, examples = report.evaluate(model, setting, data)
+            level = headroom.measure(model, setting, data, metrics, examples)["z"]
+            self.assertEqual((level.units, level.collapsed), (2 * N, 2 * N))
+            self.assertEqual(level.theta, [])
+            levels[prior] = level
+            factors[prior] = model.residuals(x[:1], f, 4)[""].sequence_factor
+            # By their KL, all units of the AR(1) prior would be active.
+            self.assertEqual(metrics["AU_kl"], 2 * N if prior == "ar1" else 0)
+
+        self.assertGreater(factors["ar1"], 1)
+        for name in ("tau", "tau_any"):
+            with_prior = np.array(getattr(levels["ar1"], name))
+            without = np.array(getattr(levels["standard"], name))
+            np.testing.assert_allclose(with_prior, factors["ar1"] * without, rtol=1e-4)
+
+
+class ExactDecoder(unittest.TestCase):
+    """Images that an autoregressive decoder has drawn itself, so that it is exactly right.
+
+    The residual of a pixel then has the mean 0 given all pixels before it. So the residuals of
+    different pixels are not correlated, and E[r_i^2] is the Fisher information H_i: every
+    eigenvalue of H^(-1/2) F H^(-1/2) is 1.
+    """
+
+    SIDE = 5
+    IMAGES = 8000
+
+    @classmethod
+    @torch.no_grad()
+    def setUpClass(cls):
+        patch = mock.patch.multiple(delta_vae.DeltaVAE, n=cls.SIDE, width=cls.SIDE)
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        model = cls.build_model()
+        torch.manual_seed(2)
+        cls.x = model.decoder.sample(torch.zeros(cls.IMAGES, cls.SIDE, 1, dtype=D))
+        cls.data = datasets.Data("drawn", (cls.x,), (cls.x,))
+
+    @classmethod
+    def build_model(cls):
+        """A small model whose decoder is far from its start and ignores z."""
+        cls.f = delta_vae.Flags(
+            prior="standard", dim_z=1, num_ch=4, num_layers=2, d_hidden=2, device="cpu")
+        x = torch.zeros(1, 1, cls.SIDE, cls.SIDE, dtype=D)
+        data = datasets.Data("random", (x,), (x,))
+        model = training.build(delta_vae.DeltaVAE, cls.f, data).eval()
+        random = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for p in model.decoder.parameters():
+                p += torch.randn(p.shape, generator=random, dtype=D)
+            model.decoder.h_to_x[-1].weight.mul_(2)
+            model.decoder.z_to_h.weight.zero_()
+        return model
+
+    def setUp(self):
+        self.model = self.build_model()
+
+    def scores(self):
+        """How far F and H of the model are apart, in standard errors.
+
+        Returns (the largest distance of E[r_i r_j] from 0, that of E[r_i^2] from H_i).
+        """
+        residual = self.model.residuals(self.x, self.f, 1)[""]
+        r, other = residual.residual
+        self.assertTrue(torch.equal(r, other))
+        n = len(r)
+        covariance = r.T @ r / n
+        error = ((r**2).T @ r**2 / n - covariance**2).sqrt() / n**0.5
+        pairs = torch.ones_like(covariance).triu(1).bool()
+        off_diagonal = (covariance / error)[pairs].abs().max().item()
+        excess = r**2 - residual.fisher
+        diagonal = (excess.mean(0) / excess.std(0)).abs().max().item() * n**0.5
+        return off_diagonal, diagonal
+
+    @torch.no_grad()
+    def test_residuals_of_different_pixels_are_not_correlated(self):
+        # Pixels depend on each other, and no pixel is nearly certain.
+        correlation = np.corrcoef(self.x.flatten(1).numpy().T) - np.eye(self.SIDE**2)
+        self.assertGreater(np.abs(correlation).max(), 0.1)
+        self.assertGreater(self.x.mean(0).min().item(), 0.02)
+        self.assertLess(self.x.mean(0).max().item(), 0.98)
+
+        off_diagonal, diagonal = self.scores()
+        # 300 pairs: the largest distance is expected at 3.
+        self.assertLess(off_diagonal, 5)
+        self.assertLess(diagonal, 5)
+
+    @torch.no_grad()
+    def test_every_rho_of_f_is_1(self):
+        """T is smaller, since the residual is not linear in the pixels."""
+        moments = headroom.residual_moments(self.model, self.f, self.data)[""]
+        linear, any_encoder = moments.ratios[0]
+        self.assertEqual(len(any_encoder), self.SIDE**2)
+        np.testing.assert_allclose(any_encoder, 1, atol=0.1)
+        self.assertLess(linear.mean().item(), any_encoder.mean().item() - 0.01)
+
+    @torch.no_grad()
+    def test_a_wrong_decoder_is_noticed(self):
+        """It reads no row above. Then residuals are correlated, and rho_1 of F exceeds 1."""
+        for layer in self.model.decoder.v_to_h:
+            layer.weight.zero_()
+        off_diagonal, _ = self.scores()
+        self.assertGreater(off_diagonal, 10)
+        moments = headroom.residual_moments(self.model, self.f, self.data)[""]
+        self.assertGreater(moments.ratios[0][1][0].item(), 1.2)
 
 
 class Causality(unittest.TestCase):

@@ -901,6 +901,126 @@ class Vamp(unittest.TestCase):
             self.assertGreater((fewer - more).abs().max().item(), 1e-4)
 
 
+class Residuals(unittest.TestCase):
+    """What headroom.py needs, for both priors. u has no headroom, since its map is not learned."""
+
+    def features(self, model, x, S):
+        """The encoder's features of each image, S times."""
+        features = {}
+        for side, e in model.encoder(x).items():
+            features[side] = e.repeat(S, 1, 1, 1)
+        return features
+
+    @torch.no_grad()
+    def test_residuals_of_the_learned_levels(self):
+        model, f, x = build(2, train=False, spread=0.2, beta=0.7)
+        # q(u|x) is as wide as it can be, so that its draws matter.
+        model.raw_v.fill_(30.0)
+
+        def probabilities(x, S):
+            q_u = model.q_u(x)
+            u = q_u.sample((S,)).flatten(0, 1)
+            features = self.features(model, x, S)
+            drawn = model.top_down(u, features, lambda l, p, q: q.sample())
+            return model.p_x([z for p, q, z in drawn], (S, len(x))).mean
+
+        levels = ["_1", "_2", "_3"]
+        grey = (x + 0.5) / 2
+        small.check_level_residuals(
+            self, model, grey, f, levels, probabilities, readers=("encoder", "context"))
+
+    @torch.no_grad()
+    def test_both_estimates_have_their_own_u(self):
+        """Where the latents below u have no noise, the estimates still differ."""
+        model, f, x = build(2, train=False, spread=0.2)
+        model.raw_v.fill_(30.0)
+        draw = deep.draw
+        drawn = []
+
+        def draw_u_only(normal):
+            is_u = normal.mean.shape[-1] == f.context_size
+            drawn.append(is_u)
+            return draw(normal) if is_u else normal.mean
+
+        with mock.patch.object(deep, "draw", draw_u_only):
+            residual = model.residuals(x, f, 4)["_1"].residual
+        # One draw of u comes first, then one for each of three levels.
+        self.assertEqual(drawn, [True, False, False, False])
+        self.assertGreater((residual[0] - residual[1]).abs().max().item(), 1e-6)
+
+    @torch.no_grad()
+    def test_residuals_under_a_vamp_prior(self):
+        """The top level is a learned one, too."""
+        model, f, x = self.vamp()
+
+        def probabilities(x, S):
+            features = self.features(model, x, S)
+            drawn = model.top_down(S * len(x), features, lambda l, p, q: q.sample())
+            return model.p_x([z for p, q, z in drawn], (S, len(x))).mean
+
+        small.check_level_residuals(self, model, (x + 0.5) / 2, f, ["_1", "_2"], probabilities)
+
+    def vamp(self, **flags):
+        """A small model with the VampPrior, its setting, and two images for it."""
+        flags = {"prior": "vamp", "pseudoinputs": 5, "latents": "1,1", "beta": 0.7} | flags
+        f = dvp.Flags(**(TINY | flags))
+        x = grey_images(16, f.dataset)
+        model = training.build(dvp.model_of, f, datasets.Data(f.dataset, (x,), (x,)))
+        for part in (model.encoder, model.latents, model.z_to_x):
+            moved(part, 0.2)
+        model.begin_at(x)
+        return model.settle().eval(), common.on_device(f, x), x[:2].round()
+
+    @torch.no_grad()
+    def test_forward_draws_the_same_numbers_as_before(self):
+        """u comes first, with the times of its KL, then one draw a level from the top down."""
+        model, f, x = build(3, train=False)
+        torch.manual_seed(5)
+        terms = model(x, f, (4,))
+        torch.manual_seed(5)
+        u, kl_u = model.draw_u(x, (4,))
+        features = {}
+        for side, e in model.encoder(x).items():
+            features[side] = deep.repeat_examples(e, (4,))
+        drawn = list(model.top_down(u, features, lambda l, p, q: deep.draw(q)))
+        drawn.reverse()
+        self.assertTrue(torch.equal(terms["kl_4"], kl_u))
+        self.check_terms(terms, drawn, model, x)
+
+    @torch.no_grad()
+    def test_forward_under_a_vamp_prior_draws_the_same_numbers_as_before(self):
+        model, f, _ = self.vamp()
+        x = grey_images(3).round()
+        torch.manual_seed(5)
+        terms = model(x, f, (4,))
+        torch.manual_seed(5)
+        features = {}
+        for side, e in model.encoder(x).items():
+            features[side] = deep.repeat_examples(e, (4,))
+        drawn = list(model.top_down(12, features, lambda l, p, q: deep.draw(q)))
+        p, q, z = drawn[0]
+        kl = q.log_prob(z).flatten(1).sum(1) - p.log_prob(z)
+        self.assertTrue(torch.equal(terms["kl_2"], kl.view(4, 3, 1)))
+        # The sum over the latents in p(x|z) starts at the top here.
+        self.check_terms(terms, [drawn[1]], model, x, zs=[z for p, q, z in drawn])
+
+    def check_terms(self, terms, drawn, model, x, zs=None):
+        """Check log p(x|z) and the KLs in closed form at these draws, level 1 first."""
+        zs = zs or [z for p, q, z in drawn]
+        log_px_z = model.p_x(zs, (4, 3)).log_prob(x).flatten(2).sum(-1)
+        self.assertTrue(torch.equal(terms["log_px_z"], log_px_z))
+        for level, (p, q, z) in enumerate(drawn, start=1):
+            kl = kl_divergence(q, p).flatten(1).unflatten(0, (4, 3))
+            self.assertTrue(torch.equal(terms[f"kl_{level}"], kl))
+
+    @torch.no_grad()
+    def test_cifar10_has_none(self):
+        model, f, x = build(1, train=False, dataset="cifar10", latents="1", num_ch=2)
+        self.assertEqual(model.residuals(x, f, 4), {})
+        model, f, x = self.vamp(dataset="cifar10", latents="1", num_ch=2)
+        self.assertEqual(model.residuals(x, f, 4), {})
+
+
 class Training(small.InFolder):
     def test_every_parameter_gets_a_gradient(self):
         model, f, x = build()

@@ -2,6 +2,8 @@
 
 It also checks what the deep models share: `deep.LogisticMixture` and the sizes of the models.
 """
+import contextlib
+import io
 import math
 import unittest
 from unittest import mock
@@ -370,6 +372,88 @@ class Terms(unittest.TestCase):
             values += [p.mean, p.stddev, q.mean, q.stddev, z]
         self.assertEqual(feature_types, {torch.bfloat16})
         self.assertEqual({value.dtype for value in values}, {torch.float32})
+
+
+class Residuals(small.InFolder):
+    """What headroom.py needs, and what it does not have for cifar10."""
+
+    @torch.no_grad()
+    def test_residuals_of_all_levels(self):
+        model, f, x = model_and_images(2, moved=0.2, latents="1,2", num_ch=3, beta=0.7)
+
+        def probabilities(x, S):
+            features = {}
+            for side, e in model.encoder(x).items():
+                features[side] = e.repeat(S, 1, 1, 1)
+            drawn = model.top_down(S * len(x), features, lambda l, p, q: q.sample())
+            return model.p_x([z for p, q, z in drawn], (S, len(x))).mean
+
+        grey = (x + 0.5) / 2
+        levels = ["_1", "_2", "_3"]
+        small.check_level_residuals(self, model, grey, f, levels, probabilities)
+
+    @torch.no_grad()
+    def test_forward_draws_the_same_numbers_as_before(self):
+        """Features come first, then one draw a level from the top down."""
+        model, f, x = model_and_images(3, moved=0.5, latents="1,2", num_ch=3)
+        torch.manual_seed(5)
+        terms = model.eval()(x, f, (4,))
+        torch.manual_seed(5)
+        features = {}
+        for side, e in model.encoder(x).items():
+            features[side] = deep.repeat_examples(e, (4,))
+        drawn = list(model.top_down(12, features, posterior_draw))
+        drawn.reverse()
+        log_px_z = model.p_x([z for p, q, z in drawn], (4, 3)).log_prob(x).flatten(2).sum(-1)
+        self.assertTrue(torch.equal(terms["log_px_z"], log_px_z))
+        for level, (p, q, z) in enumerate(drawn, start=1):
+            kl = torch.distributions.kl_divergence(q, p).flatten(1).unflatten(0, (4, 3))
+            self.assertTrue(torch.equal(terms[f"kl_{level}"], kl))
+
+    def test_cifar10_has_no_verdict(self):
+        """One line says so for all settings. A finished run is not evaluated again."""
+        x = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        data = datasets.Data("cifar10", (x,), (x[:4],))
+        settings = []
+        for seed in (0, 1):
+            f = ladder.Flags(
+                dataset="cifar10",
+                latents="1,1",
+                num_ch=2,
+                batch_size=6,
+                num_epochs=1,
+                num_samples=0,
+                seed=seed,
+                device="cpu",
+                out_dir=str(self.folder),
+            )
+            settings.append(f)
+        with mock.patch("sys.stderr"):
+            runs = training.fit(ladder.LadderVAE, settings, [data, data], train=ladder.train)
+        self.assertEqual(runs[0].model.residuals(x, settings[0], 4), {})
+
+        outputs = []
+        for evaluations in (2, 0):
+            with mock.patch("report.evaluate", wraps=report.evaluate) as evaluate:
+                outputs.append(self.printed(runs))
+            self.assertEqual(evaluate.call_count, evaluations)
+        self.assertEqual(outputs[0], outputs[1])
+        lines = [line for line in outputs[0].splitlines() if "verdict" in line]
+        self.assertEqual(len(lines), 1, outputs[0])
+        self.assertIn("no theory covers this decoder", lines[0])
+        self.assertNotIn("headroom", outputs[0])
+
+        for f in settings:
+            result = report.RunResult.read(f, data)
+            self.assertEqual(result.headroom, {})
+            self.assertEqual([name for name in result.metrics if "headroom" in name], [])
+
+    def printed(self, runs):
+        """What report.report prints. No picture of the runs is drawn."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch("sys.stderr"):
+            with mock.patch("pictures.draw_run"), mock.patch("pictures.draw_grid"):
+                self.assertEqual(report.report(runs), 0)
+        return out.getvalue()
 
 
 class Settings(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""The ReLU and CNN scripts: their models beside densities and convolutions by hand, and twins."""
+"""The ReLU, CNN and Bernoulli scripts: their models beside densities by hand, and twins."""
 import contextlib
 import dataclasses
 import inspect
@@ -7,12 +7,14 @@ import math
 import tempfile
 import unittest
 from types import SimpleNamespace
+from unittest import mock
 
 import common
 import numpy as np
 import torch
 
 import datasets
+import headroom
 import report
 import theory
 import training
@@ -22,6 +24,7 @@ import MNIST_CVAE_Relu
 import MNIST_CVAE_Relu_single_digit
 import MNIST_HVAE_CNN
 import MNIST_HVAE_Relu
+import MNIST_VAE_Bernoulli
 import MNIST_VAE_Relu_learnable_sigma
 import MNIST_VAE_Relu_nonlearnable_sigma
 import Synthetic_CVAE_Relu_correlation
@@ -45,6 +48,7 @@ SCRIPTS = {
     MNIST_VAE_Relu_nonlearnable_sigma: (
         "VAE", dict(beta=0.7, eta_dec=3.0, c=2.0, sigma=0.6, d_1=3, d_hidden=9)
     ),
+    MNIST_VAE_Bernoulli: ("VAE", dict(beta=0.7, start_std=0.8, d_1=3, d_hidden=9)),
     MNIST_HVAE_CNN: (
         "HVAE",
         dict(
@@ -138,10 +142,24 @@ def three_quarters(images):
     return np.concatenate([part.reshape(len(images), 196) for part in parts], axis=1)
 
 
+def as_binary(data, share=0.5):
+    """Images whose pixels are 1.0 where they exceed this grey value, and 0.0 elsewhere."""
+    def binary(tensors):
+        return tuple((t > share).to(t.dtype) for t in tensors)
+
+    return dataclasses.replace(data, train=binary(data.train), test=binary(data.test))
+
+
 def log_normal(x, mean, std):
     """log N(x; mean, std^2), summed over the last axis."""
     log_densities = -((x - mean) / std)**2 / 2 - np.log(std) - math.log(2 * math.pi) / 2
     return log_densities.sum(-1)
+
+
+def log_bernoulli(x, logits):
+    """log p(x) of binary x, summed over the last axis, from the probability of each pixel."""
+    p = 1 / (1 + np.exp(-logits))
+    return np.log(np.where(x == 1, p, 1 - p)).sum(-1)
 
 
 # ----------------------------------------------------------------------------------- the models
@@ -163,6 +181,14 @@ class Cases(unittest.TestCase):
     def setUpClass(cls):
         cls.images = small.digit_data(60, 6)
         cls.quarters = small.as_quarters(cls.images)
+        cls.binary = as_binary(cls.images)
+
+    def data_of(self, script):
+        """The images as a script reads them. The synthetic data are not among them."""
+        if script is MNIST_VAE_Bernoulli:
+            return self.binary
+        name, _ = SCRIPTS[script]
+        return self.quarters if name == "CVAE" else self.images
 
     def cases(self, scripts=SCRIPTS, **other_flags):
         """Yield a Case for each script, with other_flags where the script has them."""
@@ -175,7 +201,7 @@ class Cases(unittest.TestCase):
                     flags[flag] = value
             f = script.Flags(device="cpu", **flags)
 
-            data = self.quarters if name == "CVAE" else self.images
+            data = self.data_of(script)
             if "corr_type" in fields:
                 data = correlated(num_samples=6, dim_x=5, dim_y=5, corr_type="Gaussian_noise_1_2")
             model = training.build(getattr(script, name), f, data).eval()
@@ -231,8 +257,11 @@ class Models(Cases):
             unit_kl = terms.get(f"unit_kl{level}", terms[f"kl{level}"])
             self.assertGreaterEqual(unit_kl.min().item(), 0)
 
-        # The density of a Gaussian with the std eta_dec is largest at its mean.
-        largest = -case.data.test[-1].shape[1] * math.log(f.eta_dec * math.sqrt(2 * math.pi))
+        # The density of a Gaussian with the std eta_dec is largest at its mean. The probability of
+        # binary pixels is at most 1.
+        largest = 0
+        if hasattr(f, "eta_dec"):
+            largest = -case.data.test[-1].shape[1] * math.log(f.eta_dec * math.sqrt(2 * math.pi))
         self.assertLess(terms["log_px_z"].max().item(), largest)
 
         # The means of the HVAE come from a tanh, those of the VAEs from a ReLU.
@@ -247,7 +276,8 @@ class Models(Cases):
             return
         panels = case.model.reconstructions(*case.data.test, case.scalars)
         self.assertEqual({tuple(panel.shape) for panel in panels.values()}, {(6, 784)})
-        torch.testing.assert_close(panels["test images"], self.images.test[0], rtol=0, atol=0)
+        images = self.binary if case.script is MNIST_VAE_Bernoulli else self.images
+        torch.testing.assert_close(panels["test images"], images.test[0], rtol=0, atol=0)
         if hasattr(case.model, "samples"):
             self.assertEqual(tuple(case.model.samples(7, case.scalars).shape), (7, 784))
 
@@ -270,7 +300,7 @@ class Models(Cases):
         for script, (name, flags) in SCRIPTS.items():
             with self.subTest(script=script.__name__):
                 f = script.Flags(device="cpu", **flags)
-                data = self.quarters if name == "CVAE" else self.images
+                data = self.data_of(script)
                 if script is Synthetic_CVAE_Relu_correlation:
                     data = correlated(num_samples=6, dim_x=5, dim_y=5)
                 model = training.build(getattr(script, name), f, data)
@@ -281,7 +311,9 @@ class Models(Cases):
                     z1 = model.q_z1(*data.test, scalars).mean
                     std = model.q_z2(z1, scalars).stddev
                 else:
-                    start = 1.3 * f.start_std if name == "CVAE" else 0.6
+                    start = f.sigma if hasattr(f, "sigma") else f.start_std
+                    if name == "CVAE":
+                        start = 1.3 * f.start_std
                     std = model.q_z(*data.test, scalars).stddev
                 difference = (std.log() - math.log(start)).abs().mean().item()
                 self.assertLess(difference, 0.3)
@@ -316,7 +348,9 @@ class Models(Cases):
         """log p(x), or log p(y|x), of each test example. z has one unit, and eta_dec is 1.5."""
         model, f = case.model, case.f
         eta_dec = 1.5
-        eta_enc = eta_dec / f.c if hasattr(f, "c") else f.eta_enc
+        eta_enc = 1
+        if hasattr(f, "eta_dec"):
+            eta_enc = eta_dec / f.c if hasattr(f, "c") else f.eta_enc
         z = np.linspace(-9 * eta_enc, 9 * eta_enc, 1001)
 
         # 1. What z and x add to the mean of p(x|z), or of p(y|x,z).
@@ -333,7 +367,11 @@ class Models(Cases):
         log_prior = log_normal(z[:, None], 0, eta_enc)
         log_joint = []
         for i, row in enumerate(y):
-            log_joint.append(log_normal(row, from_z + from_x[i], eta_dec) + log_prior)
+            if case.script is MNIST_VAE_Bernoulli:
+                log_likelihood = log_bernoulli(row, from_z)
+            else:
+                log_likelihood = log_normal(row, from_z + from_x[i], eta_dec)
+            log_joint.append(log_likelihood + log_prior)
         log_joint = np.stack(log_joint)
         largest = log_joint.max(1, keepdims=True)
         integral = np.exp(log_joint - largest).sum(1) * (z[1] - z[0])
@@ -499,6 +537,7 @@ class Training(unittest.TestCase):
             (MNIST_CVAE_Relu, quarters, "beta"),
             (MNIST_HVAE_CNN, images, "beta_1"),
             (MNIST_CVAE_CNN_single_digit, quarters, "beta"),
+            (MNIST_VAE_Bernoulli, as_binary(images), "beta"),
         )
         for script, data, flag in cases:
             with self.subTest(script=script.__name__):
@@ -511,7 +550,9 @@ class Training(unittest.TestCase):
         Model = getattr(script, name)
         group = []
         for value in (0.3, 2.0):
-            changes = {flag: value, "eta_dec": 0.5}
+            changes = {flag: value}
+            if "eta_dec" in flags:
+                changes["eta_dec"] = 0.5
             f = script.Flags(device="cpu", num_epochs=3, batch_size=16, **flags | changes)
             group.append(f)
 
@@ -656,6 +697,269 @@ class LinearTwin(unittest.TestCase):
         self.assertEqual(verify.rank_correlations(results), {})
 
 
+# ------------------------------------------------------------------------------- Bernoulli pixels
+
+def correlations(x):
+    """The eigenvalues of the correlation matrix of the binary pixels that vary, largest first."""
+    pixels = x.numpy()
+    varying = pixels[:, pixels.std(0) > 0]
+    return np.linalg.eigvalsh(np.corrcoef(varying.T))[::-1]
+
+
+class BernoulliPixels(unittest.TestCase):
+    """What the data alone say about a collapsed VAE with binary pixels, and what a model says."""
+
+    @classmethod
+    def setUpClass(cls):
+        # The number of images is odd, so that no pixel has the mean 1/2.
+        cls.data = as_binary(small.digit_data(301, 20))
+        [cls.x] = cls.data.train
+
+    def model_and_scalars(self, f):
+        """A model away from its start, in float64, and its setting on the device."""
+        model = training.build(MNIST_VAE_Bernoulli.VAE, f, self.data).eval()
+        random = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += p.std(correction=0) * torch.randn(p.shape, generator=random, dtype=p.dtype)
+        return model, common.on_device(f, self.x)
+
+    def collapsed_model(self, f):
+        """A model whose posterior is the prior, and whose decoder gives each pixel its mean."""
+        model = training.build(MNIST_VAE_Bernoulli.VAE, f, self.data).eval()
+        with torch.no_grad():
+            for network in (model.f, model.g):
+                last_layer = network if f.linear else network[-1]
+                last_layer.weight.zero_()
+                last_layer.bias.zero_()
+            # A logit of 40 is nearly certain, and finite.
+            last_layer.bias.copy_(self.x.mean(0).logit().clamp(-40, 40))
+        return model
+
+    def test_before_training(self):
+        """Each number is computed from the images by numpy."""
+        pixels = self.x.numpy()
+        mean = pixels.mean(0)
+        varies = (mean > 0) & (mean < 1)
+        # Some pixels are the same in all images.
+        self.assertLess(varies.sum(), 784)
+        mean = mean[varies]
+        entropy = -(mean * np.log(mean) + (1 - mean) * np.log(1 - mean)).sum()
+
+        # The bound of Jaakkola & Jordan (2000, eq. 8), twice lambda(a), at the logits a.
+        logits = np.log(mean / (1 - mean))
+        bound = np.tanh(logits / 2) / (2 * logits)
+        scaled = (pixels[:, varies] - mean) / np.sqrt(bound)
+        ratios = np.linalg.eigvalsh(scaled.T @ scaled / len(pixels))[::-1]
+
+        for beta, d_1 in ((0.3, 5), (1.0, 16), (4.0, 2)):
+            f = MNIST_VAE_Bernoulli.Flags(beta=beta, d_1=d_1, device="cpu")
+            metrics = MNIST_VAE_Bernoulli.VAE.before_training(f, self.data)
+            shares = ratios[:d_1] / beta
+            shares = shares[shares > 1]
+            self.assertGreater(len(shares), 0)
+            expected = {
+                "collapse_threshold": correlations(self.x)[0],
+                "collapsed_loss": entropy,
+                "collapsed_headroom": beta / 2 * (shares - 1 - np.log(shares)).sum(),
+            }
+            self.assertEqual(list(metrics), list(expected))
+            for name, value in expected.items():
+                self.assertAlmostEqual(metrics[name] / value, 1, places=9, msg=name)
+
+    def test_collapsed_headroom_falls_with_beta_and_ends_at_the_threshold(self):
+        def headroom_at(beta, d_1=16):
+            f = MNIST_VAE_Bernoulli.Flags(beta=beta, d_1=d_1, device="cpu")
+            return MNIST_VAE_Bernoulli.VAE.before_training(f, self.data)["collapsed_headroom"]
+
+        rho = correlations(self.x)[0]
+        nats = [headroom_at(beta) for beta in (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)]
+        for larger, smaller in zip(nats, nats[1:]):
+            self.assertGreater(larger, smaller)
+        self.assertGreater(nats[-1], 0)
+        self.assertEqual([headroom_at(rho), headroom_at(2 * rho)], [0, 0])
+        self.assertGreater(headroom_at(1.0, d_1=16), headroom_at(1.0, d_1=15))
+
+    @torch.no_grad()
+    def test_a_collapsed_model_has_what_the_data_predict(self):
+        """Its loss, and rho_1 of T and of F, are those computed from the data before training."""
+        for linear in (False, True):
+            f = MNIST_VAE_Bernoulli.Flags(
+                start_std=1.0, d_1=3, d_hidden=9, linear=linear, device="cpu"
+            )
+            predicted = MNIST_VAE_Bernoulli.VAE.before_training(f, self.data)
+            model = self.collapsed_model(f)
+            scalars = common.on_device(f, self.x)
+            terms = model(self.x, scalars)
+            self.assertLess(terms["kl"].abs().max().item(), 1e-12)
+            loss = model.loss(terms, scalars).mean().item()
+            self.assertAlmostEqual(loss, predicted["collapsed_loss"], places=9)
+
+            moments = headroom.residual_moments(model, f, self.data)[""]
+            for rho in moments.ratios[0]:
+                self.assertAlmostEqual(rho[0].item(), predicted["collapse_threshold"], places=6)
+                np.testing.assert_allclose(rho[:20], correlations(self.x)[:20], rtol=1e-6)
+
+    @torch.no_grad()
+    def test_cause_of_a_collapsed_model(self):
+        """It is the objective from beta = rho_1 on. Far below, it is training."""
+        rho = correlations(self.x)[0]
+        causes = []
+        for beta in (0.1 * rho, 0.99 * rho, 1.01 * rho):
+            f = MNIST_VAE_Bernoulli.Flags(
+                start_std=1.0, beta=beta, d_1=3, num_samples=0, device="cpu"
+            )
+            model = self.collapsed_model(f)
+            with contextlib.redirect_stderr(io.StringIO()):
+                metrics, examples = report.evaluate(model, f, self.data)
+            level = headroom.measure(model, f, self.data, metrics, examples)["z"]
+            self.assertEqual((level.units, level.collapsed), (3, 3))
+            causes.append(level.cause())
+        self.assertEqual(causes, ["training", "unstable", "objective"])
+
+    @torch.no_grad()
+    def test_residuals_are_those_of_the_expected_probabilities(self):
+        """With one unit, E[sigmoid] and E[p (1 - p)] are integrals over z, by quadrature."""
+        f = MNIST_VAE_Bernoulli.Flags(start_std=0.8, d_1=1, d_hidden=9, device="cpu")
+        model, scalars = self.model_and_scalars(f)
+        x = self.x[:3]
+
+        # 1. The integrals.
+        q_z = model.q_z(x, scalars)
+        steps = np.linspace(-9, 9, 601)
+        weights = np.exp(-steps**2 / 2) / math.sqrt(2 * math.pi) * (steps[1] - steps[0])
+        z = q_z.mean.numpy() + q_z.stddev.numpy() * steps
+        p = 1 / (1 + np.exp(-by_hand(model.g, z[..., None])))
+        probability = np.einsum("s,bsd->bd", weights, p)
+        fisher = np.einsum("s,bsd->bd", weights, p * (1 - p))
+
+        # 2. The means over many calls.
+        torch.manual_seed(1)
+        residuals = []
+        fishers = []
+        for _ in range(400):
+            residual = model.residuals(x, scalars, 4)[""]
+            self.assertEqual(tuple(residual.residual.shape), (2, 3, 784))
+            self.assertEqual(tuple(residual.fisher.shape), (3, 784))
+            residuals.append(residual.residual.numpy())
+            fishers.append(residual.fisher.numpy())
+        self.assertEqual((residual.likelihood, residual.counts_means), ("bernoulli", False))
+        self.assertIs(residual.encoder_input[0], x)
+        self.assertEqual((float(residual.beta), float(residual.weight)), (1, 1))
+
+        # 3. The comparison. Pixels move with one unit, so that their errors are alike.
+        for draws, expected in (
+            (np.stack(residuals)[:, 0], x.numpy() - probability),
+            (np.stack(residuals)[:, 1], x.numpy() - probability),
+            (np.stack(fishers), fisher),
+        ):
+            error = draws.std(0) / len(draws)**0.5
+            self.assertLess((np.abs(draws.mean(0) - expected) / error).max(), 5)
+            self.assertLess(error.max(), 0.01)
+        small.check_independent(self, np.stack(residuals))
+
+    def test_without_hidden_layers_no_unit_can_be_dead(self):
+        counts = []
+        for linear in (False, True):
+            f = MNIST_VAE_Bernoulli.Flags(d_1=3, d_hidden=9, linear=linear, device="cpu")
+            model, _ = self.model_and_scalars(f)
+            if not linear:
+                with torch.no_grad():
+                    # Two hidden units of the encoder never fire.
+                    model.f[0].weight[:2] = 0
+                    model.f[0].bias[:2] = -1
+                    model.g[0].weight[:] = 0
+                    model.g[0].bias[:] = 1
+            counts.append(headroom.dead_units(model, f, self.data))
+        self.assertEqual(counts[1], {})
+        self.assertEqual(counts[0]["g"], [0, 9])
+        self.assertGreaterEqual(counts[0]["f"][0], 2)
+
+    def test_linear_networks(self):
+        """With --linear true they are one matrix each."""
+        f = MNIST_VAE_Bernoulli.Flags(d_1=3, linear=True, device="cpu")
+        model, scalars = self.model_and_scalars(f)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        expected = {
+            "f.weight": (6, 784), "f.bias": (6,), "g.weight": (784, 3), "g.bias": (784,)
+        }
+        self.assertEqual(shapes, expected)
+        x = self.x[:4]
+        mean = x.numpy() @ model.f.weight.detach().numpy().T[:, :3]
+        mean = mean + model.f.bias.detach().numpy()[:3]
+        logits = by_hand([model.g], mean)
+        panels = model.reconstructions(x, scalars)
+        reconstructed = panels["reconstructed"].detach().numpy()
+        np.testing.assert_allclose(reconstructed, 1 / (1 + np.exp(-logits)), rtol=1e-9)
+
+
+class BernoulliCommandLine(small.WithMnist):
+    def run_script(self, *argv):
+        return small.call(
+            MNIST_VAE_Bernoulli.main,
+            *("--data_dir", self.folder / "data"),
+            *("--out_dir", self.folder / "runs"),
+            *("--num_epochs", 1),
+            *("--num_samples", 0),
+            *("--device", "cpu"),
+            *argv,
+        )
+
+    def images(self, binarise="threshold", seed=0):
+        """The binary training images of a setting."""
+        f = MNIST_VAE_Bernoulli.Flags(
+            data_dir=str(self.folder / "data"), binarise=binarise, seed=seed, device="cpu"
+        )
+        with contextlib.redirect_stderr(io.StringIO()):
+            [data] = datasets.load_binary_mnist([f])
+        return data.train[0].double()
+
+    def test_prints_the_threshold_once_per_data_set(self):
+        """A grid of beta has one data set. With --binarise sample each seed has its own one."""
+        with mock.patch("pictures.draw_run"), mock.patch("pictures.draw_grid"):
+            status, out, err = self.run_script("--linear", "true", "--beta", "1,40")
+            self.assertEqual(status, 0, err)
+            rho = correlations(self.images())
+            self.assertEqual(out.count("collapse is stable from beta"), 1)
+            self.assertIn(f"rho_1 = {rho[0]:.2f}: ", out)
+            self.assertIn(f"At beta = 1, {(rho > 1).sum()} directions lead out of collapse.", out)
+
+            # The finished runs are shown, not evaluated again.
+            with mock.patch("report.evaluate") as evaluate:
+                status, out_again, err = self.run_script("--linear", "true", "--beta", "1,40")
+            self.assertEqual((status, out_again), (0, out), err)
+            evaluate.assert_not_called()
+
+            seeds = ("--linear", "true", "--binarise", "sample", "--seed", "1,2")
+            status, out, err = self.run_script(*seeds)
+        self.assertEqual(status, 0, err)
+        for seed in (1, 2):
+            rho = correlations(self.images("sample", seed))
+            self.assertIn(f"rho_1 = {rho[0]:.2f}: ", out)
+
+    def test_the_second_of_two_processes_prints_no_threshold(self):
+        f = MNIST_VAE_Bernoulli.Flags(data_dir=str(self.folder / "data"), device="cpu")
+        [data] = datasets.load_binary_mnist([f])
+        printed = []
+        for rank in (0, 1):
+            with mock.patch("processes.rank_and_count", return_value=(rank, 2)):
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    MNIST_VAE_Bernoulli.print_threshold([f], [data])
+            printed.append(out.getvalue())
+        self.assertIn("rho_1", printed[0])
+        self.assertEqual(printed[1], "")
+
+    def test_wrong_flags(self):
+        cases = (
+            (["--binarise", "half"], "--binarise: got 'half', wants one of threshold, sample"),
+            (["--beta", "-1"], "--beta: got '-1', wants a number"),
+        )
+        for argv, message in cases:
+            status, out, err = self.run_script(*argv)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(message, err)
+
+
 # --------------------------------------------------------------------------- the synthetic data
 
 class Synthetic(unittest.TestCase):
@@ -740,7 +1044,7 @@ class Synthetic(unittest.TestCase):
         self.assertIn("40 training and 40 test examples", out)
         names = out.strip().split("\n")[1].split()
         self.assertEqual(names[0], "corr_type")
-        self.assertEqual(names[1:], ["elbo", "kl", "AU", "headroom"])
+        self.assertEqual(names[1:], ["elbo", "kl", "AU", "headroom", "headroom_any"])
         self.assertIn(
             "Spearman's rank correlation between predicted and trained values over 3 settings: kl ",
             out)
@@ -752,7 +1056,8 @@ class Synthetic(unittest.TestCase):
         names = out.strip().split("\n")[1].split()
         expected = ["elbo", "reconstruction", "kl", "AU", "AU_kl", "active_share"]
         self.assertEqual(names[1:7], expected)
-        self.assertEqual(names[7:], [f"{name}_train" for name in expected] + ["headroom"])
+        expected = [f"{name}_train" for name in expected] + ["headroom", "headroom_any"]
+        self.assertEqual(names[7:], expected)
 
     def check_seeds(self, argv):
         """The seeds of one setting cannot be ranked."""

@@ -235,6 +235,20 @@ def evaluated_run(f, data, unit_kl, model=None):
     return report.EvaluatedRun(f, data, model, result, {"unit_kl": unit_kl})
 
 
+def level_headroom(units, collapsed, tau, tau_any, level=0.5, theta=()):
+    """A LevelHeadroom of a Gaussian decoder without a headroom."""
+    return headroom.LevelHeadroom(
+        units=units,
+        collapsed=collapsed,
+        headroom=0.0,
+        headroom_any=0.0,
+        level=level,
+        tau=tau,
+        tau_any=tau_any,
+        theta=list(theta),
+    )
+
+
 class HardToDraw(unittest.TestCase):
     def test_one_test_image(self):
         """One epoch and one test image: all pictures of the run, without a warning."""
@@ -264,9 +278,8 @@ class HardToDraw(unittest.TestCase):
 
     def test_a_variance_that_overflowed(self):
         """Just before a model diverges, a unit's variance is infinite. The others are drawn."""
-        level = headroom.LevelHeadroom(
-            units=3, collapsed=1, headroom=0.0, level=0.5, tau=[0.1], theta=[math.inf, 2.0]
-        )
+        level = level_headroom(units=3, collapsed=1, tau=[0.1], tau_any=[0.2])
+        level.theta = [math.inf, 2.0]
 
         def draw(folder):
             pictures.draw_headroom(folder / "headroom.png", {"z": level}, "")
@@ -280,21 +293,18 @@ class Headroom(unittest.TestCase):
             "16 of 16 units collapsed because of training: reviving them would lower the loss by "
             "at least 0.062 nats; the loss still fell by 0.12 nats in the last tenth of the epochs"
         )
-        level = headroom.LevelHeadroom(
-            units=16, collapsed=2, headroom=0.0, level=0.5, tau=[0.3, 0.1], theta=[2.0] * 14
+        level = level_headroom(
+            units=16, collapsed=2, tau=[0.3, 0.1], tau_any=[0.4, 0.2], theta=[2.0] * 14
         )
-
-        def draw(axes):
-            pictures.plot_headroom(axes[0, 0], verdict, level)
-
-        figure = drawn_figure(lambda path: pictures.save_figure(path, 1, 1, 4.6, 4.2, "", draw))
+        figure = self.figure_of(level, verdict)
         renderer = laid_out(figure)
         [ax] = figure.axes
         labels = [text.get_text() for text in ax.get_legend().get_texts()]
         expected = [
             "variance described by active units",
-            "variance that further units could describe",
-            "threshold: a linear unit above it lowers the loss",
+            "variance of further units with a linear encoder",
+            "variance of further units with any encoder",
+            "threshold: a unit above it lowers the loss",
             "number of units",
         ]
         self.assertEqual(labels, expected)
@@ -303,6 +313,58 @@ class Headroom(unittest.TestCase):
         self.assertLess(ax.title.get_window_extent(renderer).x1, figure.bbox.x1)
         # The axis ends at half of the smallest variance, 0.1, and at twice the largest one, 2.
         np.testing.assert_allclose(ax.get_ylim(), [0.05, 4.0])
+
+    def figure_of(self, level, title="title"):
+        """The figure of `plot_headroom` for a headroom.LevelHeadroom."""
+        def draw(axes):
+            pictures.plot_headroom(axes[0, 0], title, level)
+
+        return drawn_figure(lambda path: pictures.save_figure(path, 1, 1, 4.6, 4.2, "", draw))
+
+    def points(self, ax):
+        """{label: (units, values)} of the lines that have points."""
+        points = {}
+        for line in ax.lines:
+            if line.get_marker() != "None":
+                points[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
+        return points
+
+    def test_points_of_both_encoders(self):
+        """Further units come after the active ones. Those with any encoder are above the others."""
+        level = level_headroom(
+            units=3, collapsed=2, tau=[0.3, 0.1, 0.0], tau_any=[0.7, 0.2, 0.1], theta=[2.0]
+        )
+        [ax] = self.figure_of(level).axes
+        expected = {
+            "variance described by active units": ([1], [2.0]),
+            # A log axis has no 0.
+            "variance of further units with a linear encoder": ([2, 3, 4], [0.3, 0.1, 1e-300]),
+            "variance of further units with any encoder": ([2, 3, 4], [0.7, 0.2, 0.1]),
+        }
+        self.assertEqual(self.points(ax), expected)
+        self.assertEqual(ax.get_ylabel(), "variance")
+
+    def test_another_decoder_has_eigenvalues(self):
+        """Without active units the points begin at unit 1. The axis holds the largest one."""
+        level = level_headroom(
+            units=3, collapsed=3, tau=[1.5, 0.9, 0.8], tau_any=[6.0, 2.0, 1.0], level=2.0
+        )
+        level.likelihood = "bernoulli"
+        [ax] = self.figure_of(level).axes
+        expected = {
+            "eigenvalue ρ of further units with a linear encoder": ([1, 2, 3], [1.5, 0.9, 0.8]),
+            "eigenvalue ρ of further units with any encoder": ([1, 2, 3], [6.0, 2.0, 1.0]),
+        }
+        self.assertEqual(self.points(ax), expected)
+        self.assertEqual(ax.get_ylabel(), "eigenvalue ρ")
+        np.testing.assert_allclose(ax.get_ylim(), [0.4, 12.0])
+
+    def test_without_weight_there_is_no_threshold(self):
+        """The level is None if -log p(t|z) has no weight in the loss."""
+        level = level_headroom(units=2, collapsed=2, tau=[0.3], tau_any=[0.4], level=None)
+        [ax] = self.figure_of(level).axes
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        self.assertEqual([label for label in labels if "threshold" in label], [])
 
 
 # A closed form in which unit i of z2 has an information of collapse[i] - beta_2 nats.

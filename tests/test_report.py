@@ -665,6 +665,177 @@ class UnitsFile(InRunFolder):
         self.check_made_again("a single array")
 
 
+# ----------------------------------------------------------------------------------------- headroom
+
+class OtherDecoder(vae_script.VAE):
+    """A VAE that measures what chosen `levels` say, in place of its own residuals."""
+
+    levels = {}
+
+    @staticmethod
+    def before_training(f, data):
+        return {"collapse_threshold": 3.0 * f.beta}
+
+
+def level_headroom(**values):
+    """A LevelHeadroom of a level with three collapsed units and Bernoulli pixels."""
+    defaults = dict(
+        units=3,
+        collapsed=3,
+        headroom=0.0,
+        headroom_any=0.0,
+        level=1.0,
+        tau=[0.5, 0.4, 0.3],
+        tau_any=[0.9, 0.8, 0.7],
+        theta=[],
+        likelihood="bernoulli",
+    )
+    return headroom.LevelHeadroom(**(defaults | values))
+
+
+class Headroom(small.InFolder):
+    def setUp(self):
+        super().setUp()
+        self.data = small.digit_data(64, 16, torch.float32)
+        self.settings = []
+        for beta in (0.5, 3.0):
+            self.settings.append(vae_script.Flags(
+                device="cpu",
+                beta=beta,
+                batch_size=32,
+                num_epochs=1,
+                num_samples=0,
+                d_hidden=8,
+                d_1=3,
+                out_dir=str(self.folder),
+            ))
+
+    def report_of(self, levels, settings=None):
+        """Fit the settings and report them, where headroom.measure returns these levels.
+
+        Returns (the runs, stdout, the number of evaluated runs).
+        """
+        runs = fit(OtherDecoder, settings or self.settings, self.data)
+        with mock.patch("headroom.measure", return_value=levels):
+            with mock.patch("report.evaluate", wraps=report.evaluate) as spy:
+                status, out, err = print_report(runs)
+        self.assertEqual(status, 0, err)
+        return runs, out, spy.call_count
+
+    def test_metrics_of_a_level(self):
+        """A decoder that is not Gaussian has rho, too. The ending is the level's number."""
+        level = level_headroom(headroom=0.25, headroom_any=0.5)
+        expected = {"headroom": 0.25, "headroom_any": 0.5, "rho": 0.5, "rho_any": 0.9}
+        self.assertEqual(report.headroom_metrics("z", level), expected)
+        self.assertEqual(list(report.headroom_metrics("z", level)), list(expected))
+        level.likelihood = "gaussian"
+        expected = {"headroom_12": 0.25, "headroom_any_12": 0.5}
+        self.assertEqual(report.headroom_metrics("z12", level), expected)
+
+        # No column may have enough information for rho, such as where the rows are few.
+        level = level_headroom(tau=[], tau_any=[])
+        metrics = report.headroom_metrics("z", level)
+        self.assertEqual((metrics["rho"], metrics["rho_any"]), (0, 0))
+
+    def test_metrics_of_a_run(self):
+        """They follow those of before_training. The scalars of f are numbers there."""
+        level = level_headroom(headroom=0.25, headroom_any=0.5)
+        runs, out, _ = self.report_of({"z": level})
+        metrics = report.RunResult.read(self.settings[1], self.data).metrics
+        expected = ["collapse_threshold", "headroom", "headroom_any", "rho", "rho_any"]
+        self.assertEqual(list(metrics)[-5:], expected)
+        self.assertEqual([metrics[name] for name in expected], [9.0, 0.25, 0.5, 0.5, 0.9])
+        self.assertIn("3 of 3 units collapsed because of training", out)
+
+    def test_a_decoder_without_a_theory(self):
+        """One line says so for all settings. A finished run is not evaluated again."""
+        _, out, count = self.report_of({})
+        self.assertEqual(count, 2)
+        self.assertEqual(out.count("There is no verdict on collapsed units, since no theory"), 1)
+        self.assertNotIn("headroom", out)
+        for f in self.settings:
+            self.assertEqual(report.RunResult.read(f, self.data).headroom, {})
+        _, out_again, count = self.report_of({})
+        self.assertEqual((out_again, count), (out, 0))
+
+    def test_a_result_of_before_the_second_figure(self):
+        """A result.json whose levels lack headroom_any is not whole: the run is evaluated again."""
+        levels = {"z": level_headroom()}
+        _, out, count = self.report_of(levels)
+        self.assertEqual(count, 2)
+        path = files.run_dir(self.settings[0], self.data) / "result.json"
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        old = copy.deepcopy(whole)
+        for name in ("headroom_any", "tau_any", "likelihood"):
+            del old["headroom"]["z"][name]
+        path.write_text(json.dumps(old), encoding="utf-8")
+        _, out_again, count = self.report_of(levels)
+        self.assertEqual((out_again, count), (out, 1))
+        again = json.loads(path.read_text(encoding="utf-8"))
+        self.assertEqual(again["headroom"], whole["headroom"])
+
+    def test_the_lines_of_all_causes(self):
+        """Each cause has its own words. Hints follow only where training is the cause."""
+        unstable = [1.1, 0.8, 0.7]
+        training = "because of training: reviving them would lower the loss by at least 0.25 nats"
+        causes = (
+            ("because of the objective", {}),
+            (training, {"headroom": 0.25, "headroom_any": 0.5}),
+            ("with a richer encoder", {"headroom_any": 0.5}),
+            ("with a richer encoder", {"tau_any": unstable}),
+            ("this is unstable", {"tau": unstable, "tau_any": unstable}),
+        )
+        for words, values in causes:
+            with self.subTest(words=words, values=values):
+                level = level_headroom(**values)
+                result = mock.Mock(
+                    headroom={"z": level}, dead_units={"f": [2, 8]}, loss_change=-1.0)
+                [sentence] = report.verdicts(result)
+                self.assertTrue(sentence.startswith("z: 3 of 3 units collapsed"), sentence)
+                self.assertIn(words, sentence)
+                has_hints = "never fire" in sentence and "the loss still fell" in sentence
+                self.assertEqual(has_hints, "training" in words)
+
+    def test_levels_with_rows_of_their_own(self):
+        """Their rows have the headroom of each level, and "-" for a level that has none.
+
+        A table of levels without any headroom has no columns for it.
+        """
+        names = ["kl", "AU"]
+        for level in ("_1", "_2", "_3"):
+            names += [f"kl{level}", f"AU{level}"]
+        metrics = {name: float(k) for k, name in enumerate(names)}
+        result = mock.Mock(metrics=metrics, diverged=None, settings={})
+        run = mock.Mock(result=result)
+        run.f.columns = "main"
+        self.assertEqual(self.level_lines([run]), [
+            ["level", "kl", "AU"],
+            ["3", "6.00", "7.00"],
+            ["2", "4.00", "5.00"],
+            ["1", "2.00", "3.00"],
+        ])
+
+        for number, nats in ((1, 0.5), (2, 0.25)):
+            level = level_headroom(headroom=nats, headroom_any=2 * nats)
+            metrics.update(report.headroom_metrics(f"z{number}", level))
+        names = ["headroom", "headroom_any", "rho", "rho_any"]
+        self.assertEqual(self.level_lines([run]), [
+            ["level", "kl", "AU", *names],
+            ["3", "6.00", "7.00", "-", "-", "-", "-"],
+            ["2", "4.00", "5.00", "0.25", "0.50", "0.50", "0.90"],
+            ["1", "2.00", "3.00", "0.50", "1.00", "0.50", "0.90"],
+        ])
+
+    def level_lines(self, runs):
+        """The cells of the table of levels that report.print_metrics prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            with mock.patch("report.varying_flags", return_value=[]):
+                with mock.patch("report.table_caption", return_value="caption"):
+                    report.print_metrics(runs)
+        _, table = out.getvalue().strip().split("\n\n")
+        return [line.split() for line in table.split("\n")]
+
+
 # --------------------------------------------------------------------------------------- columns
 
 class Columns(InRunFolder):
@@ -675,7 +846,12 @@ class Columns(InRunFolder):
         main = ["log_px", "exact_log_px", "elbo", "kl_1", "AU_1", "headroom", "context_baseline"]
         self.assertEqual(report.shown_columns(names, "main"), [*main, "rate_auxiliary"])
         self.assertEqual(report.shown_columns(names, "all"), names)
-        self.assertEqual(report.shown_columns(report.LEVEL_COLUMNS, "main"), ["kl", "AU"])
+        names = ["headroom_any", "rho", "collapse_threshold", "collapsed_loss"]
+        names += ["collapsed_headroom", "rho_any"]
+        main = ["headroom_any", "rho", "collapse_threshold", "rho_any"]
+        self.assertEqual(report.shown_columns(names, "main"), main)
+        main = ["kl", "AU", "headroom", "headroom_any", "rho", "rho_any"]
+        self.assertEqual(report.shown_columns(report.LEVEL_COLUMNS, "main"), main)
 
     def test_a_finished_run_with_either_value(self):
         """Neither the folder of a run nor its numbers depend on --columns."""

@@ -44,50 +44,59 @@ CONDITIONAL = {"reconstructions.png", "collapse.png", "training.png"}
 PICTURES = CONDITIONAL | {"samples.png"}
 HEADROOM = {"headroom.png"}
 
+# A decoder that is not Gaussian also has the largest eigenvalues rho.
+HEADROOM_1 = ["headroom", "headroom_any"]
+HEADROOM_2 = ["headroom_2", "headroom_any_2"]
+COLLAPSED = ["collapse_threshold", "collapsed_loss", "collapsed_headroom"]
+
 # {script: (flags that make it small, its metrics, its pictures)}
 SCRIPTS = {
     "MNIST_HVAE_Relu.py": (
-        ["--d_hidden", "32"], ["log_px", *TWO_LEVELS, "headroom_2"], HEADROOM | PICTURES
+        ["--d_hidden", "32"], ["log_px", *TWO_LEVELS, *HEADROOM_2], HEADROOM | PICTURES
     ),
     "MNIST_VAE_Linear_learnable_sigma.py": (
-        [], EXACT + ONE_LEVEL + ["headroom"], HEADROOM | PICTURES
+        [], EXACT + ONE_LEVEL + HEADROOM_1, HEADROOM | PICTURES
     ),
     "MNIST_VAE_Linear_nonlearnable_sigma.py": (
         ["--sigma", "2/1/0.5", "--d_1", "3"], EXACT + ONE_LEVEL, PICTURES
     ),
     "MNIST_CVAE_Linear.py": (
-        ["--dim_z", "8"], EXACT + ONE_LEVEL + ["headroom"], HEADROOM | CONDITIONAL
+        ["--dim_z", "8"], EXACT + ONE_LEVEL + HEADROOM_1, HEADROOM | CONDITIONAL
     ),
     "MNIST_CVAE_Linear_single_digit.py": (
         ["--d_hidden", "8", "--digit", "3"],
-        EXACT + ONE_LEVEL + ["headroom"],
+        EXACT + ONE_LEVEL + HEADROOM_1,
         HEADROOM | CONDITIONAL,
     ),
     "MNIST_HVAE_Linear_learnable_sigma_2.py": (
-        ["--d_1", "4"], EXACT + TWO_LEVELS + ["headroom_2"], HEADROOM | PICTURES
+        ["--d_1", "4"], EXACT + TWO_LEVELS + HEADROOM_2, HEADROOM | PICTURES
     ),
     "MNIST_HVAE_Linear_nonlearnable_sigma_2.py": (["--d_2", "4"], EXACT + TWO_LEVELS, PICTURES),
-    "MNIST_VAE_Relu_learnable_sigma.py": ([], SAMPLED + ["headroom"], HEADROOM | PICTURES),
+    "MNIST_VAE_Relu_learnable_sigma.py": ([], SAMPLED + HEADROOM_1, HEADROOM | PICTURES),
     "MNIST_VAE_Relu_nonlearnable_sigma.py": (["--c", "2"], SAMPLED, PICTURES),
-    "MNIST_CVAE_Relu.py": (
-        ["--dropout", "0.2"], SAMPLED + ["headroom"], HEADROOM | CONDITIONAL
+    "MNIST_VAE_Bernoulli.py": (
+        ["--d_hidden", "32"],
+        [*SAMPLED, *COLLAPSED, *HEADROOM_1, "rho", "rho_any"],
+        HEADROOM | PICTURES,
     ),
+    "MNIST_CVAE_Relu.py": (["--dropout", "0.2"], SAMPLED + HEADROOM_1, HEADROOM | CONDITIONAL),
     "MNIST_CVAE_Relu_single_digit.py": (
-        ["--digit", "3"], SAMPLED + ["headroom"], HEADROOM | CONDITIONAL
+        ["--digit", "3"], SAMPLED + HEADROOM_1, HEADROOM | CONDITIONAL
     ),
     "MNIST_CVAE_CNN_single_digit.py": (
-        ["--digit", "3"], SAMPLED + ["headroom"], HEADROOM | CONDITIONAL
+        ["--digit", "3"], SAMPLED + HEADROOM_1, HEADROOM | CONDITIONAL
     ),
     "MNIST_HVAE_CNN.py": (
-        ["--released_objective"], ["log_px", *TWO_LEVELS, "headroom_2"], HEADROOM | PICTURES
+        ["--released_objective"], ["log_px", *TWO_LEVELS, *HEADROOM_2], HEADROOM | PICTURES
     ),
     "Synthetic_CVAE_Relu_correlation.py": (
         ["--dim_x", "8", "--dim_y", "8", "--num_draws", "20"],
-        [*SAMPLED, *(f"{name}_train" for name in SAMPLED), "headroom"],
+        [*SAMPLED, *(f"{name}_train" for name in SAMPLED), *HEADROOM_1],
         HEADROOM | {"collapse.png", "training.png"},
     ),
 }
 SYNTHETIC = "Synthetic_CVAE_Relu_correlation.py"
+BERNOULLI = "MNIST_VAE_Bernoulli.py"
 
 # The scripts that the tests of the deep models try.
 DEEP = {"MNIST_HVAE_Ladder.py", "MNIST_HVAE_DCT.py", "MNIST_HVAE_DVP.py", "MNIST_VAE_Delta.py"}
@@ -98,7 +107,7 @@ RUN_FILES = ("model.pt", "training.json", "units.npz", "result.json")
 
 def is_main(metric):
     """Whether a metric is in the table that a script prints by default."""
-    hidden = ("reconstruction", "AU_kl", "active_share", "error_")
+    hidden = ("reconstruction", "AU_kl", "active_share", "error_", "collapsed_")
     return not metric.startswith(hidden) and not metric.endswith("_train")
 
 
@@ -238,9 +247,18 @@ class CommandLine(small.WithMnist):
         self.assertEqual(hidden, [])
 
     def check_tables(self, command, result):
-        """stdout holds a caption, the main metrics' names and a row, and then the theory."""
+        """stdout holds a caption, the main metrics' names and a row, and then the theory.
+
+        The script with Bernoulli pixels prints its threshold before them.
+        """
         _, metrics, _ = SCRIPTS[command.script]
-        caption, names, row, more, *theory = command.out.strip().split("\n")
+        lines = command.out.strip().split("\n")
+        if command.script == BERNOULLI:
+            *threshold, blank = lines[:3]
+            lines = lines[3:]
+            self.assertEqual(blank, "")
+            self.assertIn(f"{result['metrics']['collapse_threshold']:.2f} on.", threshold[0])
+        caption, names, row, more, *theory = lines
 
         # 1. The caption.
         n_train, n_test = self.example_counts(command.script)
@@ -251,7 +269,7 @@ class CommandLine(small.WithMnist):
         # 2. The metrics.
         main_metrics = names.split()
         self.assertEqual(main_metrics, [name for name in metrics if is_main(name)])
-        self.assertLessEqual(len(main_metrics), 8)
+        self.assertLessEqual(len(main_metrics), 9)
         self.assertEqual(more, "more columns: --columns all")
         cells = row.split()
         self.assertEqual(len(cells), len(main_metrics))
@@ -264,7 +282,7 @@ class CommandLine(small.WithMnist):
             self.assertGreater(result["theory"]["gap"], -1e-6)
             self.assertIn(f"{result['theory']['optimal_loss']:.4f}", "\n".join(theory))
             self.assertRegex(theory[-1], "^(DIFFERS |The model reached the predicted optimum.)")
-        else:
+        elif command.script != BERNOULLI:
             self.check_table_of_linear_twin(theory, result)
 
     def check_table_of_linear_twin(self, lines, result):
@@ -299,7 +317,9 @@ class CommandLine(small.WithMnist):
         # With --columns all, it shows all metrics.
         status, out, err = small.call(script.main, *command.argv, "--columns", "all")
         self.assertEqual(status, 0, err)
-        self.assertEqual(out.strip().split("\n")[1].split(), SCRIPTS[command.script][1])
+        first_line = 4 if command.script == BERNOULLI else 1
+        names = out.strip().split("\n")[first_line].split()
+        self.assertEqual(names, SCRIPTS[command.script][1])
         self.assertIn("already trained", err)
 
     def test_same_command_twice_same_numbers(self):
@@ -867,8 +887,8 @@ class Objectives(unittest.TestCase):
     def test_free_bits(self):
         """3 nats are above the mean KL of each unit. z1 of an HVAE has no free bits.
 
-        The scripts that have --released_objective have this flag, too. The tests of the deep
-        models try theirs.
+        The scripts that have --released_objective have this flag, and so has the one with Bernoulli
+        pixels. The tests of the deep models try theirs.
         """
         names = set()
         for script in self.scripts():
@@ -878,13 +898,18 @@ class Objectives(unittest.TestCase):
                 continue
             names.add(script.__name__)
             f.free_bits = 3.0
-            f.released_objective = True
+            weight = 1
+            if hasattr(f, "released_objective"):
+                f.released_objective = True
+                weight = 2
             weighted_kls = [2 * 6, 2 * 6]
             if "kl_1" in terms:
                 weighted_kls = [2 * 3 + 0.5 * 3, 2 * 0.5 + 0.5 * 3]
             with self.subTest(script=script.__name__):
-                self.assertEqual(self.loss(script, terms, f), self.expected(2, weighted_kls))
-        expected = {path.stem for path in ROOT.glob("*.py") if re.search("(Relu|CNN)", path.stem)}
+                expected = self.expected(weight, weighted_kls)
+                self.assertEqual(self.loss(script, terms, f), expected)
+        pattern = "(Relu|CNN|Bernoulli)"
+        expected = {path.stem for path in ROOT.glob("*.py") if re.search(pattern, path.stem)}
         self.assertEqual(names, expected)
 
 
