@@ -177,17 +177,19 @@ def print_threshold(settings, data):
     rank, _ = processes.rank_and_count()
     if rank > 0:
         return
-    printed = set()
+    settings_by_data = {}
     for f, images in zip(settings, data):
-        if id(images) in printed:
-            continue
-        printed.add(id(images))
+        settings_by_data.setdefault(id(images), (images, []))[1].append(f)
+
+    for images, group in settings_by_data.values():
         rho = collapsed_ratios(images)
-        unstable = (rho > f.beta).sum()
+        counts = []
+        for beta in dict.fromkeys(f.beta for f in group):
+            counts.append(f"{(rho > beta).sum()} at beta = {beta:g}")
         print(
             f"With every unit collapsed, rho_1 = {rho[0]:.2f}: collapse is stable from beta = "
-            f"{rho[0]:.2f} on.\nAt beta = {f.beta:g}, {unstable} directions lead out of collapse. "
-            "That is no count of active units."
+            f"{rho[0]:.2f} on.\nThe number of directions that lead out of collapse is "
+            f"{', '.join(counts)}.\nIt does not count the units that training would activate."
         )
 
 

@@ -830,12 +830,13 @@ class LevelMoments:
     def ratios(self):
         """[rho of T, rho of F], and two lists for `gain_of_ratios` or None, for natural units.
 
-        With halves, columns with little information are left out of rho. Few rows do not determine
-        what a unit would gain from them.
+        With halves, columns with little information are left out of rho, unless all columns have
+        little. Few rows do not determine what a unit would gain from them.
         """
         fisher = sum(part.fisher for part in self.parts) / len(self.parts)
-        if len(self.parts) > 1:
-            fisher = torch.where(fisher * self.count >= LEAST_INFORMATION, fisher, 0.0)
+        is_known = fisher * self.count >= LEAST_INFORMATION
+        if len(self.parts) > 1 and is_known.any():
+            fisher = torch.where(is_known, fisher, 0.0)
         bound = CURVATURE_BOUNDS.get(self.residual.likelihood)
         rhos = [mean_ratios(pairs, fisher) for pairs in self.second_moments]
         if bound is None:

@@ -757,12 +757,12 @@ class Halves(unittest.TestCase):
                 self.assertEqual([len(bound) for bound in bounds], [4] * 2)
 
     def test_few_rows(self):
-        """If no column has enough information, no ratio is known."""
+        """If no column has enough information, all columns count."""
         draw = make_draw(2)
         x = (draw(60, 4) > 0).double()
         [moments] = level_moments(bernoulli_level, (draw(60, 2), x), headroom_rows=60).values()
         rhos, _ = moments.ratios
-        self.assertEqual([len(rho) for rho in rhos], [0, 0])
+        self.assertEqual([len(rho) for rho in rhos], [4, 4])
 
     def test_moments_of_the_halves(self):
         """Each half has the moments of its own rows. Rows beyond headroom_rows are not used."""

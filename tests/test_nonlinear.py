@@ -922,7 +922,7 @@ class BernoulliCommandLine(small.WithMnist):
             rho = correlations(self.images())
             self.assertEqual(out.count("collapse is stable from beta"), 1)
             self.assertIn(f"rho_1 = {rho[0]:.2f}: ", out)
-            self.assertIn(f"At beta = 1, {(rho > 1).sum()} directions lead out of collapse.", out)
+            self.assertIn(f"lead out of collapse is {(rho > 1).sum()} at beta = 1", out)
 
             # The finished runs are shown, not evaluated again.
             with mock.patch("report.evaluate") as evaluate:
