@@ -13,18 +13,18 @@ clipped to a norm of 100, which hardly ever happens. The training step is the fi
 training.py.
 
 What the theory says: let rho_1 be the largest eigenvalue of the correlation matrix of the pixels.
-If all units are collapsed and the decoder gives each pixel its mean, a small step of training can
-leave collapse if and only if
+Suppose that all units are collapsed and that the decoder gives each pixel its mean. An arbitrarily
+small change of the weights can then lower the loss if rho_1 > beta, and cannot if rho_1 < beta. So
+collapse is stable from beta = rho_1 on. This holds for any encoder and for any decoder with biases,
+also with `--linear true`. headroom.py derives it, for `--free_bits 0`.
 
-    rho_1 > beta
+The statement is local. For beta above rho_1, a model with active units may still exist. So train
+twice: `--start_std 1` starts next to collapse, and `--beta_warmup 20` lets beta rise from 0, so
+that units are active at first.
 
-So collapse is stable from beta = rho_1 on. This holds for any encoder and any decoder, also with
-`--linear true`. headroom.py derives it. The statement is local: above rho_1 a model with active
-units may still exist. So it should be tried from two sides. `--start_std 1` starts training next to
-collapse. `--beta_warmup 20` first trains at a smaller beta, which then rises.
-
-The script prints rho_1 before training. Afterwards it prints whether the objective or training
-collapsed the units of the trained model.
+The script prints rho_1 before training. Afterwards it prints a verdict on the collapsed units. It
+says whether the objective or training is the cause, or that their collapse is unstable (see
+headroom.py).
 """
 from dataclasses import dataclass
 
@@ -72,8 +72,8 @@ class VAE(nn.Module):
         p(z)   = N(0, I)
         p(x|z) = Bernoulli(sigmoid g(z))
 
-    The first half of the outputs of f is mean(x), and the second half gives s(x). The argument f of
-    the methods is a setting, not the encoder self.f.
+    The first half of the outputs of f is mean(x), and the second half gives the standard deviation
+    s(x). The argument f of the methods is a setting, not the encoder self.f.
     """
 
     def __init__(self, f):
@@ -114,7 +114,7 @@ class VAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO per example, -log p(x|z) + beta KL, in nats, (B,).
 
-        --free_bits of the KL of every unit cost nothing.
+        The first --free_bits nats of each unit's mean KL cost nothing.
         """
         return -terms["log_px_z"] + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
@@ -189,7 +189,7 @@ def print_threshold(settings, data):
         print(
             f"With every unit collapsed, rho_1 = {rho[0]:.2f}: collapse is stable from beta = "
             f"{rho[0]:.2f} on.\nThe number of directions that lead out of collapse is "
-            f"{', '.join(counts)}.\nIt does not count the units that training would activate."
+            f"{', '.join(counts)}.\nTraining may activate more or fewer units."
         )
 
 

@@ -1,12 +1,13 @@
 """Why did latent units collapse: because of the objective, or because of training?
 
-A unit is collapsed if its mean KL is at most 0.01 nats. Its posterior then equals its prior, and
-the decoder learns nothing from it. Collapse has two possible causes, with different remedies.
+A unit is collapsed if its mean KL is at most 0.01 nats. Its posterior then nearly equals its prior,
+and it carries almost no information. Collapse has two possible causes, with different remedies.
 Either no use of the unit would lower the loss, or training did not find the use that would. To
 decide between them, this module computes how far the loss of a trained model would fall if its
-collapsed units were used in the best way. The model may have any encoder and any decoder.
+collapsed units were used again, each with a decoder that is linear in the unit. The rest of the
+model, with any encoder and decoder, stays as it is.
 
-Take one latent level with a learnable posterior q(z|u). The loss of the level is
+Take one level of latent units with a learnable posterior q(z|u). The loss of the level is
 
     weight (-log p(t|z)) + beta KL(q(z|u) || p(z))
 
@@ -19,8 +20,8 @@ These are its terms:
           T = C A^+ C^T, where C = E[r u^T] and A = E[u u^T] over the training examples
   F       the second moment of r itself: F = E[r r^T]
 
-T is what a further unit with a linear encoder can use, and F is what a further unit with any
-encoder can use. F is at least T. Where the encoder does not determine r, F is an upper bound.
+T describes the part of r that a further unit with a linear encoder can explain. F describes it for
+any encoder. F - T is positive semidefinite. Where u does not determine r, F is an upper bound.
 
 The encoder of a VAE reads x, and its target is x. The encoder of a CVAE reads x and y, and its
 target is y. Both have weight 1, or 2 with --released_objective. The encoder of level 2 in a
@@ -43,61 +44,62 @@ Let p(t|z) be N(mean(z), std^2 I), where std is eta_dec. The residual is r = t -
           summed over those i <= k for which tau_i > level
 
 Let k be the number of collapsed units. With the eigenvalues of T, G_k is exactly the gain of k
-further units whose encoder means are linear in u, whose stds are learnable, and whose linear
-decoder is added to mean(z), at the best choice of all three. The rest of the model does not
-change. With the eigenvalues of F, it is exactly the gain of k further units with any encoder mean.
-The formula is the reverse water-filling of T or F. Theorem 2 of Dang et al. (2024, arXiv
-2306.05023) does the same with its matrix E.
+further units, at the best choice of their weights. Their encoder means are linear in u. Their stds
+are learnable. Their linear decoder is added to mean(z). With the eigenvalues of F, G_k is exactly
+the gain of k further units with any encoder means. Units with a nonlinear decoder may gain more.
+The formula is the reverse water-filling of rate-distortion theory, applied to T or F. Theorem 2 of
+Dang et al. (2024, arXiv 2306.05023) does the same with its matrix E.
 
 
 Any other decoder of an exponential family
 ------------------------------------------
-The decoder's natural parameters a are the logits of a Bernoulli variable or of categories, or the
-log rates of a Poisson variable. A is the log-partition function and s(t) the sufficient statistic.
+The natural parameters a of the decoder are the logits of Bernoulli variables or of categories, or
+the log rates of Poisson variables. Let psi(a) be the log-partition function. Let s(t) be the
+sufficient statistic, which is t itself, or one-hot for categories.
 
-  r       s(t) - E_q(z|u)[A'(a)], such as x - p for binary pixels
-  H       the mean Fisher information, E[A''(a)], such as p (1 - p) for binary pixels
-  rho_i   the eigenvalues of H^(-1/2) T H^(-1/2), and those with F in place of T
+  r       s(t) - E_q(z|u)[psi'(a)], such as x - p for binary pixels
+  H       the mean Fisher information E[psi''(a)], such as that of p (1 - p) for binary pixels
+  rho_i   the eigenvalues of H^(-1/2) M H^(-1/2) in descending order, where M is T or F
 
-Collapse is unstable to a unit with a linear encoder if and only if rho_1 of T exceeds
-beta / weight. It is unstable to a unit with any encoder if and only if rho_1 of F does. Unstable
-means that an arbitrarily small step out of collapse lowers the loss: a collapsed unit with small
-decoder weights w and the mean m(u) gains weight (E[w^T r m] - w^T H w / 2) - beta E[m^2] / 2 to
-second order. The best m is weight w^T r / beta. Above the threshold, collapse is stable, which is
-a local statement: a solution with active units far from collapse is not excluded.
+Starting a unit with a linear encoder lowers the loss if rho_1 of T exceeds beta / weight. Starting
+one with any encoder does if rho_1 of F does. Collapse is then unstable: an arbitrarily small step
+out of it lowers the loss. If beta / weight exceeds rho_1, collapse is stable. This is a local
+statement. A solution with active units far from collapse is not excluded.
 
-For a decoder whose probabilities are right on average, the diagonal of H^(-1/2) F H^(-1/2) is 1, so
-that rho_1 of F is at least 1. At beta = 1 even the best encoder is then at its threshold or above.
+The reason is the gain of a unit with small decoder weights w and the mean m(u), to second order:
+weight (E[w^T r m] - w^T H w / 2) - beta E[m^2] / 2. The best m is weight w^T r / beta.
 
-Where the curvature A'' is bounded, so is the gain from below. Let B be a matrix with A'' <= B.
-Then k further units gain at least G_k of the eigenvalues of B^(-1/2) T B^(-1/2), with the level
-beta / weight. For Bernoulli variables B is 1/4, and for categories it acts as 1/2 on r (Boehning
-1992). Where the logits do not depend on z or x, a smaller B is allowed (Jaakkola & Jordan 2000).
-A Poisson decoder has no such bound.
+If all units are collapsed and the decoder gives each column its mean, the diagonal of
+H^(-1/2) F H^(-1/2) is 1, so that rho_1 of F is at least 1. Active units lower it.
+
+If the curvature psi'' is bounded above, the gain is bounded below. Let B be a matrix with
+psi'' <= B. Then k further units gain at least G_k of the eigenvalues of B^(-1/2) T B^(-1/2), with
+the level beta / weight. For Bernoulli variables B is 1/4, and for categories it acts as 1/2 on r
+(Boehning 1992). Where the logits do not depend on z or x, a smaller B is allowed (Jaakkola & Jordan
+2000). A Poisson decoder has no such bound.
 
 
 The verdict
 -----------
-A Gaussian decoder:
-  G_k of T >  0.01 nats  Training collapsed the units, or the networks cannot express their use.
-  G_k of F >  0.01 nats  A linear unit would not pay, but one with a richer encoder could.
-  both     <= 0.01 nats  The objective collapsed the units.
+The first line that holds decides. The limit of 0.01 nats is a convention.
 
-Another decoder:
-  G_k of T >  0.01 nats  Training collapsed the units, as above. They gain at least G_k.
-  G_k of F >  0.01 nats  As above. Units with a richer encoder gain at least this.
-  rho_1 of T >  beta     Collapse is unstable. Training could leave it, but no gain is guaranteed.
-  rho_1 of F >  beta     A small step would lower the loss, but only with a richer encoder.
+A Gaussian decoder:
+  G_k of T > 0.01 nats   Training collapsed the units, or the networks cannot express their use.
+  G_k of F > 0.01 nats   Units with a richer encoder than a linear one would lower the loss.
+                         Training did not find them, or the model's own encoder is not rich enough.
+  otherwise              The objective collapsed the units.
+
+Another decoder, where beta stands for beta / weight:
+  G_k of T > 0.01 nats   Training collapsed the units, as above. They gain at least G_k.
+  G_k of F > 0.01 nats   Units with a richer encoder gain at least G_k of F.
+  rho_1 of T > beta      Collapse is unstable. Training could leave it, but no gain is guaranteed.
+  rho_1 of F > beta      A small step would lower the loss, but only with a richer encoder.
   otherwise              The objective collapsed the units: no small step lowers the loss.
 
-The first line that holds decides. Where -log p(t|z) has another weight than 1, it is beta / weight.
-
-For a Gaussian decoder, G_k of T is a lower bound, because nonlinear decoders may gain more.
-
-The file has four parts. The first is the theory of Gaussian decoders, for moments C and A from any
-source. The second is the theory of other decoders. The third is the measurement on a trained model.
-The fourth has two quantities that point to the cause if it was training: the number of dead ReLU
-units, and how far the loss still fell at the end.
+The file has five parts. The first is the theory of Gaussian decoders, for moments C and A from any
+source. The second is the theory of other decoders. The third is the verdict. The fourth is the
+measurement on a trained model. The fifth has two quantities that point to the cause if it was
+training: the number of dead ReLU units, and how far the loss still fell at the end.
 """
 import functools
 import math
@@ -125,7 +127,7 @@ LEAST_INFORMATION = 100
 
 # ------------------------------------------------------------------ the theory of Gaussian decoders
 
-def pay_level(beta, weight, std):
+def gain_threshold(beta, weight, std):
     """The variance above which a linear unit gains more than its KL costs: beta std^2 / weight.
 
     beta is the weight of the KL in the loss, weight that of -log p(t|z), and std the std of
@@ -161,19 +163,21 @@ def gain_of_units(tau, count, beta, weight, std):
     """G_k for k = count: the gain of k further units of a Gaussian decoder, in nats per example.
 
     tau (D,) are the eigenvalues of T or F in descending order, float64, in squared units of t. For
-    the other arguments see `pay_level`. A result of 0 means that no further unit lowers the loss.
+    the other arguments see `gain_threshold`. A result of 0 means that no further unit lowers the
+    loss.
     """
     return gain_of_ratios(tau / std**2, count, beta, weight)
 
 
 def gain_of_ratios(ratios, count, beta, weight=1):
-    """G_k for k = count, in nats per example, for any decoder whose curvature A'' is at most B.
+    """G_k for k = count, in nats per example, for any decoder whose curvature psi'' is at most B.
 
-    ratios (D,) are the eigenvalues of B^(-1/2) T B^(-1/2), or of those of F, in descending order,
+    ratios (D,) are the eigenvalues of B^(-1/2) M B^(-1/2) in descending order, where M is T or F,
     float64. A further unit gains something if its ratio exceeds beta / weight. For a Gaussian
-    decoder B is 1 / std^2 and the gain is exact. For another decoder it is a lower bound.
+    decoder the ratios are tau / std^2 and the gain is exact. For another decoder it is a lower
+    bound.
     """
-    level = pay_level(beta, weight, 1)
+    level = gain_threshold(beta, weight, 1)
     ratios = ratios[:count]
     ratios = ratios[ratios > level]
     if not len(ratios):
@@ -193,7 +197,7 @@ def idle_units(cross, moment, count, beta, weight, std, ridge=0):
     Returns (encoder (k, p), sigma (k,), decoder (D, k)), float64. In stds of the prior, q(z|u) is
     N(encoder u, diag sigma^2). The mean of p(t|z) gains the term decoder z.
     """
-    level = pay_level(beta, weight, std)
+    level = gain_threshold(beta, weight, std)
     white = theory.whitening(moment, ridge)
     explained = cross @ white
     tau, directions = theory.modes(explained @ explained.T)
@@ -260,12 +264,12 @@ def held_out_gain(moments, ridge, count, beta, weight, std):
 # The decoders whose collapse this module explains.
 LIKELIHOODS = ("gaussian", "bernoulli", "categorical", "poisson")
 
-# Upper bounds of the curvature A'' on the residuals (Boehning 1992). A Poisson decoder has none.
+# Upper bounds of the curvature psi'' on the residuals (Boehning 1992). A Poisson decoder has none.
 CURVATURE_BOUNDS = {"bernoulli": 1 / 4, "categorical": 1 / 2}
 
 
 def expected_statistics(likelihood, parameters):
-    """A'(a), the mean of the sufficient statistic s(t), for natural parameters a of any shape.
+    """psi'(a), the mean of the sufficient statistic s(t), for natural parameters a of any shape.
 
     It is the probability of a 1 for logits of Bernoulli variables, the rate for log rates of
     Poisson variables, and the probabilities of the categories, in the last dimension, for their
@@ -281,10 +285,10 @@ def expected_statistics(likelihood, parameters):
 
 
 def mean_fisher(likelihood, means, sizes=()):
-    """The mean Fisher information H = E[A''(a)] over rows and draws, float64.
+    """The mean Fisher information H = E[psi''(a)] over rows and draws, float64.
 
-    means (..., D) are the means A'(a) of the statistics. For Bernoulli and Poisson variables H is a
-    diagonal matrix and its diagonal (D,) is returned: the mean of p (1 - p), or of the rate.
+    means (..., D) are the means psi'(a) of the statistics. For Bernoulli and Poisson variables H is
+    a diagonal matrix and its diagonal (D,) is returned: the mean of p (1 - p), or of the rate.
 
     For categories the columns of means are the probabilities of all categories of the first
     variable, then those of the second variable, and so on. sizes has the number of categories of
@@ -439,7 +443,7 @@ def verdict(units, collapsed, nats, nats_any, unstable="", likelihood="gaussian"
             return f"{words} because of the objective"
         return (
             f"{words}: with a linear encoder, reviving {pronoun} would not lower the loss; with a "
-            f"richer encoder it could, by up to {nats_any:.2g} nats"
+            f"richer encoder it would, by at least {nats_any:.2g} nats"
         )
 
     # Another decoder than a Gaussian one.
@@ -561,8 +565,8 @@ class NaturalResidual:
 
     encoder_input: the input of the level's encoder without the constant 1, a tuple of tensors
         (B, ...).
-    residual: s(t) - E_q(z|u)[A'(a)], (2, B, D), two estimates from independent draws of z.
-    fisher: the mean of A''(a) over the draws, (B, D), for a likelihood whose H is diagonal.
+    residual: s(t) - E_q(z|u)[psi'(a)], (2, B, D), two estimates from independent draws of z.
+    fisher: the mean of psi''(a) over the draws, (B, D), for a likelihood whose H is diagonal.
     likelihood: "bernoulli" or "poisson".
     beta: the weight of the KL in the loss. Like weight, a number or a 0-d tensor.
     weight: the weight of -log p(t|z) in the loss.
@@ -653,9 +657,9 @@ def mean_ratios(pairs, information):
     B^(-1/2) M B^(-1/2), in descending order.
     """
     total = 0
-    for found, measured in pairs:
-        variance, directions = theory.modes(whitened(found, information))
-        along = (directions * (whitened(measured, information) @ directions)).sum(0)
+    for part, other_part in pairs:
+        variance, directions = theory.modes(whitened(part, information))
+        along = (directions * (whitened(other_part, information) @ directions)).sum(0)
         # A direction without any variance is an arbitrary one.
         total = total + torch.where(variance > 0, along.clamp(min=0), 0.0)
     return total / len(pairs)
@@ -748,13 +752,13 @@ def _level_headroom(moments, kl, active):
     theta = []
     if residual.likelihood == "gaussian":
         std = float(residual.std)
-        level = pay_level(beta, weight, std)
+        level = gain_threshold(beta, weight, std)
         [(T, _)], [(F, _)] = moments.second_moments
         taus = [theory.spectrum(T), theory.spectrum(F)]
         gains = [gain_of_units(tau, collapsed, beta, weight, std) for tau in taus]
         theta = _equivalent_variances(kl, active, level)
     else:
-        level = pay_level(beta, weight, 1)
+        level = gain_threshold(beta, weight, 1)
         taus, ratios = moments.ratios
         taus = [residual.sequence_factor * tau for tau in taus]
         gains = [_natural_gain(residual, ratio, collapsed) for ratio in ratios or (None, None)]
@@ -891,8 +895,8 @@ def _sums_over_rows(model, f, rows, is_whole):
     """The means over rows of the products of each level, and the residuals of the last chunk.
 
     is_whole is whether the rows are all training rows. Returns ({level suffix: {name: tensor}},
-    {level suffix: residual}). Of the levels that share a residual, only the first one is in the
-    former.
+    {level suffix: residual}). Levels that share a residual appear in the former once, under the
+    first level.
     """
     count = len(rows[0])
     width = max(getattr(model, "widest_layer", 0), *(t[0].numel() for t in rows))

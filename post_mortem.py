@@ -172,7 +172,7 @@ def _examine_setting(f, count, halves):
     held_out_rho = None
     unstable = ("", "")
     if f.likelihood == "gaussian":
-        level = headroom.pay_level(beta=f.beta, weight=1, std=f.eta_dec)
+        level = headroom.gain_threshold(beta=f.beta, weight=1, std=f.eta_dec)
         eigenvalues = tuple(theory.spectrum(part) for part in parts)
     else:
         _check_fisher(f, moments)

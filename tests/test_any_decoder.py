@@ -51,7 +51,7 @@ def draw_statistics(likelihood, parameters, seed):
 
 
 def means_of(likelihood, parameters):
-    """A'(a) for natural parameters a (..., D). Each variable has its own columns."""
+    """psi'(a) for natural parameters a (..., D). Each variable has its own columns."""
     if likelihood != "categorical":
         return headroom.expected_statistics(likelihood, parameters)
     columns = []

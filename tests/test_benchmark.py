@@ -71,7 +71,7 @@ class Commands(small.InFolder):
             if " = training.fit(" in path.read_text(encoding="utf-8"):
                 scripts_that_train.add(path)
         self.assertEqual(set(benchmark.SCRIPTS), scripts_that_train)
-        self.assertEqual(len(scripts_that_train), 18)
+        self.assertEqual(len(scripts_that_train), 19)
 
     def test_ratios(self):
         first, names, *rows, imports, loading, step = self.printed()

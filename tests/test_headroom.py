@@ -178,7 +178,7 @@ class BruteForce(unittest.TestCase):
         self.assertEqual(headroom.gain_of_units(tau, 3, beta=1, weight=0, std=0.5), 0)
         self.assertEqual(headroom.gain_of_units(tau, 3, beta=0, weight=0, std=0.5), 0)
         self.assertEqual(headroom.gain_of_units(tau, 0, beta=1, weight=1, std=1), 0)
-        self.assertEqual(headroom.pay_level(beta=2, weight=0, std=1), math.inf)
+        self.assertEqual(headroom.gain_threshold(beta=2, weight=0, std=1), math.inf)
 
 
 # --------------------------------------------------------------------------------- linear models
@@ -255,7 +255,7 @@ def headroom_of(model, f, data, collapsed, level=""):
     part, objective = moments_and_objective(model, f, data, level)
     tau = theory.spectrum(headroom.linear_part(part.cross, part.moment))
     gain = headroom.gain_of_units(tau, collapsed, *objective)
-    return tau, gain, headroom.pay_level(*objective)
+    return tau, gain, headroom.gain_threshold(*objective)
 
 
 def measured_level(model, f, data, units, collapsed):
@@ -459,7 +459,7 @@ class NonlinearModels(unittest.TestCase):
         self.assertGreater(tau[0], 0)
 
         # 1. Lower beta, so that two units gain. The weights of the model stay.
-        factor = min(1, 0.5 * (tau[1] / headroom.pay_level(beta, weight, std)).item())
+        factor = min(1, 0.5 * (tau[1] / headroom.gain_threshold(beta, weight, std)).item())
         name = "beta_2" if level else "beta"
         f = dataclasses.replace(f, **{name: factor * getattr(f, name)})
         objective = {"beta": factor * beta, "weight": weight, "std": std}
@@ -844,7 +844,7 @@ class Verdicts(unittest.TestCase):
             words = headroom.verdict(4, collapsed, 0.004, 0.0432)
             self.assertTrue(words.startswith(f"{counted} collapsed: "), words)
             self.assertIn(f"with a linear encoder, reviving {pronoun} would not", words)
-            self.assertIn("with a richer encoder it could", words)
+            self.assertIn("with a richer encoder it would", words)
             self.assertTrue(words.endswith(" 0.043 nats"), words)
 
     def test_words_for_an_unstable_collapse(self):

@@ -169,7 +169,7 @@ class PostMortems(Case):
             "--x", self.save("few.npy", few), "--residual", squares, "--eta_dec", 1.8,
             "--collapsed", 2)
         self.assertEqual((saved["headroom"], saved["held_out"]), (0, 0))
-        self.assertRegex(out, "2 units collapsed: .* with a richer encoder it could")
+        self.assertRegex(out, "2 units collapsed: .* with a richer encoder it would")
 
         # 5. Both causes, in a list of betas.
         r = self.save("r.npy", noise + 3 * u[:, :8])
