@@ -139,13 +139,14 @@ DEEP_WHY = [
     "MNIST_VAE_Delta.py --preset small --delta 5 --num_samples 0",
 ]
 
-# A VAE with Bernoulli pixels, trained from a start next to collapse and after a rise of beta.
+# A VAE with Bernoulli pixels, trained from a start next to collapse and after a rise of beta. The
+# linear one needs larger steps, since only the biases of its decoder can make a pixel black.
 BERNOULLI = []
-for linear in ("false", "true"):
+for architecture in ("--linear false", "--linear true --lr 0.01 --lr_schedule cosine"):
     BERNOULLI += [
-        f"MNIST_VAE_Bernoulli.py --linear {linear} --start_std 1 "
+        f"MNIST_VAE_Bernoulli.py {architecture} --start_std 1 "
         "--beta 0.5,1,2,4,8,16,24,30,32,33,34,35,40,60 --num_epochs 12 --num_samples 0",
-        f"MNIST_VAE_Bernoulli.py --linear {linear} --beta_warmup 8 "
+        f"MNIST_VAE_Bernoulli.py {architecture} --beta_warmup 8 "
         "--beta 24,30,32,33,34,35,40 --num_epochs 12 --num_samples 0",
     ]
 
