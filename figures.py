@@ -429,7 +429,8 @@ def set_log_y(ax, lowest):
     highest = max([10 * lowest, *(max(line.get_ydata()) for line in ax.get_lines())])
     # A logarithmic axis cannot find its limits where no value is positive.
     ax.set(ylim=(lowest, 2 * highest))
-    ax.set(yscale="log")
+    # A line ends where its values stop being positive.
+    ax.set_yscale("log", nonpositive="mask")
 
 
 def is_raised(command):

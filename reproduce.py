@@ -131,10 +131,12 @@ DEEP = [
     "MNIST_HVAE_DVP.py --preset small",
 ]
 
-# The same models after few epochs, and the VAEs with an autoregressive decoder.
+# The same models and a further one after few epochs, and the VAEs with an autoregressive decoder.
 DEEP_WHY = [
-    *(f"{command} --num_epochs 4 --num_samples 0" for command in DEEP),
-    "MNIST_HVAE_DVP.py --preset small --prior vamp --num_epochs 4 --num_samples 0",
+    "MNIST_HVAE_Ladder.py --preset small --num_epochs 4 --num_samples 0",
+    "MNIST_HVAE_DCT.py --preset small --num_epochs 2 --num_samples 0",
+    "MNIST_HVAE_DVP.py --preset small --num_epochs 4 --num_samples 0",
+    "MNIST_HVAE_DVP.py --preset small --prior vamp --num_epochs 2 --num_samples 0",
     "MNIST_VAE_Delta.py --preset small --prior standard --num_samples 0",
     "MNIST_VAE_Delta.py --preset small --delta 5 --num_samples 0",
 ]
