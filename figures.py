@@ -424,12 +424,11 @@ def around_threshold(path, commands, arrays):
 def set_log_y(ax, lowest):
     """Make the y axis logarithmic, from `lowest` on.
 
-    Values may be smaller, also 0 or negative. A line to them leaves the axes at the bottom.
+    Values may be smaller, also 0 or negative. A line ends where its values stop being positive.
     """
     highest = max([10 * lowest, *(max(line.get_ydata()) for line in ax.get_lines())])
     # A logarithmic axis cannot find its limits where no value is positive.
     ax.set(ylim=(lowest, 2 * highest))
-    # A line ends where its values stop being positive.
     ax.set_yscale("log", nonpositive="mask")
 
 
