@@ -254,8 +254,8 @@ class CommandLine(small.WithMnist):
         _, metrics, _ = SCRIPTS[command.script]
         lines = command.out.strip().split("\n")
         if command.script == BERNOULLI:
-            *threshold, blank = lines[:3]
-            lines = lines[3:]
+            *threshold, blank = lines[:4]
+            lines = lines[4:]
             self.assertEqual(blank, "")
             self.assertIn(f"{result['metrics']['collapse_threshold']:.2f} on.", threshold[0])
         caption, names, row, more, *theory = lines
@@ -317,7 +317,7 @@ class CommandLine(small.WithMnist):
         # With --columns all, it shows all metrics.
         status, out, err = small.call(script.main, *command.argv, "--columns", "all")
         self.assertEqual(status, 0, err)
-        first_line = 4 if command.script == BERNOULLI else 1
+        first_line = 5 if command.script == BERNOULLI else 1
         names = out.strip().split("\n")[first_line].split()
         self.assertEqual(names, SCRIPTS[command.script][1])
         self.assertIn("already trained", err)
