@@ -214,7 +214,7 @@ def numbers_of_delta():
 
 
 def numbers_of_bernoulli():
-    """Gains of models that start next to collapse, means over the seeds, and the guaranteed gain."""
+    """Gains of models that start next to collapse, mean over seeds, and what is guaranteed."""
     raised = [row for row in rows_of("figure_bernoulli") if row["beta_warmup"]][0]
     values = {
         "12": raised["num_epochs"],
