@@ -330,8 +330,8 @@ def instability_ratios(part, fisher):
     """rho, the eigenvalues of H^(-1/2) M H^(-1/2) in descending order, float64.
 
     part is M (D, D), either T or F in natural units. fisher is H, as `mean_fisher` returns it.
-    Collapse is unstable to a unit with a linear encoder (T) or with any encoder (F) if and only if
-    the first of them exceeds beta / weight.
+    Collapse is unstable to a unit with a linear encoder (T) or with any encoder (F) if the first of
+    them exceeds beta / weight, and stable if it is smaller.
 
     Before training, at a decoder that gives each column its mean, T and F are the covariance of the
     statistics, and H is `mean_fisher` of their means. For binary data the matrix is then the
@@ -605,7 +605,7 @@ def bernoulli_residual(x, logits, encoder_input, **others):
 
     The logits are two sets of S draws. others are further fields of NaturalResidual.
     """
-    p = logits.sigmoid()
+    p = expected_statistics("bernoulli", logits)
     return NaturalResidual(
         encoder_input=encoder_input,
         residual=(x - p.mean(1)).flatten(2),
@@ -761,7 +761,10 @@ def _level_headroom(moments, kl, active):
         level = gain_threshold(beta, weight, 1)
         taus, ratios = moments.ratios
         taus = [residual.sequence_factor * tau for tau in taus]
-        gains = [_natural_gain(residual, ratio, collapsed) for ratio in ratios or (None, None)]
+        # Where the curvature has no bound, no gain is guaranteed.
+        gains = [0.0, 0.0]
+        if ratios is not None:
+            gains = [_natural_gain(residual, ratio, collapsed) for ratio in ratios]
 
     # 2. A linear encoder is one of any encoders. T keeps some noise of the draws of z, and F does
     # not, so that the second gain may be estimated below the first one.
@@ -792,9 +795,7 @@ def _equivalent_variances(kl, active, level):
 
 
 def _natural_gain(residual, ratios, collapsed):
-    """The guaranteed gain of the collapsed units. Without ratios (None), nothing is guaranteed."""
-    if ratios is None:
-        return 0.0
+    """The guaranteed gain of the collapsed units. ratios (D,) are those of `gain_of_ratios`."""
     beta = float(residual.beta)
     weight = float(residual.weight)
     if residual.sequence_factor == 1:

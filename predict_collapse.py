@@ -19,7 +19,7 @@ Without --center they describe models without biases, and with it models with bi
 
 With a Bernoulli, categorical or Poisson decoder (--likelihood), the predictions describe a VAE with
 any encoder and any decoder whose logits or log rates have biases. They say from which beta on its
-collapse is stable, and what a small step out of collapse gains below it. See headroom.py.
+collapse is stable, and how many nats --d_1 units gain at least below it. See headroom.py.
 
 With --residual the script does a post-mortem instead. It decides whether the objective or training
 collapsed the units of a VAE that you have trained, which need not be linear. See headroom.py.

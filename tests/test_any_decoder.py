@@ -941,10 +941,17 @@ class Levels(unittest.TestCase):
 
     def test_unstable(self):
         """The bound of the gain may be small although rho_1 exceeds beta."""
-        level = self.measure(3, {"AU_kl_2": 0}, beta=3.99 * self.F[0].item())
-        self.assertEqual(level.instability(), "any" if level.tau[0] <= level.level else "linear")
+        beta = 3.99 * self.F[0].item()
+        self.assertLess(4 * self.T[0].item(), beta)
+        level = self.measure(3, {"AU_kl_2": 0}, beta=beta)
+        self.assertEqual((level.instability(), level.cause()), ("any", "encoder"))
         self.assertLess(level.headroom_any, 1e-3)
         self.assertIn("by an amount that is not known", level.verdict())
+
+        # Here a linear encoder is enough.
+        level = self.measure(3, {"AU_kl_2": 0}, beta=3.99 * self.T[0].item())
+        self.assertEqual(level.instability(), "linear")
+        self.assertLess(level.headroom, 1e-3)
 
     def test_counts(self):
         """Nothing is guaranteed for a Poisson decoder, but instability is exact."""

@@ -693,22 +693,27 @@ def level_headroom(**values):
     return headroom.LevelHeadroom(**(defaults | values))
 
 
+def two_settings(folder, **others):
+    """Settings of a small ReLU VAE with beta = 0.5 and 3."""
+    settings = []
+    for beta in (0.5, 3.0):
+        settings.append(vae_script.Flags(
+            device="cpu",
+            beta=beta,
+            batch_size=32,
+            d_hidden=8,
+            d_1=3,
+            out_dir=str(folder),
+            **others,
+        ))
+    return settings
+
+
 class Headroom(small.InFolder):
     def setUp(self):
         super().setUp()
         self.data = small.digit_data(64, 16, torch.float32)
-        self.settings = []
-        for beta in (0.5, 3.0):
-            self.settings.append(vae_script.Flags(
-                device="cpu",
-                beta=beta,
-                batch_size=32,
-                num_epochs=1,
-                num_samples=0,
-                d_hidden=8,
-                d_1=3,
-                out_dir=str(self.folder),
-            ))
+        self.settings = two_settings(self.folder, num_epochs=1, num_samples=0)
 
     def report_of(self, levels, settings=None):
         """Fit the settings and report them, where headroom.measure returns these levels.
@@ -905,18 +910,7 @@ class NotFinite(small.InFolder):
     def setUp(self):
         super().setUp()
         self.data = small.digit_data(64, 16, torch.float32)
-        self.settings = []
-        for beta in (0.5, 3.0):
-            self.settings.append(vae_script.Flags(
-                device="cpu",
-                beta=beta,
-                batch_size=32,
-                num_epochs=2,
-                num_samples=4,
-                d_hidden=8,
-                d_1=3,
-                out_dir=str(self.folder),
-            ))
+        self.settings = two_settings(self.folder, num_epochs=2, num_samples=4)
 
     def check_report(self, runs):
         """Check that a report shows beta = 0.5 with its verdict, and that beta = 3 diverged."""
