@@ -807,9 +807,12 @@ def print_metrics(runs):
 
     print(f"\n{table_caption(runs)}")
     common.print_table(metrics_table(by_setting, flags, shared_names))
-    for result in results:
-        if result.diverged:
-            print(divergence_note(result, flags))
+    diverged = [result for result in results if result.diverged]
+    for result in diverged:
+        print(divergence_note(result, flags))
+    if diverged:
+        smallest = min(result.settings["lr"] for result in diverged)
+        print(f"Where a setting diverged, first try a smaller step, such as --lr {smallest / 10:g}.")
     if levels:
         kinds = []
         for kind in shown_columns(LEVEL_COLUMNS, runs[0].f.columns):

@@ -1020,6 +1020,9 @@ class NotFinite(small.InFolder):
         notes = [line for line in out.splitlines() if "diverged in epoch" in line]
         self.assertEqual(notes, ["seed=0 diverged in epoch 1"])
         self.assertNotIn("nan", out)
+        # A smaller step is the first thing to try.
+        self.assertEqual(run.f.lr, 1e-4)
+        self.assertIn("first try a smaller step, such as --lr 1e-05.\n", out)
 
         # A curve may end in nan although the weights are finite.
         [run] = fit(NanAtBeta3, self.settings[1:], self.data)
