@@ -96,21 +96,35 @@ Another decoder, where beta stands for beta / weight:
   rho_1 of F > beta      A small step would lower the loss, but only with a richer encoder.
   otherwise              The objective collapsed the units: no small step lowers the loss.
 
-The file has five parts. The first is the theory of Gaussian decoders, for moments C and A from any
+
+The post-mortem
+---------------
+`measure` applies this theory to the models of this project. `post_mortem` applies it to any other
+VAE or CVAE, with the functions of its training loop:
+
+    from headroom import post_mortem
+    print(post_mortem(model.encode, model.decode, loader, beta=1.0, eta_dec=0.5))
+
+It judges twice: with all rows, and with units that are found on one half of the rows and measured
+on the other half. If the two lead to different causes, there are too few rows for a verdict.
+
+The file has seven parts. The first is the theory of Gaussian decoders, for moments C and A from any
 source. The second is the theory of other decoders. The third is the verdict. The fourth is the
-measurement on a trained model. The fifth has two quantities that point to the cause if it was
-training: the number of dead ReLU units, and how far the loss still fell at the end.
+measurement on a trained model of this project. The fifth has two quantities that point to the cause
+if it was training: the number of dead ReLU units, and how far the loss still fell at the end. The
+sixth makes a post-mortem of a model from its moments, and post_mortem.py reads these from files.
+The seventh measures the moments in a training loop.
 """
 import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import common
 import numpy as np
 import torch
 from torch import nn
 
+import own_model
 import theory
 
 # The mean of p(t|z) is estimated twice, each time over this number of draws of z per example.
@@ -123,6 +137,11 @@ HELD_OUT_RIDGE = 1e-5
 # The least information of a column, summed over the rows, where rho is estimated from half of the
 # rows. For a rare binary pixel it is about the number of rows in which it is white.
 LEAST_INFORMATION = 100
+
+# The ridges that the held-out headroom of a post-mortem tries, as shares of the total variance of
+# u. The ridge with the largest gain counts, since each gain is measured on rows that were not used
+# for the fit.
+RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 # ------------------------------------------------------------------ the theory of Gaussian decoders
@@ -263,6 +282,9 @@ def held_out_gain(moments, ridge, count, beta, weight, std):
 
 # The decoders whose collapse this module explains.
 LIKELIHOODS = ("gaussian", "bernoulli", "categorical", "poisson")
+
+# The names of those that are not Gaussian, as they are printed.
+DECODERS = {"bernoulli": "Bernoulli", "categorical": "categorical", "poisson": "Poisson"}
 
 # Upper bounds of the curvature psi'' on the residuals (Boehning 1992). A Poisson decoder has none.
 CURVATURE_BOUNDS = {"bernoulli": 1 / 4, "categorical": 1 / 2}
@@ -621,7 +643,7 @@ class ResidualMoments(NamedTuple):
     cross: C = E[r u^T], (D, p).
     moment: A = E[u u^T], (p, p).
     squares: F = E[r r^T], (D, D).
-    fisher: the diagonal of H, (D,), or None for a Gaussian decoder.
+    fisher: H as `mean_fisher` returns it, or None for a Gaussian decoder.
     """
     cross: torch.Tensor
     moment: torch.Tensor
@@ -728,6 +750,10 @@ def measure(model, f, data, metrics, examples):
     report.evaluate, which determine the collapsed units. The name of a level is "z" in a one-level
     model, and "z1", "z2" and so on in others.
     """
+    # Importing common changes settings of torch. It is not imported with this module, so that
+    # `post_mortem` does not change those of a training loop.
+    import common
+
     with common.seeded(f.seed, "evaluation", data.train[0].device):
         moments_of_levels = residual_moments(model, f, data)
 
@@ -858,6 +884,8 @@ def residual_moments(model, f, data):
     products within a chunk of a few thousand rows are in the data's precision, but on CUDA they
     are in float64, too.
     """
+    import common
+
     # The objective's scalars are 0-d: in float64 they do not change the precision of the data.
     f = common.on_device(f, data.train[0][:0].double())
 
@@ -949,6 +977,8 @@ def dead_units(model, f, data):
 
     A network is a direct child of the model. A channel of a convolution counts as one unit.
     """
+    import common
+
     fires = {}
 
     def make_hook(name):
@@ -995,3 +1025,553 @@ def last_change(curve):
     if len(curve) <= tenth:
         return None
     return curve[-1] - curve[-1 - tenth]
+
+
+# ------------------------------------------------------------- the post-mortem of any trained model
+
+@dataclass
+class PostMortem:
+    """Why units of a trained model collapsed, and what to change. `print` shows the answer.
+
+    Each pair belongs to units with a linear encoder and to units with any encoder.
+
+    count: the number of rows that were examined.
+    units: the number of latent units, or None if it is unknown.
+    collapsed: the number of collapsed units.
+    active: the number of units that are active by the variance of their mean, or None if it is
+        unknown. See own_model.ACTIVE_VARIANCE. The collapsed units are counted by their KL, so that
+        the two numbers need not add up to all units.
+    kl: the mean KL of each unit in nats, a list. It is empty if it is unknown.
+    beta: the weight of the KL in the loss.
+    eta_dec: the std of a Gaussian decoder. None for another decoder.
+    likelihood: one of LIKELIHOODS.
+    level: the threshold. A unit with a larger eigenvalue lowers the loss.
+    eigenvalues: a pair of tensors in descending order. For a Gaussian decoder they are tau, the
+        variances that further units could describe. For another decoder they are rho.
+    gains: the pair of headrooms on all rows, in nats per row. For another decoder than a Gaussian
+        one they are lower bounds, which are 0 for a Poisson decoder.
+    held_out_gains: the gains on one half of the rows of units that are found on the other half.
+    held_out_rho: the rho_1 on one half of the rows, in a direction that is found on the other half.
+        None for a Gaussian decoder.
+    idle_columns: the number of columns without information.
+    cause: a result of `cause_of_collapse` if all rows and the held-out rows agree, "undecided" if
+        they do not, and "none" if no unit collapsed.
+    verdict: whether the objective or training collapsed the units, in words.
+    certainty: whether the rows are enough for the verdict, in a sentence.
+    remedy: what to change, and why, in one to three sentences.
+    """
+    count: int
+    units: int | None
+    collapsed: int
+    active: int | None
+    kl: list
+    beta: float
+    eta_dec: float | None
+    likelihood: str
+    level: float
+    eigenvalues: tuple
+    gains: tuple
+    held_out_gains: tuple
+    held_out_rho: tuple | None
+    idle_columns: int
+    cause: str = ""
+    verdict: str = ""
+    certainty: str = ""
+    remedy: str = ""
+
+    def answer(self):
+        """The verdict, the certainty and the remedy, a line each."""
+        if self.likelihood == "gaussian":
+            decoder = f"eta_dec = {self.eta_dec:g}"
+        else:
+            decoder = f"a {DECODERS[self.likelihood]} decoder"
+        return (
+            f"With beta = {self.beta:g} and {decoder}, {self.verdict}.\n{self.certainty}\n"
+            f"{self.remedy}"
+        )
+
+    def kl_in_words(self):
+        """The KL of all units and the number of active ones, in sentences."""
+        if not self.kl:
+            return "The number of collapsed units was given, not counted."
+        verb = "is" if self.active == 1 else "are"
+        return (
+            f"The KL is {sum(self.kl):.4f} nats per row in total. By the variance of their means, "
+            f"{self.active} of {self.units} units {verb} active."
+        )
+
+    def table(self):
+        """The figures as a table: a list of rows of texts. The first row has the headings."""
+        first = [values[0].item() for values in self.eigenvalues]
+        if self.likelihood == "gaussian":
+            rows = {
+                "headroom (nats)": self.gains,
+                "headroom, held out": self.held_out_gains,
+                "tau_1": first,
+            }
+        else:
+            rows = {"rho_1": first, "rho_1, held out": self.held_out_rho}
+            if self.likelihood != "poisson":
+                rows["guaranteed gain (nats)"] = self.gains
+                rows["guaranteed gain, held out"] = self.held_out_gains
+
+        table = [["", "linear encoder", "any encoder"]]
+        for name, values in rows.items():
+            table.append([name, *(f"{value:.4f}" for value in values)])
+        return table
+
+    def threshold_in_words(self):
+        """What the first eigenvalue is compared with, and which columns do not count."""
+        if self.likelihood == "gaussian":
+            return (
+                "A unit lowers the loss if its tau exceeds the threshold beta eta_dec^2 = "
+                f"{self.level:g}."
+            )
+        words = f"Collapse is unstable if rho_1 exceeds beta = {self.level:g}."
+        if self.likelihood == "poisson":
+            words += " A Poisson decoder has no guaranteed gain."
+        if self.idle_columns == 1:
+            words += " 1 column has no information and is left out."
+        elif self.idle_columns:
+            words += f" {self.idle_columns} columns have no information and are left out."
+        return words
+
+    def __str__(self):
+        parts = [self.answer(), self.kl_in_words()]
+        if self.collapsed:
+            table = self.table()
+            widths = [max(len(text) for text in column) for column in zip(*table)]
+            parts.append("")
+            for row in table:
+                parts.append("  ".join(text.rjust(width) for text, width in zip(row, widths)))
+            parts.append(self.threshold_in_words())
+        return "\n".join(parts)
+
+    def level_headroom(self):
+        """A LevelHeadroom with the verdict of this post-mortem, for pictures.draw_headroom.
+
+        Where the KL of the units is unknown, it has the collapsed units only.
+        """
+        units = self.collapsed
+        theta = []
+        if self.kl:
+            units = self.units
+            if self.likelihood == "gaussian":
+                kl = np.array(self.kl)
+                theta = _equivalent_variances(kl, self.units - self.collapsed, self.level)
+        tau, tau_any = [values[:units].tolist() for values in self.eigenvalues]
+        return _ExaminedLevel(
+            self,
+            units=units,
+            collapsed=self.collapsed,
+            headroom=self.gains[0],
+            headroom_any=self.gains[1],
+            level=self.level,
+            tau=tau,
+            tau_any=tau_any,
+            theta=theta,
+            likelihood=self.likelihood,
+        )
+
+
+class _ExaminedLevel(LevelHeadroom):
+    """The LevelHeadroom of a PostMortem, whose words it has."""
+
+    def __init__(self, result, **fields):
+        super().__init__(**fields)
+        self._result = result
+
+    def cause(self):
+        return self._result.cause
+
+    def verdict(self):
+        return self._result.verdict
+
+
+def examine(
+    halves,
+    sizes,
+    collapsed,
+    beta,
+    likelihood="gaussian",
+    eta_dec=1.0,
+    units=None,
+    kl=(),
+    active=None,
+):
+    """The PostMortem of a model, from the moments of two halves of its rows.
+
+    halves are [ResidualMoments of one half, ResidualMoments of the other], and sizes are their
+    numbers of rows. eta_dec is that of a Gaussian decoder. For the other arguments see PostMortem.
+    Raises ValueError if a moment or a figure is not finite, or if a column has a residual but no
+    information.
+    """
+    moments = join_halves(halves, sizes)
+    _check_moments(moments, kl)
+    parts = (linear_part(moments.cross, moments.moment), moments.squares)
+
+    # 1. The eigenvalues. The first ones say whether the collapse with another decoder is stable.
+    held_out_rho = None
+    unstable = ("", "")
+    if likelihood == "gaussian":
+        level = gain_threshold(beta=beta, weight=1, std=eta_dec)
+        eigenvalues = tuple(theory.spectrum(part) for part in parts)
+    else:
+        eta_dec = None
+        level = beta
+        eigenvalues = tuple(instability_ratios(part, moments.fisher) for part in parts)
+        held_out_rho = _held_out_rho(halves, moments.fisher)
+        largest = [rho[0].item() for rho in eigenvalues]
+        unstable = (instability(*largest, level), instability(*held_out_rho, level))
+
+    # 2. The gains.
+    gains, held_out_gains = _gains_of_units(
+        parts, halves, collapsed, beta=beta, likelihood=likelihood, eta_dec=eta_dec
+    )
+    result = PostMortem(
+        count=sum(sizes),
+        units=units,
+        collapsed=collapsed,
+        active=active,
+        kl=list(kl),
+        beta=beta,
+        eta_dec=eta_dec,
+        likelihood=likelihood,
+        level=level,
+        eigenvalues=eigenvalues,
+        gains=gains,
+        held_out_gains=held_out_gains,
+        held_out_rho=held_out_rho,
+        idle_columns=0 if moments.fisher is None else int((_diagonal(moments.fisher) == 0).sum()),
+    )
+    _check_figures(result)
+
+    # 3. The cause, and the words.
+    _judge(result, unstable)
+    return result
+
+
+def join_halves(halves, sizes):
+    """The ResidualMoments of all rows, from those of two halves with these numbers of rows."""
+    means = {}
+    for name in ResidualMoments._fields:
+        parts = [getattr(half, name) for half in halves]
+        means[name] = None
+        if parts[0] is not None:
+            means[name] = sum(size * part for size, part in zip(sizes, parts)) / sum(sizes)
+    return ResidualMoments(**means)
+
+
+def _diagonal(fisher):
+    """The diagonal (D,) of H, which is given as a diagonal (D,) or as a matrix (D, D)."""
+    return fisher if fisher.ndim == 1 else fisher.diag()
+
+
+def _check_moments(moments, kl):
+    """Raise ValueError if there can be no verdict from these moments."""
+    names = {"cross": "E[r u^T]", "moment": "E[u u^T]", "squares": "E[r r^T]", "fisher": "H"}
+    for name, symbol in names.items():
+        values = getattr(moments, name)
+        if values is not None and not values.isfinite().all():
+            raise ValueError(
+                f"the moment {symbol} of the model is not finite, so that there is no verdict; if "
+                "training diverged, try a smaller learning rate first"
+            )
+    for unit, nats in enumerate(kl):
+        if not math.isfinite(nats):
+            raise ValueError(
+                f"the mean KL of unit {unit} (counted from 0) is not finite; if training diverged, "
+                "try a smaller learning rate first"
+            )
+    if moments.fisher is None:
+        return
+
+    information = _diagonal(moments.fisher)
+    if not (information > 0).any():
+        raise ValueError("no column has any information, because the decoder is certain of all")
+    is_wrong = (information == 0) & (moments.squares.diag() > 0)
+    if is_wrong.any():
+        column = int(is_wrong.nonzero()[0])
+        raise ValueError(
+            f"column {column:,} (counted from 0) has no information in any row, but a residual; "
+            "the decoder's means must not round to exactly 0 or 1"
+        )
+
+
+def _check_figures(result):
+    """Raise ValueError if a figure of a PostMortem is not finite."""
+    figures = {
+        "the threshold": [result.level],
+        "an eigenvalue": torch.cat(result.eigenvalues).tolist(),
+        "the headroom": result.gains,
+        "the held-out headroom": result.held_out_gains,
+    }
+    for name, numbers in figures.items():
+        if not all(map(math.isfinite, numbers)):
+            objective = f"beta = {result.beta:g}"
+            if result.eta_dec is not None:
+                objective += f" and eta_dec = {result.eta_dec:g}"
+            raise ValueError(f"{name} is not finite for {objective}, wants less extreme values")
+
+
+def _held_out_rho(halves, fisher):
+    """The `held_out_rho` of a PostMortem. fisher is H of all rows."""
+    rhos = []
+    for pairs in held_out_parts(halves):
+        ratios = mean_ratios(pairs, fisher)
+        rhos.append(ratios[0].item() if len(ratios) else 0.0)
+    return tuple(rhos)
+
+
+def _gains_of_units(parts, halves, collapsed, beta, likelihood, eta_dec):
+    """(gains, held_out_gains) of a PostMortem. parts are T and F."""
+    if likelihood == "poisson" or not collapsed:
+        return (0.0, 0.0), (0.0, 0.0)
+
+    # A decoder whose curvature is at most B gains at least as much as a Gaussian one whose variance
+    # is 1 / B, and whose residual is r / B.
+    scale = 1
+    std = eta_dec
+    if likelihood != "gaussian":
+        scale = 1 / CURVATURE_BOUNDS[likelihood]
+        std = scale**0.5
+    objective = {"beta": beta, "weight": 1, "std": std}
+    gains = []
+    for part in parts:
+        tau = theory.spectrum(scale**2 * part)
+        gains.append(gain_of_units(tau, collapsed, **objective))
+    # A linear encoder is one of any encoders. T keeps some noise of the draws of z.
+    gains[1] = max(gains)
+
+    regressions = [(scale * half.cross, half.moment) for half in halves]
+    linear_gains = []
+    for ridge in RIDGES:
+        linear_gains.append(held_out_gain(regressions, ridge, collapsed, **objective))
+        # A ridge lowers the eigenvalues. If no unit gains anything, none does at a larger ridge.
+        if linear_gains[-1] == 0:
+            break
+
+    # A unit with any encoder can read r itself. The regression of r on r is exact.
+    products = [scale**2 * half.squares for half in halves]
+    identities = [(product, product) for product in products]
+    any_gain = held_out_gain(identities, 0, collapsed, **objective)
+    return tuple(gains), (max(linear_gains), any_gain)
+
+
+def _judge(result, unstable):
+    """Set the cause, the verdict, the certainty and the remedy of a PostMortem.
+
+    unstable is a pair of results of `instability`, on all rows and on the held-out rows.
+    """
+    causes = (
+        cause_of_collapse(*result.gains, unstable[0]),
+        cause_of_collapse(*result.held_out_gains, unstable[1]),
+    )
+    result.cause = causes[0] if causes[0] == causes[1] else "undecided"
+    if not result.collapsed:
+        result.cause = "none"
+    result.verdict = _verdict_of_both(result, causes, unstable[0])
+    result.certainty = _certainty(result)
+    result.remedy = _remedy(result)
+
+
+def _verdict_of_both(result, causes, unstable):
+    """The verdict of all rows and of the held-out rows, in words.
+
+    causes is a pair of results of `cause_of_collapse`, on all rows and on the held-out rows.
+    unstable is a result of `instability` on all rows.
+    """
+    if result.cause != "undecided":
+        return verdict(
+            result.units,
+            result.collapsed,
+            nats=result.gains[0],
+            nats_any=result.gains[1],
+            unstable=unstable,
+            likelihood=result.likelihood,
+        )
+
+    words = collapse_in_words(result.units, result.collapsed)
+    only_any_encoder = "training" not in causes
+    if result.likelihood == "gaussian" and only_any_encoder:
+        pronoun = "it" if result.collapsed == 1 else "them"
+        return (
+            f"{words}: with a linear encoder, reviving {pronoun} would not lower the loss; there "
+            "are too few rows to decide whether it would with a richer encoder"
+        )
+    return (
+        f"{words}: there are too few rows to decide whether because of the objective or of training"
+    )
+
+
+def _certainty(result):
+    """The `certainty` of a PostMortem."""
+    if result.cause == "none":
+        return f"The mean KL of every unit exceeds {theory.ACTIVE} nats."
+    held_out = "Units found on one half of the rows and measured on the other half"
+    if result.cause == "undecided":
+        return (
+            f"{held_out} lead to another verdict, so the {result.count:,} rows are too few."
+        )
+    return (
+        f"{held_out} lead to the same verdict, so the {result.count:,} rows are enough for it."
+    )
+
+
+# The order in which to try the remedies of training.
+TRAINING_REMEDIES = (
+    "a smaller initial std of the encoder (--start_std in the scripts of this project), a warm-up "
+    "of beta from 0 (--beta_warmup), more epochs or another learning rate"
+)
+
+
+def _remedy(result):
+    """The `remedy` of a PostMortem."""
+    if result.cause == "none":
+        return "Nothing needs to change."
+    if result.cause == "undecided":
+        return "Examine more rows, at best all training rows, before you change anything."
+    if result.cause == "training":
+        return (
+            "Beta need not change, because the loss would fall at this beta. Try in this order: "
+            f"{TRAINING_REMEDIES}. Also count the dead units of ReLU layers, which fire for no "
+            "example, because they get no gradient."
+        )
+    if result.cause == "encoder":
+        return (
+            f"Try the remedies of training first: {TRAINING_REMEDIES}. If the units stay "
+            "collapsed, make the encoder wider or deeper, because a linear encoder cannot use them."
+        )
+    if result.cause == "unstable":
+        return (
+            "Train longer, because a small step lowers the loss. How far it falls is not known in "
+            "advance."
+        )
+    if result.likelihood == "gaussian":
+        return _remedy_of_gaussian_objective(result)
+    return _remedy_of_other_objective(result)
+
+
+def _remedy_of_gaussian_objective(result):
+    """The remedy where the objective of a Gaussian decoder collapsed the units."""
+    largest = result.eigenvalues[1][0].item()
+    if largest <= 0:
+        return (
+            "Nothing needs to change: the residual is 0, so that the collapsed units have nothing "
+            "to describe."
+        )
+    if largest > result.level:
+        return (
+            f"More training hardly helps: the collapsed units gain at most {theory.ACTIVE} nats. A "
+            "smaller beta or eta_dec would raise their gain."
+        )
+
+    beta = largest / result.eta_dec**2
+    eta_dec = (largest / result.beta)**0.5
+    return (
+        "More training does not help. At this trained model, a collapsed unit with any encoder "
+        f"lowers the loss only if beta is below {beta:.4g}, which is {beta / result.beta:.2g} "
+        f"times its value, or, at this beta, if eta_dec is below {eta_dec:.4g}. If eta_dec is "
+        "fixed, the decoder may also learn its variance, which lowers eta_dec if the residual is "
+        "smaller than it."
+    )
+
+
+def _remedy_of_other_objective(result):
+    """The remedy where the objective of another decoder collapsed the units."""
+    rho = result.eigenvalues[1][0].item()
+    if rho <= 0:
+        return (
+            "Nothing needs to change: the residual is 0, so that the collapsed units have nothing "
+            "to describe."
+        )
+    return (
+        "More training does not help. At this trained model, a small step out of collapse lowers "
+        f"the loss only if beta is below {rho:.4g}, which is rho_1 of any encoder and "
+        f"{rho / result.beta:.2g} times the value of beta."
+    )
+
+
+def count_collapsed(kl):
+    """The number of collapsed units, from a list of the mean KL of each unit in nats."""
+    return sum(nats <= theory.ACTIVE for nats in kl)
+
+
+# --------------------------------------------------------------- the post-mortem in a training loop
+
+def post_mortem(
+    encode,
+    decode,
+    loader,
+    beta=1.0,
+    likelihood="gaussian",
+    eta_dec=1.0,
+    eta_enc=1.0,
+    conditional=False,
+    draws=8,
+    device=None,
+):
+    """The PostMortem of a VAE or a CVAE, from the functions of its training loop.
+
+    The loss is -log p(x|z) + beta KL(q(z|x) || p(z)), per example. The likelihood is summed over
+    the columns of x, and the KL over the units. losses.py says which eta_dec and beta belong to
+    other forms of the loss. For example, torch's mse_loss with its mean over D columns and a KL of
+    weight w have eta_dec = 1 and beta = w D / 2. The prior p(z) is N(0, eta_enc^2 I).
+
+    Call model.eval() first, so that dropout and batch norm do what they do after training. x is the
+    target of the decoder. For a CVAE it is what this project calls y.
+
+    encode: encode(x) returns the mean and the log variance of q(z|x), each (B, ...), or a
+        torch.distributions.Normal, which may be inside a torch.distributions.Independent. Units
+        of more than one dimension are flattened.
+    decode: decode(z) returns the mean of p(x|z): the reconstruction for a Gaussian decoder, the
+        probabilities of a 1 for bernoulli, the rates for poisson. z has the shape of the mean. The
+        result has as many numbers per example as x has. For categorical it has the probabilities
+        (B, ..., K) of K categories.
+    loader: an iterable of batches, which is read once. A batch is x (B, ...), or a tuple or list
+        that begins with x. What follows, such as labels, is ignored. For categorical x has the
+        codes 0 to K - 1.
+    likelihood: one of LIKELIHOODS.
+    eta_dec: the std of a Gaussian decoder. If the model has learned a variance, it is the root of
+        the latter. A variance that differs between examples or columns is not covered.
+    conditional: whether what follows x in a batch are conditions, tensors (B, ...). encode then
+        takes (x, *conditions), and decode takes (z, *conditions).
+    draws: the mean of p(x|z) is estimated twice, each time over this number of draws of z.
+    device: where batches are moved to. None leaves them where they are.
+
+    The input u of a linear encoder has the columns of x, or indicators of its categories, and those
+    of the conditions. A condition counts as the numbers that it has, so that one-hot vectors are
+    better than codes. Each example is in one of two halves, by chance. The draws have a fixed seed,
+    and the generators of the CPU and of CUDA are restored afterwards.
+
+    Raises ValueError, which says what to do, for unknown likelihoods, shapes that do not fit,
+    numbers that are not allowed or not finite, fewer than 2 rows, or more than 8,000 columns.
+    """
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood is {likelihood!r}, wants one of {', '.join(LIKELIHOODS)}")
+    beta, eta_dec, eta_enc = float(beta), float(eta_dec), float(eta_enc)
+    for name, number in (("beta", beta), ("eta_dec", eta_dec), ("eta_enc", eta_enc)):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} is {number:g}, wants a finite number above 0")
+
+    sums, posterior = own_model.measure(
+        encode,
+        decode,
+        loader,
+        likelihood=likelihood,
+        conditional=conditional,
+        draws=draws,
+        device=device,
+    )
+    kl = posterior.kl(eta_enc)
+    return examine(
+        [ResidualMoments(**moments) for moments in sums.moments()],
+        sums.sizes,
+        collapsed=count_collapsed(kl),
+        beta=beta,
+        likelihood=likelihood,
+        eta_dec=eta_dec,
+        units=len(kl),
+        kl=kl,
+        active=posterior.active(eta_enc),
+    )

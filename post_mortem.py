@@ -1,19 +1,19 @@
-"""The post-mortem of a trained VAE: did the objective collapse its units, or did training?
+"""The post-mortem of a trained VAE or CVAE from files: did the objective collapse its units?
 
 predict_collapse.py calls this module if --residual is given. The model is the user's own, and only
-two or three arrays of it are known. In the words of headroom.py, which has the theory, they are
+some arrays of it are known. In the words of headroom.py, which has the theory and the verdict, they
+are
 
-    --x         u, the inputs of the encoder, without the 1 at their end
-    --residual  r, the targets minus the mean reconstructions
-    --fisher    the diagonal of H, for a Bernoulli or a Poisson decoder
+    --x                  u, the inputs of the encoder, without the 1 at their end
+    --y                  the rest of u, for the encoder of a CVAE
+    --residual           r, the targets minus the mean reconstructions
+    --fisher             the diagonal of H, for a Bernoulli or a Poisson decoder
+    --mean, --log_var    the posterior of each row, from which the collapsed units are counted
 
-In this module, `f` is a setting of predict_collapse.py. First come the moments of the arrays, then
-the figures and the verdict, and then the report.
+headroom.post_mortem does the same in a training loop, without files.
 
-Each figure is computed twice. The first one is that of all rows. It is too large if the rows are
-few, because any regression explains a part of its own rows by chance. The held-out figure has its
-units from one half of the rows, and is measured on the other half. It is the mean over both ways to
-choose the halves. If the two lead to different verdicts, there are too few rows for a verdict.
+In this module, `f` is a setting of predict_collapse.py. First come the flags, then the moments of
+the arrays, and then the report.
 """
 import dataclasses
 import sys
@@ -26,103 +26,259 @@ import torch
 import arrays
 import files
 import headroom
+import own_model
 import pictures
-import theory
 
-# The ridges that the held-out headroom tries, as shares of the total variance of u. The ridge with
-# the largest gain counts, since each gain is measured on rows that were not used for the fit.
-RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+# Flags that have no meaning for a decoder that is not Gaussian. A prior of another std than 1 is
+# the same as other weights of the decoder.
+GAUSSIAN_FLAGS = ("eta_dec", "eta_enc", "sigma", "sigma_1", "sigma_2", "beta_1", "beta_2", "d_2")
 
 
-@dataclass
-class PostMortem:
-    """The headroom of a trained model, from its residuals. See headroom.py.
+# --- Flags that do not go together ---
 
-    Each pair below belongs to units with a linear encoder and to units with any encoder.
 
-    f: the setting.
-    count: the number of rows.
-    level: the threshold. A unit with a larger eigenvalue lowers the loss.
-    eigenvalues: a pair of tensors (D,) in descending order. For a Gaussian decoder they are tau,
-        the variances that further units could describe. For another decoder they are rho.
-    gains: the pair of headrooms on all rows, in nats per row. For another decoder than a Gaussian
-        one they are lower bounds, which are 0 for a Poisson decoder.
-    held_out_gains: the gains on one half of the rows of units that were found on the other half.
-    held_out_rho: the rho_1 on one half of the rows, in a direction that was found on the other
-        half. None for a Gaussian decoder.
-    idle_columns: the number of columns without information.
-    verdict: whether the objective or training collapsed the units, in words.
+def check_flags(settings):
+    """End the program if flags of a post-mortem do not go together."""
+    f = settings[0]
+    refuse_flags(settings, ("dataset", "center", "sigma", "active", "scale"), "--residual")
+    if not f.x:
+        common.stop(f, "--residual: also wants --x, a file with the inputs of the encoder")
+    _check_model(settings)
+    _check_units(settings)
+    if f.likelihood == "gaussian":
+        refuse_flags(settings, ("fisher",), "--likelihood gaussian, whose information is known")
+        if any(g.eta_dec == "learned" for g in settings):
+            common.stop(f, "--eta_dec: got learned, wants the number that the model has learned")
+        return
+
+    if f.likelihood == "categorical":
+        common.stop(
+            f,
+            "--likelihood: got categorical, wants gaussian, bernoulli or poisson for --residual; "
+            "headroom.post_mortem, which is for a training loop, has a post-mortem of categories",
+        )
+    # The KL that --mean and --log_var give does depend on the prior.
+    names = [name for name in GAUSSIAN_FLAGS if not (name == "eta_enc" and f.mean)]
+    refuse_flags(settings, names, f"--likelihood {f.likelihood}, which has no such number")
+    if not f.fisher:
+        common.stop(
+            f,
+            f"--residual: also wants --fisher for --likelihood {f.likelihood}, a file with the "
+            "Fisher information of each column",
+        )
+
+
+def refuse_flags(settings, names, reason):
+    """End the program if one of the named flags is not at its default.
+
+    reason is the flag that it cannot be combined with.
     """
-    f: common.BaseFlags
-    count: int
-    level: float
-    eigenvalues: tuple
-    gains: tuple
-    held_out_gains: tuple
-    held_out_rho: tuple | None
-    idle_columns: int
-    verdict: str
+    defaults = type(settings[0])
+    for name in names:
+        if any(getattr(g, name) != getattr(defaults, name) for g in settings):
+            common.stop(settings[0], f"--{name}: cannot be combined with {reason}")
 
 
-def examine(settings):
-    """The PostMortem of each setting. Ends the program if a result is not finite."""
-    count, halves = _measure_halves(settings[0])
-    return [_examine_setting(f, count, halves) for f in settings]
+def _check_model(settings):
+    """End the program if the encoder is not that of one VAE or of one CVAE."""
+    f = settings[0]
+    for g in settings:
+        if g.model == "hvae":
+            common.stop(
+                f,
+                "--model: cannot be combined with --residual if it is hvae; wants vae, and the "
+                "files of one level",
+            )
+        if g.model != f.model:
+            common.stop(f, "--model: wants one value for --residual, vae or cvae")
+    if f.y and f.model == "vae":
+        common.stop(
+            f,
+            "--y: cannot be combined with --residual and --model vae; wants --model cvae, whose "
+            "encoder reads x and y",
+        )
+    if f.model == "cvae" and not f.y:
+        common.stop(
+            f, "--y: got no file, wants one with the targets, which the encoder of a CVAE reads"
+        )
+
+
+def _check_units(settings):
+    """End the program if the collapsed units are neither given nor to be counted, or both."""
+    f = settings[0]
+    for name, other in (("mean", "log_var"), ("log_var", "mean")):
+        if getattr(f, name) and not getattr(f, other):
+            common.stop(f, f"--{name}: also wants --{other}, a file of the same shape")
+    if f.mean:
+        refuse_flags(
+            settings, ("collapsed",), "--mean and --log_var, from which the units are counted"
+        )
+        return
+
+    for g in settings:
+        if not g.collapsed:
+            common.stop(
+                f,
+                "--residual: also wants --mean and --log_var, files with the posterior, or "
+                "--collapsed, a whole number of at least 1",
+            )
+        if g.d_1 and g.collapsed > g.d_1:
+            common.stop(
+                f, f"--collapsed: got {g.collapsed}, wants at most {g.d_1}, the number in --d_1"
+            )
 
 
 # --- The moments of the arrays ---
 
 
-def _measure_halves(f):
-    """The moments of each half of the rows, in one pass over the rows.
+@dataclass
+class Measurement:
+    """What one pass over the rows has measured.
 
-    Returns (number of rows, [ResidualMoments of one half, ResidualMoments of the other]). See
-    headroom.py. u is a row of --x with a 1 at its end, and r is the row of --residual.
+    sizes: the number of rows of each half.
+    halves: [headroom.ResidualMoments of one half, ResidualMoments of the other].
+    posterior: the own_model.PosteriorSums of --mean and --log_var, or None without them.
     """
-    sources = arrays.open_rows(f, ("x", "residual"))
-    mean_fisher = None
-    if f.fisher:
-        rows_of_fisher, mean_fisher = _open_fisher(
-            f, count=sources[0].count, columns=sources[1].columns
-        )
-        if rows_of_fisher is not None:
-            sources.append(rows_of_fisher)
+    sizes: tuple
+    halves: list
+    posterior: own_model.PosteriorSums | None
 
+
+def _measure(f):
+    """The Measurement of the rows. Warns if --residual looks like the reconstructions."""
+    flags = ["x", "y"] if f.model == "cvae" else ["x"]
+    flags.append("residual")
+    if f.mean:
+        flags += ["mean", "log_var"]
+    mean_fisher = _read_mean_fisher(f) if f.fisher else None
+    if f.fisher and mean_fisher is None:
+        flags.append("fisher")
+    sources = {source.flag: source for source in arrays.open_rows(f, flags)}
+    _check_sizes(f, sources)
+
+    # 1. One pass over the rows.
     random = np.random.default_rng(0)
     sums = [{}, {}]
-    for u, r, *information in arrays.chunks(f, sources):
-        u = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
-        for half, places in enumerate(arrays.halves_of(len(u), random)):
-            half_u = u[places]
-            half_r = r[places]
-            products = {
-                "cross": half_r.T @ half_u,
-                "moment": half_u.T @ half_u,
-                "squares": half_r.T @ half_r,
-            }
-            if information:
-                products["fisher"] = information[0][places].sum(0)
-            for name, product in products.items():
+    posterior = own_model.PosteriorSums() if f.mean else None
+    total = 0
+    for rows in _chunks(f, sources):
+        total = total + rows["total"]
+        if posterior:
+            posterior.add(*(torch.from_numpy(rows[flag]) for flag in ("mean", "log_var")))
+        for half, places in enumerate(arrays.halves_of(len(rows["x"]), random)):
+            for name, product in _products(rows, places).items():
                 sums[half][name] = sums[half].get(name, 0) + product
 
+    # 2. The means of the products.
+    sizes = arrays.half_sizes(sources["x"].count)
     halves = []
-    for half, size in enumerate(arrays.half_sizes(sources[0].count)):
-        means = {name: torch.from_numpy(total / size) for name, total in sums[half].items()}
+    for half, size in enumerate(sizes):
+        means = {name: torch.from_numpy(product / size) for name, product in sums[half].items()}
         means.setdefault("fisher", mean_fisher)
         halves.append(headroom.ResidualMoments(**means))
-    return sources[0].count, halves
+    _warn_of_reconstructions(total, headroom.join_halves(halves, sizes), sum(sizes))
+    return Measurement(sizes=sizes, halves=halves, posterior=posterior)
 
 
-def _open_fisher(f, count, columns):
-    """The file of --fisher, either row by row or as means over all rows.
+def _chunks(f, sources):
+    """The rows chunk by chunk: {name: array (rows, columns)}. sources is {flag: arrays.Rows}.
 
-    Returns (Rows, None) if it has `count` rows of `columns` numbers, and (None, H) if it has the
-    means (columns,), float64. Ends the program if it has neither shape.
+    The names are the flags and, in addition, "u" and "total". u is the input of the encoder with a
+    1 at its end. total (D,) is the sum of the residuals over the rows.
+
+    The first u is subtracted from u. A linear encoder has a constant anyway, and sums of squares
+    keep more digits. Rows of u with more columns than there are rows are replaced by their
+    `arrays.row_coordinates`, which have the same inner products and eigenvalues. So are those of
+    the residual of a Gaussian decoder. All rows are then one chunk.
     """
+    inputs = [flag for flag in ("x", "y") if flag in sources]
+    count = sources["x"].count
+    is_wide = count < sum(sources[flag].columns for flag in inputs)
+    if f.likelihood == "gaussian":
+        is_wide |= count < sources["residual"].columns
+    ordered = list(sources.values())
+    chunks = [arrays.read_all(f, ordered)] if is_wide else arrays.chunks(f, ordered)
+
+    first = None
+    for chunk in chunks:
+        rows = dict(zip(sources, chunk))
+        u = np.concatenate([rows[flag] for flag in inputs], axis=1)
+        if first is None:
+            first = u[:1].copy()
+        u = u - first
+        rows["total"] = rows["residual"].sum(0)
+        if is_wide:
+            u = arrays.row_coordinates(u)
+        if is_wide and f.likelihood == "gaussian":
+            rows["residual"] = arrays.row_coordinates(rows["residual"])
+        rows["u"] = np.concatenate([u, np.ones_like(u[:, :1])], axis=1)
+        yield rows
+
+
+def _products(rows, places):
+    """The sums of products over the rows at some places of a chunk, for ResidualMoments."""
+    u = rows["u"][places]
+    r = rows["residual"][places]
+    products = {"cross": r.T @ u, "moment": u.T @ u, "squares": r.T @ r}
+    if "fisher" in rows:
+        products["fisher"] = rows["fisher"][places].sum(0)
+    return products
+
+
+def _check_sizes(f, sources):
+    """End the program if the arrays are too large, or if --log_var does not fit --mean."""
+    for flag in ("x", "y", "residual"):
+        if flag in sources:
+            arrays.check_size(f, sources[flag])
+    columns = sources["residual"].columns
+    if f.likelihood != "gaussian" and columns > arrays.MAX_COLUMNS:
+        common.stop(
+            f,
+            f"--residual: got {columns:,} columns, wants at most {arrays.MAX_COLUMNS:,} for "
+            f"--likelihood {f.likelihood}; average neighbouring pixels",
+        )
+    if "y" in sources:
+        joined = sources["x"].columns + sources["y"].columns
+        if min(sources["x"].count, joined) > arrays.MAX_COLUMNS:
+            common.stop(
+                f,
+                f"--y: got {joined:,} columns together with --x, wants at most "
+                f"{arrays.MAX_COLUMNS:,}; average neighbouring pixels",
+            )
+    if f.mean and sources["mean"].columns != sources["log_var"].columns:
+        common.stop(
+            f,
+            f"--log_var: got {sources['log_var'].columns:,} columns, wants "
+            f"{sources['mean'].columns:,} columns like --mean",
+        )
+
+
+def _warn_of_reconstructions(total, moments, count):
+    """Warn if the residuals have so large a mean that they may be the reconstructions.
+
+    total (D,) is the sum of the residuals over the rows, and moments are those of all rows.
+    """
+    square = moments.squares.trace().item()
+    share = ((total / count)**2).sum() / square if square > 0 else 0
+    if share > 0.5:
+        print(
+            f"warning: the squared mean of --residual is {share:.0%} of its mean square; a "
+            "residual is the target minus the reconstruction; is this the reconstruction itself?",
+            file=sys.stderr,
+        )
+
+
+def _read_mean_fisher(f):
+    """H (columns of --residual,), float64, if --fisher has means over the rows, otherwise None.
+
+    Ends the program unless it has means, or a row for each row of --residual.
+    """
+    residual = arrays.open_file(f, "residual")
     source = arrays.open_file(f, "fisher")
+    count, columns = residual.count, residual.columns
     shape = (source.count, source.columns)
     if shape == (count, columns):
-        return source, None
+        return None
     if shape not in ((1, columns), (columns, 1)):
         common.stop(
             f,
@@ -131,19 +287,7 @@ def _open_fisher(f, count, columns):
         )
     numbers = source.read(0, source.count).reshape(shape).astype(np.float64)
     arrays.check_numbers(f, source, numbers, 0)
-    return None, torch.from_numpy(numbers.reshape(-1))
-
-
-def _join_halves(halves, count):
-    """The ResidualMoments of all rows, from those of the two halves of `count` rows."""
-    shares = [size / count for size in arrays.half_sizes(count)]
-    means = {}
-    for name in headroom.ResidualMoments._fields:
-        parts = [getattr(half, name) for half in halves]
-        means[name] = None
-        if parts[0] is not None:
-            means[name] = sum(share * part for share, part in zip(shares, parts))
-    return headroom.ResidualMoments(**means)
+    return torch.from_numpy(numbers.reshape(-1))
 
 
 def _check_fisher(f, moments):
@@ -160,148 +304,89 @@ def _check_fisher(f, moments):
         )
 
 
-# --- The figures and the verdict ---
+# --- The result of a setting ---
 
 
-def _examine_setting(f, count, halves):
-    """The PostMortem of one setting, from the moments of the halves of `count` rows."""
-    moments = _join_halves(halves, count)
-    parts = (headroom.linear_part(moments.cross, moments.moment), moments.squares)
-
-    # 1. The eigenvalues. The first ones say whether the collapse with another decoder is stable.
-    held_out_rho = None
-    unstable = ("", "")
-    if f.likelihood == "gaussian":
-        level = headroom.gain_threshold(beta=f.beta, weight=1, std=f.eta_dec)
-        eigenvalues = tuple(theory.spectrum(part) for part in parts)
-    else:
-        _check_fisher(f, moments)
-        level = f.beta
-        eigenvalues = tuple(headroom.instability_ratios(part, moments.fisher) for part in parts)
-        held_out_rho = _held_out_rho(halves, moments.fisher)
-        largest = [rho[0].item() for rho in eigenvalues]
-        unstable = (
-            headroom.instability(*largest, level), headroom.instability(*held_out_rho, level)
-        )
-
-    # 2. The gains.
-    gains, held_out_gains = _gains_of_units(f, parts, halves)
-    figures = {
-        "level": level,
-        "tau": torch.cat(eigenvalues),
-        "headroom": gains,
-        "held-out headroom": held_out_gains,
-    }
-    arrays.check_finite([f], figures)
-
-    return PostMortem(
-        f=f,
-        count=count,
-        level=level,
-        eigenvalues=eigenvalues,
-        gains=gains,
-        held_out_gains=held_out_gains,
-        held_out_rho=held_out_rho,
-        idle_columns=0 if moments.fisher is None else int((moments.fisher == 0).sum()),
-        verdict=_verdict(f, gains, held_out_gains, unstable),
-    )
+@dataclass
+class Examined:
+    """A setting and its headroom.PostMortem."""
+    f: common.BaseFlags
+    result: headroom.PostMortem
 
 
-def _held_out_rho(halves, fisher):
-    """The `held_out_rho` of a PostMortem. fisher (D,) is the diagonal of H of all rows."""
-    rhos = []
-    for pairs in headroom.held_out_parts(halves):
-        ratios = headroom.mean_ratios(pairs, fisher)
-        rhos.append(ratios[0].item() if len(ratios) else 0.0)
-    return tuple(rhos)
+def examine(settings):
+    """The result of each setting: a list of Examined. Ends the program if one is not finite."""
+    measurement = _measure(settings[0])
+    return [Examined(f, _examine_setting(f, measurement)) for f in settings]
 
 
-def _gains_of_units(f, parts, halves):
-    """(gains, held_out_gains) of a PostMortem. parts are T and F."""
-    if f.likelihood == "poisson":
-        return (0.0, 0.0), (0.0, 0.0)
-
-    # A decoder whose curvature is at most B gains at least as much as a Gaussian one whose variance
-    # is 1 / B, and whose residual is r / B.
-    scale = 1
-    std = f.eta_dec
+def _examine_setting(f, measurement):
+    """The headroom.PostMortem of one setting."""
+    units = {"collapsed": f.collapsed, "units": f.d_1 or None}
+    if measurement.posterior:
+        units = _count_units(f, measurement.posterior)
     if f.likelihood != "gaussian":
-        scale = 1 / headroom.CURVATURE_BOUNDS[f.likelihood]
-        std = scale**0.5
-    objective = {"beta": f.beta, "weight": 1, "std": std}
-    gains = []
-    for part in parts:
-        tau = theory.spectrum(scale**2 * part)
-        gains.append(headroom.gain_of_units(tau, f.collapsed, **objective))
-
-    regressions = [(scale * half.cross, half.moment) for half in halves]
-    linear_gains = []
-    for ridge in RIDGES:
-        linear_gains.append(headroom.held_out_gain(regressions, ridge, f.collapsed, **objective))
-
-    # A unit with any encoder can read r itself. The regression of r on r is exact.
-    products = [scale**2 * half.squares for half in halves]
-    identities = [(product, product) for product in products]
-    any_gain = headroom.held_out_gain(identities, 0, f.collapsed, **objective)
-    return tuple(gains), (max(linear_gains), any_gain)
-
-
-def _verdict(f, gains, held_out_gains, unstable):
-    """Whether the objective or training collapsed the units, or that there are too few rows.
-
-    gains and held_out_gains are those of a PostMortem. unstable is a pair of results of
-    headroom.instability, on all rows and on held-out rows.
-    """
-    cause = headroom.cause_of_collapse(*gains, unstable[0])
-    held_out_cause = headroom.cause_of_collapse(*held_out_gains, unstable[1])
-    if cause == held_out_cause:
-        return headroom.verdict(
-            None,
-            f.collapsed,
-            nats=gains[0],
-            nats_any=gains[1],
-            unstable=unstable[0],
+        _check_fisher(f, headroom.join_halves(measurement.halves, measurement.sizes))
+    try:
+        return headroom.examine(
+            measurement.halves,
+            measurement.sizes,
+            beta=f.beta,
             likelihood=f.likelihood,
+            eta_dec=f.eta_dec,
+            **units,
         )
+    except ValueError as error:
+        common.stop(f, f"--residual: {error}")
 
-    words = headroom.collapse_in_words(None, f.collapsed)
-    only_any_encoder = "training" not in (cause, held_out_cause)
-    if f.likelihood == "gaussian" and only_any_encoder:
-        pronoun = "it" if f.collapsed == 1 else "them"
-        return (
-            f"{words}: with a linear encoder, reviving {pronoun} would not lower the loss; there "
-            "are too few rows to decide whether it would with a richer encoder"
+
+def _count_units(f, posterior):
+    """The arguments of headroom.examine that --mean and --log_var determine."""
+    kl = posterior.kl(f.eta_enc)
+    if f.d_1 and f.d_1 != len(kl):
+        common.stop(f, f"--d_1: got {f.d_1}, wants {len(kl)}, the number of columns of --mean")
+    if not np.isfinite(kl).all():
+        unit = int(np.flatnonzero(~np.isfinite(kl))[0])
+        common.stop(
+            f,
+            f"--log_var: the KL of column {unit} (counted from 0) is not finite, wants logarithms "
+            "of variances",
         )
-    return (
-        f"{words}: there are too few rows to decide whether because of the objective or of training"
-    )
+    return {
+        "collapsed": headroom.count_collapsed(kl),
+        "units": len(kl),
+        "kl": kl,
+        "active": posterior.active(f.eta_enc),
+    }
 
 
 # --- The report ---
 
 
-def report(post_mortem):
+def report(examined):
     """Print, draw and save whether the objective or training collapsed the units."""
-    if post_mortem.f.likelihood == "gaussian":
-        _print_gaussian(post_mortem)
-    else:
-        _print_other_decoder(post_mortem)
-
-    folder = files.run_dir(post_mortem.f, None)
-    _draw(folder / "headroom.png", post_mortem)
-    _save(folder / "headroom.json", post_mortem)
+    f = examined.f
+    result = examined.result
+    print(f"\n{result.answer()}")
+    print(result.kl_in_words())
+    folder = files.run_dir(f, None)
+    if result.collapsed:
+        if f.likelihood == "gaussian":
+            _print_gaussian(f, result)
+        else:
+            _print_other_decoder(f, result)
+        _draw(folder / "headroom.png", f, result)
+    _save(folder / "headroom.json", f, result)
     print(f"files: {folder}", file=sys.stderr)
 
 
-def _print_gaussian(post_mortem):
-    """Print the verdict on a model with a Gaussian decoder, and the figures behind it."""
-    f = post_mortem.f
-    gain, any_gain = post_mortem.gains
-    held_out, any_held_out = post_mortem.held_out_gains
-    print(f"\nWith beta = {f.beta:g} and eta_dec = {f.eta_dec:g}, {post_mortem.verdict}.")
+def _print_gaussian(f, result):
+    """Print the figures behind the verdict on a model with a Gaussian decoder."""
+    gain, any_gain = result.gains
+    held_out, any_held_out = result.held_out_gains
     print(
-        f"The headroom is {gain:.4f} nats per row, from the {post_mortem.count:,} rows of {f.x} "
-        f"and {f.residual}."
+        f"The headroom is {gain:.4f} nats per row, from the {result.count:,} rows of {f.x} and "
+        f"{f.residual}."
     )
     print(
         f"The held-out headroom is {held_out:.4f} nats per row. Its units are fitted on one half "
@@ -311,19 +396,18 @@ def _print_gaussian(post_mortem):
         f"With any encoder the headroom is {any_gain:.4f} nats per row, and held out it is "
         f"{any_held_out:.4f}. Both are too large unless each residual is a mean over many draws."
     )
-    _print_further_units(post_mortem)
+    _print_further_units(f, result)
 
 
-def _print_further_units(post_mortem):
+def _print_further_units(f, result):
     """Print one row for each unit that would lower the loss, and for the next three."""
-    f = post_mortem.f
-    level = post_mortem.level
-    tau, any_tau = post_mortem.eigenvalues
+    level = result.level
+    tau, any_tau = result.eigenvalues
     table = [
         ["unit", "tau", "tau / threshold", "gain (nats)", "tau, any encoder", "gain, any encoder"]
     ]
-    gaining = int((any_tau[:f.collapsed] > level).sum())
-    for i in range(min(f.collapsed, len(tau), gaining + 3)):
+    gaining = int((any_tau[:result.collapsed] > level).sum())
+    for i in range(min(result.collapsed, len(tau), gaining + 3)):
         gains = []
         for values in (tau, any_tau):
             gains.append(
@@ -338,80 +422,44 @@ def _print_further_units(post_mortem):
             f"{gains[1]:.4f}",
         ])
 
-    print(
-        "\nFurther units in place of the collapsed ones. A unit lowers the loss if its tau exceeds "
-        f"the threshold beta eta_dec^2 = {level:g}."
-    )
+    print(f"\nFurther units in place of the collapsed ones. {result.threshold_in_words()}")
     common.print_table(table)
 
 
-def _print_other_decoder(post_mortem):
-    """Print the verdict on a model with another decoder, and the figures behind it."""
-    f = post_mortem.f
-    decoder = f.likelihood.capitalize()
-    print(f"\nWith beta = {f.beta:g} and a {decoder} decoder, {post_mortem.verdict}.")
-    if post_mortem.idle_columns == 1:
-        print("1 column has no information and is left out.")
-    elif post_mortem.idle_columns:
-        print(f"{post_mortem.idle_columns} columns have no information and are left out.")
-
-    table = [["", "linear encoder", "any encoder"]]
-    first_rhos = [values[0].item() for values in post_mortem.eigenvalues]
-    rows = {"rho_1": first_rhos, "rho_1, held out": post_mortem.held_out_rho}
-    if f.likelihood != "poisson":
-        rows["guaranteed gain (nats)"] = post_mortem.gains
-        rows["guaranteed gain, held out"] = post_mortem.held_out_gains
-    for name, values in rows.items():
-        table.append([name, *(f"{value:.4f}" for value in values)])
-
+def _print_other_decoder(f, result):
+    """Print the figures behind the verdict on a model with another decoder."""
     print(
-        f"\nFrom the {post_mortem.count:,} rows of {f.x} and {f.residual}. Collapse is unstable if "
-        "rho_1 exceeds beta. Held-out figures have directions from one half of the rows and are "
-        "measured on the other half."
+        f"\nFrom the {result.count:,} rows of {f.x} and {f.residual}. Held-out figures have "
+        "directions from one half of the rows and are measured on the other half."
     )
-    common.print_table(table)
-    if f.likelihood == "poisson":
-        print("A Poisson decoder has no guaranteed gain.")
+    common.print_table(result.table())
+    print(result.threshold_in_words())
 
 
-def _level_headroom(post_mortem):
-    """The post-mortem as a headroom.LevelHeadroom. Only the collapsed units are known."""
-    f = post_mortem.f
-    gain, any_gain = post_mortem.gains
-    tau, any_tau = post_mortem.eigenvalues
-    return headroom.LevelHeadroom(
-        units=f.collapsed,
-        collapsed=f.collapsed,
-        headroom=gain,
-        headroom_any=any_gain,
-        level=post_mortem.level,
-        tau=tau[:f.collapsed].tolist(),
-        tau_any=any_tau[:f.collapsed].tolist(),
-        theta=[],
-        likelihood=f.likelihood,
-    )
-
-
-def _draw(path, post_mortem):
+def _draw(path, f, result):
     """Draw what each collapsed unit could describe, beside the threshold."""
     pictures.draw_panels(
         path,
-        {post_mortem.verdict: _level_headroom(post_mortem)},
+        {result.verdict: result.level_headroom()},
         width=5.2,
         height=4.2,
-        caption=files.spell(files.changed_settings(post_mortem.f, None)),
+        caption=files.spell(files.changed_settings(f, None)),
         draw=pictures.plot_headroom,
     )
 
 
-def _save(path, post_mortem):
+def _save(path, f, result):
     """Write headroom.json."""
-    result = files.description(post_mortem.f, None)
-    result["dataset"] = post_mortem.f.x
-    result["rows"] = post_mortem.count
-    result.update(dataclasses.asdict(_level_headroom(post_mortem)))
-    result["held_out"], result["held_out_any"] = post_mortem.held_out_gains
-    if post_mortem.held_out_rho:
-        result["held_out_rho_1"], result["held_out_rho_1_any"] = post_mortem.held_out_rho
-    result["verdict"] = post_mortem.verdict
-    files.write_json(path, result)
+    saved = files.description(f, None)
+    saved["dataset"] = f.x
+    saved["rows"] = result.count
+    saved.update(dataclasses.asdict(result.level_headroom()))
+    saved["units"] = result.units
+    saved["kl"] = result.kl
+    saved["active"] = result.active
+    saved["held_out"], saved["held_out_any"] = result.held_out_gains
+    if result.held_out_rho:
+        saved["held_out_rho_1"], saved["held_out_rho_1_any"] = result.held_out_rho
+    for name in ("cause", "verdict", "certainty", "remedy"):
+        saved[name] = getattr(result, name)
+    files.write_json(path, saved)
