@@ -155,9 +155,12 @@ class BaseFlags:
 
     positional:    words of the usage line before the flags, as in "[name of a table or figure]"
     epilog:        the last paragraph of --help
+    data_flags:    the flags that choose data although the flag of this name in other scripts does
+                   not change a result, see files.LOCATION_FLAGS
     """
 
     positional = ""
+    data_flags = ()
     epilog = (
         "A value may be a list such as 0.1,0.5,1.0 or a range first:last:step such as 0.1:5.0:0.1, "
         "which includes its last value. Every combination is trained."

@@ -70,7 +70,7 @@ def run_settings(f, data):
     """
     settings = {}
     for name in common.all_flags(f):
-        if name not in LOCATION_FLAGS:
+        if name not in LOCATION_FLAGS or name in f.data_flags:
             settings[name] = getattr(f, name)
     if data and "dataset" in settings:
         settings["dataset"] = data.name

@@ -812,7 +812,9 @@ def print_metrics(runs):
         print(divergence_note(result, flags))
     if diverged:
         smallest = min(result.settings["lr"] for result in diverged)
-        print(f"Where a setting diverged, first try a smaller step, such as --lr {smallest / 10:g}.")
+        print(
+            f"Where a setting diverged, first try a smaller step, such as --lr {smallest / 10:g}."
+        )
     if levels:
         kinds = []
         for kind in shown_columns(LEVEL_COLUMNS, runs[0].f.columns):

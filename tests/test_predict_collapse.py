@@ -5,6 +5,7 @@ The predictions are compared with numpy, with the scripts and with brute force.
 import dataclasses
 import json
 import math
+import re
 import unittest
 from unittest import mock
 
@@ -13,12 +14,14 @@ import torch
 
 import arrays
 import datasets
+import linear_prediction
 import MNIST_CVAE_Linear
 import MNIST_HVAE_Linear_learnable_sigma_2
 import MNIST_HVAE_Linear_nonlearnable_sigma_2
 import MNIST_VAE_Linear_learnable_sigma
 import MNIST_VAE_Linear_nonlearnable_sigma
 import predict_collapse
+import stability
 import verify
 from tests import small
 
@@ -30,11 +33,26 @@ def newest(folder, name):
     return max(folder.rglob(name), key=lambda path: path.stat().st_mtime_ns)
 
 
+def write_empty_picture(path, **options):
+    """Takes the place of pictures.save_figure, which needs most of the time of a prediction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(PNG)
+
+
 class Case(small.InFolder):
-    """Tests that call predict_collapse.py on files in a folder."""
+    """Tests that call predict_collapse.py on files in a folder.
+
+    The pictures are empty, except in `Pictures`.
+    """
+
+    draws_pictures = False
 
     def setUp(self):
         super().setUp()
+        if not self.draws_pictures:
+            patch = mock.patch("pictures.save_figure", write_empty_picture)
+            patch.start()
+            self.addCleanup(patch.stop)
         random = np.random.default_rng(0)
         shared = random.standard_normal((300, 5)) @ random.standard_normal((5, 6))
         self.x = shared + 0.3 * random.standard_normal((300, 6)) + 0.5
@@ -88,7 +106,7 @@ class Case(small.InFolder):
 
 class Predictions(Case):
     def test_vae_by_hand(self):
-        """Theorem 1 from numpy's singular values. --center subtracts the means first."""
+        """Theorem 1 from numpy's singular values. --center true subtracts the means first."""
         x = self.save("x.npy", self.x)
         for center, rows in (("false", self.x), ("true", self.x - self.x.mean(0))):
             theta = np.linalg.svd(rows / 300**0.5, compute_uv=False)
@@ -102,11 +120,16 @@ class Predictions(Case):
 
             active = (kl > 0).sum()
             self.assertTrue(0 < active < 6)
-            first_line = out.strip().split("\n")[0]
+            lines = out.strip().split("\n")
             self.assertEqual(
-                first_line,
-                f"The optimal linear VAE on {x} (300 rows) keeps {active} of 6 units active.",
+                lines[0],
+                f"At beta 1.5, {active} of 6 units stay active; all collapse from beta "
+                f"{theta[0]**2 / 0.49:.4g} on.",
             )
+            kind = {"true": "with biases", "false": "without biases"}[center]
+            self.assertTrue(
+                lines[1].startswith(f"This is the optimum of a linear VAE {kind} (--center"), out)
+            self.assertTrue(lines[1].endswith(f"on {x} (300 rows)."), out)
             self.assertIn("beta = 1.5, eta_enc = 1, eta_dec = 0.7 and a learnable sigma", out)
             for i in range(2):
                 share = theta[i]**2 / (theta**2).sum()
@@ -115,16 +138,22 @@ class Predictions(Case):
 
     def test_cvae_by_hand(self):
         """Theorem 2 from least squares, and the share of y that x explains."""
-        left = self.y - self.x @ np.linalg.lstsq(self.x, self.y, rcond=None)[0]
-        theta = np.linalg.svd(left / 300**0.5, compute_uv=False)**2
         x = self.save("x.npy", self.x)
         y = self.save("y.npy", self.y)
-        saved, out, _ = self.predict("--model", "cvae", "--x", x, "--y", y, "--eta_dec", 0.9)
-        kl = np.maximum(np.log(theta / 0.81), 0) / 2
-        np.testing.assert_allclose(saved["predicted"]["kl"], kl, atol=1e-9)
-        explained = 1 - (left**2).sum() / (self.y**2).sum()
-        self.assertIn(f"of x explains {explained:.1%} of the second moment of y.", out)
-        self.assertRegex(out, rf"\n +1 +{theta[0]:.4f} +{theta[0] / theta.sum():.2%}")
+        cases = (
+            ("false", self.x, self.y, "second moment"),
+            ("auto", self.x - self.x.mean(0), self.y - self.y.mean(0), "variance"),
+        )
+        for center, inputs, targets, name in cases:
+            left = targets - inputs @ np.linalg.lstsq(inputs, targets, rcond=None)[0]
+            theta = np.linalg.svd(left / 300**0.5, compute_uv=False)**2
+            saved, out, _ = self.predict(
+                "--model", "cvae", "--x", x, "--y", y, "--eta_dec", 0.9, "--center", center)
+            kl = np.maximum(np.log(theta / 0.81), 0) / 2
+            np.testing.assert_allclose(saved["predicted"]["kl"], kl, atol=1e-9)
+            explained = 1 - (left**2).sum() / (targets**2).sum()
+            self.assertIn(f"of x explains {explained:.1%} of the {name} of y.", out)
+            self.assertRegex(out, rf"\n +1 +{theta[0]:.4f} +{theta[0] / theta.sum():.2%}")
 
     def test_cvae_whose_x_determines_y(self):
         """Nothing is left for the units. One column of targets may be a plain vector."""
@@ -133,7 +162,22 @@ class Predictions(Case):
             y = self.save("determined.npy", determined)
             saved, out, _ = self.predict("--model", "cvae", "--x", x, "--y", y)
             self.assertEqual(set(saved["predicted"]["kl"]), {0.0})
-            self.assertIn("x explains 100.0% of the second moment of y", out)
+            self.assertIn("x explains 100.0% of the variance of y", out)
+
+    def test_rounding_errors_are_no_modes_of_a_cvae(self):
+        """y has 12 columns. x determines 11 directions of them, and noise is in one."""
+        random = np.random.default_rng(4)
+        x = random.standard_normal((500, 20))
+        y = 100 * x @ random.standard_normal((20, 12))
+        noise = 1e-3 * random.standard_normal(500)
+        y += np.outer(noise, np.ones(12))
+        saved, out, _ = self.predict(
+            "--model", "cvae", "--x", self.save("x.npy", x), "--y", self.save("y.npy", y))
+        self.assertEqual(len(saved["predicted"]["collapse"]), 1)
+        with_constant = np.concatenate([x, np.ones((500, 1))], 1)
+        left = noise - with_constant @ np.linalg.lstsq(with_constant, noise, rcond=None)[0]
+        # The rest is what is left of a sum of the large numbers' squares.
+        self.assertAlmostEqual(saved["predicted"]["collapse"][0] / (12 * (left**2).mean()), 1, 3)
 
     def test_like_the_scripts(self):
         """The linear scripts predict the same units for images."""
@@ -207,7 +251,7 @@ class Predictions(Case):
         )
         for flags in cases:
             f = predict_collapse.Flags(eta_dec=0.7, eta_enc=1.2, **flags)
-            predicted = predict_collapse.optimum(f, variances, 1.0)
+            predicted = linear_prediction.optimum(f, variances, 1.0)
             level = "_2" if f.model == "hvae" else ""
             collapse = predicted[f"collapse{level}"]
             for wanted in range(1, 1 + len(collapse)):
@@ -215,7 +259,7 @@ class Predictions(Case):
                     self.check_recommendation(f, variances, collapse, wanted)
 
     def check_recommendation(self, f, variances, collapse, wanted):
-        betas = predict_collapse.recommended_betas(collapse, wanted)
+        betas = linear_prediction.recommended_betas(collapse, wanted)
         if wanted == 2:
             # The second and the third unit have the same theta.
             self.assertIsNone(betas)
@@ -224,7 +268,7 @@ class Predictions(Case):
         high = min(high, 1e6)
         inside = [low * (1 + 1e-9) + 1e-9, (low + high) / 2, high * (1 - 1e-9)]
         inside = torch.tensor(inside, dtype=torch.float64)
-        active = predict_collapse.trade_off(f, variances, inside)["active"].tolist()
+        active = linear_prediction.trade_off(f, variances, inside)["active"].tolist()
         self.assertEqual(active, [wanted] * 3)
 
     def test_recommendation_in_words(self):
@@ -244,19 +288,69 @@ class Predictions(Case):
         }
         for active, sentence in sentences.items():
             f = predict_collapse.Flags(active=active)
-            self.assertEqual(predict_collapse.recommendation(f, collapse), sentence)
+            self.assertEqual(linear_prediction.recommendation(f, collapse), sentence)
 
         f = predict_collapse.Flags(model="hvae", active=1)
         never = torch.tensor([math.inf, math.inf, 3.0], dtype=torch.float64)
         self.assertEqual(
-            predict_collapse.recommendation(f, never),
+            linear_prediction.recommendation(f, never),
             "No beta_2 keeps exactly 1 unit of z2 active, because 2 units never collapse.",
         )
         f.active = 2
         self.assertEqual(
-            predict_collapse.recommendation(f, never[:2]),
+            linear_prediction.recommendation(f, never[:2]),
             "Exactly 2 units of z2 are active for every beta_2.",
         )
+
+    def test_answer_in_words(self):
+        """The first line. The advice holds: with it, the wanted units are active."""
+        x = self.save("x.npy", self.x)
+        variances = np.linalg.svd((self.x - self.x.mean(0)) / 300**0.5, compute_uv=False)**2
+        _, out, _ = self.predict("--x", x, "--eta_dec", 0.7, "--beta", 30, "--active", 3)
+        first_line = out.strip().split("\n")[0]
+        pattern = (
+            r"At beta 30, 0 of 6 units stay active; all collapse from beta (\S+) on\. "
+            r"To keep 3 active, use beta <= (\S+), or eta_dec <= (\S+)\."
+        )
+        self.assertRegex(first_line, f"^{pattern}$")
+        last, beta, eta_dec = map(float, re.match(pattern, first_line).groups())
+        self.assertAlmostEqual(last / (variances[0] / 0.49), 1, delta=1e-3)
+        for number, largest in (
+            (beta, variances[2] / 0.49), (eta_dec, (variances[2] / 30)**0.5)
+        ):
+            self.assertTrue(0.98 * largest < number < largest)
+        for flags in (["--beta", beta, "--eta_dec", 0.7], ["--beta", 30, "--eta_dec", eta_dec]):
+            _, out, _ = self.predict("--x", x, *flags)
+            self.assertIn(", 3 of 6 units stay active; ", out)
+
+        # An HVAE has two levels, and its eta_dec stands in two places.
+        _, out, _ = self.predict("--x", x, "--model", "hvae", "--active", 2)
+        self.assertRegex(
+            out,
+            r"^\nAt beta_2 1, \d of 6 units of z1 and \d of 6 units of z2 stay active; all of z2 "
+            r"collapse from beta_2 \S+ on\. To keep 2 of z2 active, use beta_2 <= [\d.]+\.\n",
+        )
+
+    def test_advice_in_words(self):
+        """Made-up betas at which units collapse."""
+        collapse = torch.tensor([math.inf, 8.0, 2.0, 0.0], dtype=torch.float64)
+        sentences = {
+            1: "Every beta keeps 1 active.",
+            2: "To keep 2 active, use beta <= 7.999, or eta_dec <= 1.414.",
+            3: "To keep 3 active, use beta <= 1.999, or eta_dec <= 0.7071.",
+            4: "No beta keeps 4 active, but at most 3.",
+        }
+        for active, sentence in sentences.items():
+            f = predict_collapse.Flags(active=active, beta=4.0)
+            self.assertEqual(linear_prediction.advice_in_words(f, collapse), sentence)
+        self.assertEqual(
+            linear_prediction.collapse_in_words(f, collapse), "1 never collapses.")
+
+    def test_rounded_below(self):
+        for limit, rounded in (
+            (0.41378, 0.4137), (38.0, 37.99), (1e-7, 9.999e-8), (123456.0, 123400.0),
+        ):
+            self.assertEqual(linear_prediction.rounded_below(limit), rounded)
 
     def test_trade_off_by_hand(self):
         """The distortion is that of the optimal maps themselves.
@@ -271,8 +365,8 @@ class Predictions(Case):
         cases = ({}, {"sigma": 0.4}, {"model": "hvae"}, {"model": "hvae", "sigma_2": 0.6})
         for flags in cases:
             f = predict_collapse.Flags(eta_dec=0.7, eta_enc=1.2, d_1=3, **flags)
-            predicted = predict_collapse.optimum(f, variances, beta)
-            table = predict_collapse.trade_off(f, variances, beta)
+            predicted = linear_prediction.optimum(f, variances, beta)
+            table = linear_prediction.trade_off(f, variances, beta)
             if f.model == "hvae":
                 m = predicted["lambda_1"]**2 + f.sigma_1**2
                 error = theta**2 * f.sigma_1**2 / m
@@ -307,23 +401,99 @@ class Predictions(Case):
     def test_constant_columns(self):
         columns = [self.x, np.full((300, 1), 4.0), np.zeros((300, 2))]
         constant = np.concatenate(columns, axis=1)
-        saved, _, err = self.predict("--x", self.save("constant.npy", constant))
+        path = self.save("constant.npy", constant)
+        saved, _, err = self.predict("--x", path, "--center", "false")
         self.assertIn("warning: 1 of 9 columns is constant; ", err)
         self.assertIn("warning: 2 of 9 columns are 0 in every row", err)
         theta = np.linalg.svd(constant / 300**0.5, compute_uv=False)[:7]
         np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
 
+        # A model with biases describes the constants with them.
+        saved, _, err = self.predict("--x", path)
+        self.assertIn("warning: 1 of 9 columns is constant\n", err)
+        self.assertEqual(len(saved["predicted"]["theta"]), 6)
+
     def test_few_rows(self):
         saved, _, err = self.predict("--x", self.save("few.npy", self.x[:4]))
         self.assertIn("warning: there are fewer rows (4) than columns (6)", err)
-        theta = np.linalg.svd(self.x[:4] / 2, compute_uv=False)
+        theta = np.linalg.svd((self.x[:4] - self.x[:4].mean(0)) / 2, compute_uv=False)[:3]
         np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
+
+    def test_default_center(self):
+        """Files are centred, and data sets are not, unless --center says otherwise."""
+        small.write_mnist(self.folder / "data")
+        x = self.save("x.npy", self.x)
+        images = ["--dataset", "mnist", "--data_dir", self.folder / "data"]
+        for argv, default, words in ((["--x", x], "true", "with"), (images, "false", "without")):
+            by_default, out, _ = self.predict(*argv)
+            self.assertIn(f"linear VAE {words} biases (--center {default})", out)
+            chosen, _, _ = self.predict(*argv, "--center", default)
+            self.assertEqual(by_default["predicted"], chosen["predicted"])
+            other = {"true": "false", "false": "true"}[default]
+            changed, _, _ = self.predict(*argv, "--center", other)
+            self.assertNotEqual(by_default["predicted"], changed["predicted"])
+
+    def test_chosen_columns_have_folders_of_their_own(self):
+        x = self.save("x.npy", self.x)
+        thetas = []
+        for columns in ("0,1", "2,3"):
+            saved, _, _ = self.predict("--x", x, "--columns", columns)
+            thetas.append(saved["predicted"]["theta"])
+            self.assertEqual(saved["settings"]["columns"], columns)
+        self.assertNotEqual(*thetas)
+        self.assertEqual(len(list((self.folder / "runs").rglob("prediction.json"))), 2)
+
+    def test_large_means(self):
+        """A column of times has a variance, although its square has too few digits for it."""
+        random = np.random.default_rng(1)
+        times = 1.6e9 + 20 * random.standard_normal((400, 1))
+        other = random.standard_normal((400, 2))
+        x = self.save("times.npy", np.concatenate([other, times, np.full((400, 1), 1.7e9)], 1))
+        for model in ("vae", "hvae"):
+            saved, _, err = self.predict("--x", x, "--model", model)
+            self.assertIn("warning: 1 of 4 columns is constant", err)
+            rows = np.concatenate([other, times - 1.6e9], 1)
+            rows -= rows.mean(0)
+            theta = np.linalg.svd(rows / 20, compute_uv=False)
+            np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-7)
+
+        # A unit that varies far less than another column is no constant, either.
+        x = self.save("small.npy", np.concatenate([1e-3 * other, 1e6 * times], 1))
+        _, _, err = self.predict("--x", x)
+        self.assertNotIn("constant", err)
+
+    def test_fewer_rows_than_columns(self):
+        """40 rows of 20,000 columns: the modes by numpy, with and without biases, and of a CVAE."""
+        random = np.random.default_rng(1)
+        rows = random.standard_normal((40, 20_000)) + 1
+        x = self.save("wide.npy", rows)
+        for center, kept in (("true", 39), ("false", 40)):
+            saved, out, err = self.predict("--x", x, "--center", center, "--beta", 200)
+            centred = rows - rows.mean(0) if center == "true" else rows
+            theta = np.linalg.svd(centred / 40**0.5, compute_uv=False)[:kept]
+            np.testing.assert_allclose(saved["predicted"]["theta"], theta, rtol=1e-9)
+            self.assertIn(f"of {kept} units stay active", out)
+            self.assertIn("there are fewer rows (40) than columns (20,000)", err)
+            # The loss of theorem 1 counts all columns.
+            active = theta[theta**2 > 200]
+            loss = 10_000 * math.log(2 * math.pi) + (theta[theta**2 <= 200]**2).sum() / 2
+            loss += 100 * (1 + np.log(active**2 / 200)).sum()
+            self.assertAlmostEqual(saved["optimal_loss"] / loss, 1, places=9)
+
+        y = rows[:, :100] + 3 * random.standard_normal((40, 100))
+        few = rows[:, 50:55]
+        saved, _, _ = self.predict(
+            "--model", "cvae", "--x", self.save("few.npy", few), "--y", self.save("y.npy", y))
+        with_constant = np.concatenate([few, np.ones((40, 1))], 1)
+        left = y - with_constant @ np.linalg.lstsq(with_constant, y, rcond=None)[0]
+        theta = np.linalg.svd(left / 40**0.5, compute_uv=False)[:34]**2
+        np.testing.assert_allclose(saved["predicted"]["theta"][:34], theta**0.5, rtol=1e-6)
 
     def test_rows_of_zeros(self):
         x = self.save("zeros.npy", np.zeros((20, 3)))
         for model in ("vae", "hvae"):
             _, out, _ = self.predict("--x", x, "--model", model)
-            self.assertRegex(out, "keeps 0 of 1 units.* active")
+            self.assertRegex(out, "At beta(_2)? 1, 0 of 1 unit.* stays? active; all.* ")
 
     def test_more_units_than_modes(self):
         x = self.save("x.npy", self.x)
@@ -344,6 +514,35 @@ class Predictions(Case):
             if "trained" in sentence:
                 # These are the only two meanings of the word in the help.
                 self.assertRegex(sentence, "Nothing is trained|trained model")
+
+
+class Pictures(Case):
+    """The pictures of all kinds of predictions are drawn."""
+
+    draws_pictures = True
+
+    def check_picture(self, name, *argv):
+        status, _, err = self.call(*argv)
+        self.assertEqual(status, 0, err)
+        picture = newest(self.folder / "runs", name).read_bytes()
+        self.assertTrue(picture.startswith(PNG))
+        # An empty picture has fewer bytes.
+        self.assertGreater(len(picture), 5_000)
+
+    def test_every_kind(self):
+        x = self.save("x.npy", self.x)
+        y = self.save("y.npy", self.y)
+        binary = self.save("binary.npy", self.x > 0.5)
+        for argv in (
+            ["--x", x],
+            ["--x", x, "--model", "hvae"],
+            ["--x", x, "--model", "cvae", "--y", y],
+            ["--x", x, "--eta_dec", "learned", "--d_1", 3],
+        ):
+            self.check_picture("trade_off.png", *argv)
+        self.check_picture(
+            "stability.png", "--x", binary, "--likelihood", "bernoulli", "--beta", "0.5,1")
+        self.check_picture("headroom.png", "--x", x, "--residual", y, "--collapsed", 2)
 
 
 # ------------------------------------------------------------------------------- a learned eta_dec
@@ -604,18 +803,19 @@ class OtherDecoders(Case):
         self.assertEqual(saved["unstable_directions"], unstable)
         words = " ".join(out.split())
         for sentence in (
-            f"With a Bernoulli decoder on {path} (301 rows), collapse of all units is stable from "
-            f"beta = {rho[0]:.4g} on.",
+            f"At beta 1.1, collapse of all units is unstable in {unstable} directions; it is "
+            f"stable from beta {rho[0]:.4g} on.",
+            "This holds for a VAE with a Bernoulli decoder with biases and any encoder on "
+            f"{path} (301 rows).",
             "A better solution far from collapse is not excluded.",
-            f"At beta = 1.1, {unstable} directions are unstable. This does not count the units "
-            "that training would activate.",
+            "no count of the units that training would activate.",
             f"The held-out rho_1 is {held_out:.4g}.",
             "2 of 8 columns are constant and left out.",
             f"The loss of the collapsed model is {entropy:.2f} nats per row.",
         ):
             self.assertIn(sentence, words)
         self.assertNotIn("impossible", words)
-        self.assertEqual(words.find("With a Bernoulli"), 0)
+        self.assertEqual(words.find("At beta 1.1, "), 0)
         table = saved["over_beta"]
         for beta, unstable, gain in zip(table["beta"], table["unstable"], table["gain"]):
             self.assertEqual(unstable, (rho > beta).sum())
@@ -687,7 +887,7 @@ class OtherDecoders(Case):
         gain = self.gain(ratios, 3, 1.2)
         self.assertGreater(gain, 0)
         self.assertAlmostEqual(saved["guaranteed_gain"], gain, places=9)
-        self.assertIn("With a categorical decoder", out)
+        self.assertIn("with a categorical decoder", out)
         self.assertIn("1 of 5 columns is constant", out)
 
     def test_brute_force(self):
@@ -696,8 +896,13 @@ class OtherDecoders(Case):
         The unit has a linear encoder. Its exact expected loss is minimised from a start near
         collapse.
         """
+        # Grey pixels, for which the loss is a binary cross-entropy.
+        grey = 0.7 * self.binary + 0.3 * np.random.default_rng(0).random(self.binary.shape)
         for likelihood, x in (
-            ("bernoulli", self.binary), ("poisson", self.counts), ("categorical", self.codes),
+            ("bernoulli", self.binary),
+            ("bernoulli", grey),
+            ("poisson", self.counts),
+            ("categorical", self.codes),
         ):
             argv = ["--x", self.save("x.npy", x), "--likelihood", likelihood, "--d_1", 1]
             rho = self.predict_stability(*argv)[0]["rho"][0]
@@ -740,7 +945,7 @@ class OtherDecoders(Case):
         status, out, _ = self.call(
             "--x", x, "--likelihood", "bernoulli", "--beta", "0.5,1,100", "--d_1", "1,6")
         self.assertEqual(status, 0)
-        self.assertEqual(out.count("At beta = 0.5, "), 2)
+        self.assertEqual(out.count("At beta 0.5, "), 2)
         self.assertIn("1 unit gains at least", out)
         self.assertIn("6 units gain at least", out)
         self.assertEqual(len(list((self.folder / "runs").rglob("prediction.json"))), 2)
@@ -781,7 +986,7 @@ class OtherDecoders(Case):
             x[::2, 0] = 0
             path = str(self.save("x.npy", x))
             f = predict_collapse.Flags(x=path, likelihood="bernoulli")
-            instability = predict_collapse.measure_instability(f)
+            instability = stability.measure_instability(f)
             self.assertEqual((instability.constants, len(instability.rho)), (1, 1))
             self.assertAlmostEqual(instability.rho.item(), 1)
 
@@ -834,22 +1039,17 @@ class WrongFlags(Case):
         self.refuse(["--x", x, "--active", 7], "--active: got 7, wants at most 6, ")
         self.refuse(["--x", x, "--collapsed", 2], "--collapsed", "--residual")
 
-        beside = ["--x", x, "--residual", y]
-        self.refuse(beside, "--residual", "--collapsed", "at least 1")
-        self.refuse(["--residual", y, "--collapsed", 2], "--residual", "--x")
-        meaningless = (
-            ("--y", y),
-            ("--model", "vae,hvae"),
-            ("--center", "true"),
-            ("--sigma", "0,1"),
-            ("--active", 3),
-            ("--dataset", "digits"),
-        )
-        for flag, value in meaningless:
+        images = ["--dataset", "digits"]
+        for flag, value in (
+            ("--columns", "0,1"), ("--drop", "0"), ("--missing", "drop"), ("--scale", "true"),
+        ):
             self.refuse(
-                [*beside, "--collapsed", 2, flag, value],
-                f"{flag}: cannot be combined with --residual",
-            )
+                [*images, flag, value], f"{flag}: cannot be combined with --dataset digits")
+        self.refuse(
+            ["--x", x, "--likelihood", "poisson", "--scale"],
+            "--scale: cannot be combined with --likelihood poisson")
+        for flag, value in (("--mean", y), ("--log_var", y), ("--fisher", y)):
+            self.refuse(["--x", x, flag, value], f"{flag}: also wants --residual")
 
     def test_extreme_flags(self):
         """They are refused at once, in one line. Nothing is read, printed or written."""

@@ -8,8 +8,10 @@ from tests.small import ROOT
 
 # Each module imports only modules that stand before it in this list.
 MODULES = (
-    "processes", "common", "theory", "files", "headroom", "verify", "datasets", "arrays",
-    "training", "pictures", "post_mortem", "report", "deep",
+    "processes", "common", "theory", "files", "own_model", "headroom", "verify", "datasets",
+    "text_files", "arrays",
+    "training", "pictures", "losses", "linear_prediction", "stability", "post_mortem", "report",
+    "deep",
     "measurements", "answers", "figures", "page",
 )
 WIDEST = 100
