@@ -203,12 +203,12 @@ def _open_array(f, flag, path, name):
         )
 
 
-def _note(message):
+def note(message):
     """Print a remark on the data on stderr."""
     print(f"note: {message}", file=sys.stderr)
 
 
-def _warn(message):
+def warn(message):
     """Print a warning on stderr."""
     print(f"warning: {message}", file=sys.stderr)
 
@@ -400,9 +400,9 @@ def _read_text(f, flag, path, name):
 
     table = text_files.read_table(path, choose, allows_missing=f.missing == "drop")
     if table.remark:
-        _note(f"--{flag}: {path!r}: {table.remark}")
+        note(f"--{flag}: {path!r}: {table.remark}")
     if flag == "x" and table.begins_with_row_numbers():
-        _warn(f"--x: {path!r}: the first column looks like a row index; --drop 0 leaves it out")
+        warn(f"--x: {path!r}: the first column looks like a row index; --drop 0 leaves it out")
     return dataclasses.replace(_rows_of_array(flag, table.numbers), place=table.place)
 
 
@@ -610,7 +610,7 @@ def _without_missing(f, sources):
         common.stop(
             f, f"--missing: drop leaves {len(kept)} of {count:,} rows, wants at least 2 rows"
         )
-    _note(f"{count - len(kept):,} of {count:,} rows lack a number and are left out")
+    note(f"{count - len(kept):,} of {count:,} rows lack a number and are left out")
     return [_with_rows(source, kept) for source in sources]
 
 
@@ -826,13 +826,13 @@ def remark_on(f, source):
     if f.model != "vae" or f.loss != "none":
         return
     if not extent.is_whole:
-        _note(
+        note(
             "all numbers of --x are from 0 to 1, and the answer is for a Gaussian decoder (squared "
             "error); if the decoder ends in a sigmoid and the loss is binary cross-entropy, --loss "
             "bce_sum or --loss bce_mean gives the answer for it"
         )
     elif extent.low < extent.high:
-        _note(
+        note(
             "--x is binary, and the answer is for a Gaussian decoder (squared error); a decoder "
             "that is trained with binary cross-entropy wants --likelihood bernoulli, or --loss "
             "bce_sum or bce_mean"
@@ -844,7 +844,7 @@ def _warn_of_pixels(f, source):
     effect = "every beta is 65,025 times too large"
     if f.model == "hvae" or f.eta_dec == "learned":
         effect = "every variance is 65,025 times too large"
-    _warn(
+    warn(
         f"--{source.flag} looks like pixels from 0 to 255; a model of x / 255 wants --scale, "
         f"without which {effect}"
     )

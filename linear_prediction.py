@@ -136,13 +136,15 @@ def warn_of_data(f, variance, mean, count):
     zeros = (is_constant & (mean == 0)).sum()
     if zeros:
         verb = "is" if zeros == 1 else "are"
-        warn(f"{zeros} of {columns} columns {verb} 0 in every row")
+        arrays.warn(f"{zeros} of {columns} columns {verb} 0 in every row")
 
     constants = (is_constant & (mean != 0)).sum()
     if constants:
         verb = "is" if constants == 1 else "are"
-        remedy = "; a unit describes the constants, unless you give --center true"
-        warn(f"{constants} of {columns} columns {verb} constant{'' if is_centered(f) else remedy}")
+        remedy = "" if is_centered(f) else (
+            "; a unit describes the constants, unless you give --center true"
+        )
+        arrays.warn(f"{constants} of {columns} columns {verb} constant{remedy}")
 
     warn_of_few_rows(count, columns)
 
@@ -150,15 +152,10 @@ def warn_of_data(f, variance, mean, count):
 def warn_of_few_rows(count, columns):
     """Warn of fewer rows than columns."""
     if count < columns:
-        warn(
+        arrays.warn(
             f"there are fewer rows ({count:,}) than columns ({columns:,}), so there are at most "
             f"{count:,} modes, and they describe new rows less well than these"
         )
-
-
-def warn(message):
-    """Print a warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 # --- The prediction for Gaussian decoders ---

@@ -261,10 +261,9 @@ def _warn_of_reconstructions(total, moments, count):
     square = moments.squares.trace().item()
     share = ((total / count)**2).sum() / square if square > 0 else 0
     if share > 0.5:
-        print(
-            f"warning: the squared mean of --residual is {share:.0%} of its mean square; a "
-            "residual is the target minus the reconstruction; is this the reconstruction itself?",
-            file=sys.stderr,
+        arrays.warn(
+            f"the squared mean of --residual is {share:.0%} of its mean square; a residual is the "
+            "target minus the reconstruction; is this the reconstruction itself?"
         )
 
 
