@@ -323,6 +323,7 @@ def print_stability(prediction):
     """Print from which beta on collapse is stable, in words. The first line is the answer."""
     f = prediction.f
     instability = prediction.instability
+    decoder = headroom.DECODERS[f.likelihood]
     first_rho = instability.rho[0].item()
     [unstable] = prediction.point["unstable"]
     directions = "1 direction" if unstable == 1 else f"{unstable} directions"
@@ -332,8 +333,8 @@ def print_stability(prediction):
         f"{beta_in_words(f, first_rho)} on."
     )
     print(
-        f"This holds for a VAE with a {headroom.DECODERS[f.likelihood]} decoder with biases and any "
-        f"encoder on {data_name(f)} ({instability.count:,} rows)."
+        f"This holds for a VAE with a {decoder} decoder with biases and any encoder on "
+        f"{data_name(f)} ({instability.count:,} rows)."
     )
     print(
         "It is a local statement: where collapse is stable, no small step out of it lowers the "
