@@ -1421,7 +1421,7 @@ def _certainty(result):
 # The order in which to try the remedies of training.
 TRAINING_REMEDIES = (
     "a smaller initial std of the encoder (--start_std in the scripts of this project), a warm-up "
-    "of beta from 0 (--beta_warmup), more epochs or another learning rate"
+    "of beta from 0 (--beta_warmup), more epochs, or another learning rate"
 )
 
 
@@ -1433,9 +1433,10 @@ def _remedy(result):
         return "Examine more rows, at best all training rows, before you change anything."
     if result.cause == "training":
         return (
-            "Beta need not change, because the loss would fall at this beta. Try in this order: "
-            f"{TRAINING_REMEDIES}. Also count the dead units of ReLU layers, which fire for no "
-            "example, because they get no gradient."
+            "Beta need not change, because the loss would fall at this beta. First count the dead "
+            "units of ReLU layers, which fire for no example and get no gradient. If most are "
+            "dead, start anew with a smaller learning rate. Otherwise try in this order: "
+            f"{TRAINING_REMEDIES}."
         )
     if result.cause == "encoder":
         return (
@@ -1462,18 +1463,18 @@ def _remedy_of_gaussian_objective(result):
         )
     if largest > result.level:
         return (
-            f"More training hardly helps: the collapsed units gain at most {theory.ACTIVE} nats. A "
-            "smaller beta or eta_dec would raise their gain."
+            "More training hardly helps these units, because they gain at most "
+            f"{theory.ACTIVE} nats. A smaller beta or eta_dec would raise their gain."
         )
 
     beta = largest / result.eta_dec**2
     eta_dec = (largest / result.beta)**0.5
     return (
-        "More training does not help. At this trained model, a collapsed unit with any encoder "
-        f"lowers the loss only if beta is below {beta:.4g}, which is {beta / result.beta:.2g} "
-        f"times its value, or, at this beta, if eta_dec is below {eta_dec:.4g}. If eta_dec is "
-        "fixed, the decoder may also learn its variance, which lowers eta_dec if the residual is "
-        "smaller than it."
+        "More training does not revive collapsed units. At this trained model, a collapsed unit "
+        f"with any encoder lowers the loss only if beta is below {beta:.4g}, which is "
+        f"{beta / result.beta:.2g} times its value, or, at this beta, if eta_dec is below "
+        f"{eta_dec:.4g}. If eta_dec is fixed, the decoder may also learn its variance, which "
+        "lowers eta_dec if the residual is smaller than it."
     )
 
 
@@ -1486,9 +1487,9 @@ def _remedy_of_other_objective(result):
             "to describe."
         )
     return (
-        "More training does not help. At this trained model, a small step out of collapse lowers "
-        f"the loss only if beta is below {rho:.4g}, which is rho_1 of any encoder and "
-        f"{rho / result.beta:.2g} times the value of beta."
+        "More training does not revive collapsed units. At this trained model, a small step out of "
+        f"collapse lowers the loss only if beta is below {rho:.4g}, which is rho_1 of any encoder "
+        f"and {rho / result.beta:.2g} times the value of beta."
     )
 
 

@@ -671,7 +671,10 @@ class Answers(unittest.TestCase):
         self.assertIn(
             "only if beta is below 1.2, which is 0.6 times its value, or, at this beta, if "
             f"eta_dec is below {0.15**0.5:.4g}", result.remedy)
-        self.assertTrue(result.remedy.startswith("More training does not help."), result.remedy)
+        self.assertTrue(
+            result.remedy.startswith("More training does not revive collapsed units."),
+            result.remedy,
+        )
         self.assertIn("learn its variance", result.remedy)
 
         # They hold: just below them a unit gains something, and just above nothing.
