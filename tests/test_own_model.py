@@ -658,7 +658,7 @@ class Answers(unittest.TestCase):
             result.certainty,
             "Units found on one half of the rows and measured on the other half lead to the same "
             "verdict, so the 1,000 rows are enough for it.")
-        remedies = ("Beta need not change", "initial std", "warm-up of beta", "more epochs", "dead")
+        remedies = ("Beta need not change", "dead", "initial std", "warm-up of beta", "more epochs")
         places = [result.remedy.index(remedy) for remedy in remedies]
         self.assertEqual(places, sorted(places))
 
