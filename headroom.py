@@ -357,7 +357,8 @@ def instability_ratios(part, fisher):
 
     Before training, at a decoder that gives each column its mean, T and F are the covariance of the
     statistics, and H is `mean_fisher` of their means. For binary data the matrix is then the
-    correlation matrix of x. For categories it is that of multiple correspondence analysis.
+    correlation matrix of x. For categories it is that of multiple
+    correspondence analysis, times the number of columns.
     """
     return theory.spectrum(whitened(part, fisher))
 
@@ -1033,7 +1034,7 @@ def last_change(curve):
 class PostMortem:
     """Why units of a trained model collapsed, and what to change. `print` shows the answer.
 
-    Each pair belongs to units with a linear encoder and to units with any encoder.
+    The first entry of each pair is for units with a linear encoder, and the second for any encoder.
 
     count: the number of rows that were examined.
     units: the number of latent units, or None if it is unknown.
@@ -1057,8 +1058,9 @@ class PostMortem:
     cause: a result of `cause_of_collapse` if all rows and the held-out rows agree, "undecided" if
         they do not, and "none" if no unit collapsed.
     verdict: whether the objective or training collapsed the units, in words.
-    certainty: whether the rows are enough for the verdict, in a sentence.
-    remedy: what to change, and why, in one to three sentences.
+    certainty: whether the rows are enough for the verdict, in a sentence. If no unit collapsed, it
+        says that every mean KL exceeds the limit.
+    remedy: what to change, and why, in one to four sentences.
     """
     count: int
     units: int | None
@@ -1470,11 +1472,11 @@ def _remedy_of_gaussian_objective(result):
     beta = largest / result.eta_dec**2
     eta_dec = (largest / result.beta)**0.5
     return (
-        "More training does not revive collapsed units. At this trained model, a collapsed unit "
-        f"with any encoder lowers the loss only if beta is below {beta:.4g}, which is "
+        "More training of this model hardly revives collapsed units. For it, a collapsed unit with "
+        f"any encoder lowers the loss only if beta is below {beta:.4g}, which is "
         f"{beta / result.beta:.2g} times its value, or, at this beta, if eta_dec is below "
-        f"{eta_dec:.4g}. If eta_dec is fixed, the decoder may also learn its variance, which "
-        "lowers eta_dec if the residual is smaller than it."
+        f"{eta_dec:.4g}. If eta_dec is fixed, you may let the decoder learn it. This lowers "
+        "eta_dec if the mean squared error per column is below eta_dec^2."
     )
 
 
@@ -1487,7 +1489,7 @@ def _remedy_of_other_objective(result):
             "to describe."
         )
     return (
-        "More training does not revive collapsed units. At this trained model, a small step out of "
+        "More training of this model hardly revives collapsed units. For it, a small step out of "
         f"collapse lowers the loss only if beta is below {rho:.4g}, which is rho_1 of any encoder "
         f"and {rho / result.beta:.2g} times the value of beta."
     )

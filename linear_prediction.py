@@ -34,7 +34,8 @@ def learns_eta_dec(f):
 def is_centered(f):
     """Whether the mean of each column is subtracted, which a model with biases learns.
 
-    By default it is for files, and not for data sets of images, like the linear scripts.
+    By default files are centred. Data sets of images are not, because the linear scripts have no
+    biases.
     """
     if f.center == "auto":
         return f.dataset == "none"
@@ -384,8 +385,8 @@ def trade_off(f, variances, beta):
     Returns, each (m,):
       active      the number of active units of the level that beta acts on
       rate        the sum of the KL terms, in nats per row
-      distortion  the mean squared error
-      loss        the least negative beta-ELBO L*, in nats per row
+      distortion  the squared error, summed over the columns and averaged over the rows
+      loss        the minimum of the negative beta-ELBO, L*, in nats per row
       eta_dec     the std of the decoder, only if it is learned
 
     L* = distortion / (2 eta_dec^2) + D/2 log(2 pi eta_dec^2) + the KL terms, each times its beta.
@@ -431,7 +432,7 @@ def recommended_betas(collapse, active):
 def curve_betas(collapse):
     """400 betas around those at which units collapse (d,), evenly on a log scale: (400,).
 
-    They span four decades, and a little more, at most.
+    They span five decades at most.
     """
     # A beta outside these limits is a rounding error of 0 or of infinity.
     ends = [beta for beta in collapse.tolist() if 1e-300 < beta < 1e300]
@@ -717,7 +718,7 @@ def draw_trade_off(path, prediction):
         upper, lower = axes[:, 0]
         upper.plot(curve["rate"], curve["distortion"], color="0.3")
         upper.plot(point["rate"], point["distortion"], "o", color="C3", label=label)
-        upper.set(xlabel="rate: KL (nats per row)", ylabel="distortion: mean squared error")
+        upper.set(xlabel="rate: KL (nats per row)", ylabel="distortion: squared error per row")
 
         lower.step(curve[swept], curve["active"], where="mid", color="0.3")
         lower.plot(point[swept], point["active"], "o", color="C3", label=label)

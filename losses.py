@@ -7,7 +7,9 @@ them, for D columns and k latent units:
 - A mean over the D columns is a sum over them, divided by D. Multiplying the whole loss by D does
   not change its minimum. So the mean with the KL weight w is the sum with the KL weight w D.
 - The squared error (x - m)^2 without the factor 1/2 is -log p(x|z) of a Gaussian decoder with
-  eta_dec = sqrt(1/2), except for a constant. Half of it belongs to eta_dec = 1.
+  eta_dec = sqrt(1/2), except for a constant. Half of it belongs to eta_dec = 1. Only beta eta_dec^2
+  decides which units collapse. So mse_mean, too, is eta_dec = sqrt(1/2) with beta = w D. The table
+  has eta_dec = 1 with half of that beta.
 
     loss                   likelihood    eta_dec      beta
     mse_mean               gaussian      1            w D / 2
@@ -32,6 +34,8 @@ from dataclasses import dataclass
 
 import common
 
+import headroom
+
 
 @dataclass
 class Loss:
@@ -40,7 +44,7 @@ class Loss:
     likelihood: the kind of decoder, one of headroom.LIKELIHOODS.
     eta_dec: the std of a Gaussian decoder, "learned", or None for another decoder.
     is_mean: whether the loss is a mean over the columns.
-    beta: the beta of a KL weight of 1, for a sum over the columns or for a single column.
+    beta: the beta for a KL weight of 1. If is_mean, it is multiplied by the number of columns.
     """
     likelihood: str
     eta_dec: float | str | None
@@ -61,7 +65,7 @@ LOSSES = {
 
 
 def check_flags(settings):
-    """End the program if flags do not go together with --loss, or if they want it."""
+    """End the program if flags contradict --loss, or if they need a --loss that is missing."""
     f = settings[0]
     default = type(f)
     if f.loss == "none":
@@ -74,6 +78,10 @@ def check_flags(settings):
     # The learned number is an input of a post-mortem.
     if not (f.residual and LOSSES[f.loss].eta_dec == "learned"):
         replaced.append("eta_dec")
+    elif any(g.eta_dec == default.eta_dec for g in settings):
+        common.stop(
+            f, f"--loss: {f.loss} with --residual also wants --eta_dec, the number that was learned"
+        )
     for name in replaced:
         if any(getattr(g, name) != getattr(default, name) for g in settings):
             weight = "; give --kl_weight instead" if name == "beta" else ""
@@ -83,7 +91,8 @@ def check_flags(settings):
     for g in settings:
         if g.model == "hvae":
             common.stop(f, "--loss: cannot be combined with --model hvae, which has two betas")
-        if g.model == "cvae" and LOSSES[f.loss].eta_dec == "learned" and not f.residual:
+        is_mse = f.loss.startswith("mse")
+        if g.model == "cvae" and not is_mse and not f.residual:
             common.stop(f, f"--loss: got {f.loss}, wants mse_mean or mse_sum for --model cvae")
 
 
@@ -131,7 +140,8 @@ def in_words(settings, columns, units):
     """
     f = settings[0]
     loss = LOSSES[f.loss]
-    decoder = f"a {loss.likelihood.capitalize()} decoder"
+    name = headroom.DECODERS.get(loss.likelihood, "Gaussian")
+    decoder = f"a {name} decoder"
     if loss.eta_dec == "learned":
         decoder += " with a learned eta_dec"
     elif loss.eta_dec is not None:
@@ -145,8 +155,11 @@ def in_words(settings, columns, units):
             f"a mean over {columns:,} columns with weight 1 is their sum with weight {columns:,}"
         )
     if loss.beta != 1:
-        reasons.append("and a squared error is twice that of eta_dec = 1")
+        reasons.append("the squared error is twice the loss of a decoder with eta_dec = 1")
     if f.kl_reduction == "mean":
         reasons.append(f"a KL averaged over {units:,} units is their sum with weight 1/{units:,}")
-    reason = f" ({', '.join(reasons)})" if reasons else ""
-    return f"The loss {f.loss} with KL weight {weights} is {decoder} and beta = {betas}{reason}."
+    reason = f" ({'; '.join(reasons)})" if reasons else ""
+    return (
+        f"The loss {f.loss} with KL weight {weights} amounts to {decoder} and beta = {betas}"
+        f"{reason}."
+    )

@@ -4,8 +4,8 @@ headroom.post_mortem calls `measure` with the functions of the loop. The words a
 headroom.py: u is the input of the encoder, r is the residual, and H is the Fisher information.
 
 The rows are read once, batch by batch. Sums over them are kept for two halves of the rows, in
-float64. The expectation of the decoder's mean over z is estimated twice, from independent draws.
-The product of the two residuals then has no noise of the draws on average.
+float64. The expectation of the decoder's mean over z is estimated twice. The draws of the two
+estimates are independent, so that their noise averages to zero in the product of the two residuals.
 
 All errors are ValueErrors of one sentence, which says what was wrong and what is wanted.
 """

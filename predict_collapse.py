@@ -15,7 +15,8 @@ trained here: the answers are closed forms.
         --beta 1 --collapsed 9
 
 The data are the rows of a file (.npy, .npz, .csv, .tsv or .pt), a folder of images, or a data set
-of images. Every prediction depends on the data only through their first and second moments.
+of images. Predictions depend on the data only through their first and second moments, except for
+the loss of a collapsed Poisson model.
 
 The loss is given either in the terms of the theory (--likelihood, --eta_dec, --beta) or as PyTorch
 spells it (--loss, --kl_weight, --kl_reduction). losses.py translates the latter.
@@ -86,7 +87,8 @@ class Flags(common.BaseFlags):
     dataset: str = common.flag(
         "none",
         "data set whose training images replace --x; for a CVAE, x is a quarter of each image and "
-        "y the rest; --likelihood bernoulli makes the pixels binary, and --loss bce_sum does not",
+        "y the rest; --likelihood bernoulli makes the pixels binary; --loss bce_sum and bce_mean "
+        "do not",
         choices=("none", "mnist", "fashion", "digits"),
     )
     data_dir: str = common.flag("data", "folder that holds the data sets", metavar="FOLDER")
@@ -111,7 +113,8 @@ class Flags(common.BaseFlags):
     center: str = common.flag(
         "auto",
         "whether to subtract the mean of each column, which a model with biases learns; auto means "
-        "true for files, and false for --dataset, like the linear scripts, which have no biases",
+        "true for files, and false for --dataset, because the linear scripts of this project have "
+        "no biases; only for a Gaussian decoder",
         choices=("auto", "true", "false"),
     )
     model: str = common.flag("vae", "kind of linear model", choices=("vae", "cvae", "hvae"))
@@ -124,8 +127,10 @@ class Flags(common.BaseFlags):
     )
     loss: str = common.flag(
         "none",
-        "the reconstruction loss of a VAE or CVAE as PyTorch names it, with the reduction over "
-        "the columns; it replaces --likelihood, --eta_dec and --beta",
+        "the reconstruction loss of a VAE as PyTorch names it, with the reduction over the "
+        "columns; it replaces --likelihood, --eta_dec and --beta, except that --residual with "
+        "gaussian_nll also wants the learned --eta_dec; a CVAE before training takes only mse_mean "
+        "and mse_sum",
         choices=("none", *losses.LOSSES),
         single=True,
     )
@@ -190,9 +195,9 @@ class Flags(common.BaseFlags):
     residual: str = common.flag(
         "",
         "file with the targets of a trained model minus its reconstructions, one row for each row "
-        "of --x; --x then has the inputs of its encoder, and each reconstruction is a mean over "
-        "many draws of z: of the decoder's mean, of the probability of a 1 (bernoulli) or of the "
-        "rate (poisson)",
+        "of --x, which then has the inputs of its encoder; a reconstruction is the decoder's mean "
+        "(for bernoulli the probability of a 1, for poisson the rate), averaged over many draws of "
+        "z",
         metavar="FILE",
     )
     fisher: str = common.flag(
@@ -222,8 +227,8 @@ class Flags(common.BaseFlags):
     )
     active: int = common.flag(
         0,
-        "number of active units for which beta is recommended, in an HVAE of z2 and beta_2; 0 asks "
-        "for no recommendation",
+        "number of units to keep active, for which beta is recommended; in an HVAE these are units "
+        "of z2, and beta_2 is recommended; 0 asks for no recommendation",
         low=0,
     )
     out_dir: str = common.flag("runs", "folder for the results", metavar="FOLDER")
@@ -260,26 +265,26 @@ def check_prediction_flags(settings):
 def check_likelihood_flags(settings):
     """End the program if flags of a prediction do not go with a decoder that is not Gaussian."""
     f = settings[0]
+    chosen = f"--likelihood {f.likelihood}" if f.loss == "none" else f"--loss {f.loss}"
     other_models = [g.model for g in settings if g.model != "vae"]
     if other_models:
         common.stop(
-            f, f"--model: got {other_models[0]}, wants vae for --likelihood {f.likelihood}"
+            f, f"--model: got {other_models[0]}, wants vae for {chosen}"
         )
     post_mortem.refuse_flags(
         settings,
         post_mortem.GAUSSIAN_FLAGS,
-        f"--likelihood {f.likelihood}, which has no such number",
+        f"{chosen}, which has no such number",
     )
     post_mortem.refuse_flags(
-        settings, ("active", "center"), f"--likelihood {f.likelihood}, only with gaussian"
+        settings, ("active", "center"), f"{chosen}, only with a Gaussian decoder"
     )
     if f.likelihood != "bernoulli":
-        post_mortem.refuse_flags(settings, ("scale",), f"--likelihood {f.likelihood}")
+        post_mortem.refuse_flags(settings, ("scale",), chosen)
     if f.dataset != "none" and f.likelihood != "bernoulli":
         common.stop(
             f,
-            f"--dataset: cannot be combined with --likelihood {f.likelihood}; images are for "
-            "gaussian or bernoulli",
+            f"--dataset: cannot be combined with {chosen}; images are for gaussian or bernoulli",
         )
 
 

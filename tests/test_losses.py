@@ -121,15 +121,15 @@ class Flags(Case):
             (
                 ["--loss", "mse_mean", "--kl_weight", 0.1],
                 ["--beta", 0.3],
-                "The loss mse_mean with KL weight 0.1 is a Gaussian decoder with eta_dec = 1 and "
-                "beta = 0.3 (a mean over 6 columns with weight 1 is their sum with weight 6, and a "
-                "squared error is twice that of eta_dec = 1).",
+                "The loss mse_mean with KL weight 0.1 amounts to a Gaussian decoder with eta_dec = "
+                "1 and beta = 0.3 (a mean over 6 columns with weight 1 is their sum with weight 6; "
+                "the squared error is twice the loss of a decoder with eta_dec = 1).",
             ),
             (
                 ["--loss", "mse_sum"],
                 ["--eta_dec", 0.5**0.5],
-                "The loss mse_sum with KL weight 1 is a Gaussian decoder with eta_dec = 0.7071 and "
-                "beta = 1.",
+                "The loss mse_sum with KL weight 1 amounts to a Gaussian decoder with eta_dec = "
+                "0.7071 and beta = 1.",
             ),
             (
                 ["--loss", "mse_sum", "--kl_reduction", "mean", "--d_1", 5],
@@ -139,7 +139,7 @@ class Flags(Case):
             (
                 ["--loss", "gaussian_nll_sum", "--kl_weight", 0.5, "--d_1", 5],
                 ["--eta_dec", "learned", "--beta", 0.5, "--d_1", 5],
-                "is a Gaussian decoder with a learned eta_dec and beta = 0.5.",
+                "to a Gaussian decoder with a learned eta_dec and beta = 0.5.",
             ),
         ):
             with self.subTest(argv=argv):
@@ -166,7 +166,7 @@ class Flags(Case):
         """A list of weights is one report with a row for each."""
         x = self.save("x.npy", self.x)
         _, out, _ = self.predict("--x", x, "--loss", "mse_mean", "--kl_weight", "0.1,1,2")
-        self.assertIn("with KL weight 0.1, 1, 2 is", out)
+        self.assertIn("with KL weight 0.1, 1, 2 amounts to", out)
         self.assertIn("beta = 0.3, 3, 6 (", out)
         self.assertEqual(out.count("stay active"), 1)
         self.assertEqual([row.split()[0] for row in out.split("\n")[-4:-1]], ["0.3", "3", "6"])
@@ -177,7 +177,7 @@ class Flags(Case):
         argv = ["--x", x, "--loss", "bce_mean", "--kl_weight", "0.25"]
         status, out, err = self.call(*argv)
         self.assertEqual(status, 0, err)
-        self.assertIn("is a Bernoulli decoder and beta = 1.5 (a mean over 6 columns", out)
+        self.assertIn("to a Bernoulli decoder and beta = 1.5 (a mean over 6 columns", out)
         _, expected, _ = self.call("--x", x, "--likelihood", "bernoulli", "--beta", 1.5)
         self.assertIn("At beta 1.5 (KL weight 0.25), collapse", out)
         # The tables are the same.
@@ -211,7 +211,7 @@ class Flags(Case):
         status, out, err = self.call(*argv, "--loss", "mse_mean", "--kl_weight", 3)
         self.assertEqual(status, 0, err)
         first, _, rest = out.partition("\n")
-        self.assertIn("with KL weight 3 is a Gaussian decoder with eta_dec = 1 and beta = 6", first)
+        self.assertIn("weight 3 amounts to a Gaussian decoder with eta_dec = 1 and beta = 6", first)
         _, expected, _ = self.call(*argv, "--beta", 6)
         self.assertEqual(rest, expected)
 
@@ -228,9 +228,19 @@ class Flags(Case):
             [*argv, "--kl_reduction", "mean"], "--kl_reduction: got mean, also wants --d_1")
         for flag, value in (("--kl_weight", 2), ("--kl_reduction", "mean")):
             self.refuse_in_one_line(["--x", x, flag, value], f"{flag}: also wants --loss")
+        for loss in ("gaussian_nll", "bce_sum", "ce_mean"):
+            self.refuse_in_one_line(
+                ["--x", x, "--y", y, "--model", "cvae", "--loss", loss],
+                f"--loss: got {loss}, wants mse_mean or mse_sum for --model cvae")
         self.refuse_in_one_line(
-            ["--x", x, "--y", y, "--model", "cvae", "--loss", "gaussian_nll"],
-            "--loss: got gaussian_nll, wants mse_mean or mse_sum for --model cvae")
+            ["--x", x, "--loss", "bce_sum", "--center", "true"],
+            "--center: cannot be combined with --loss bce_sum, only with a Gaussian decoder")
+        residual = ["--x", x, "--residual", y, "--collapsed", 1, "--loss", "gaussian_nll"]
+        self.refuse_in_one_line(
+            residual, "--loss: gaussian_nll with --residual also wants --eta_dec")
+        status, out, err = self.call(*residual, "--eta_dec", 0.4)
+        self.assertEqual(status, 0, err)
+        self.assertIn("With beta = 4 and eta_dec = 0.4, 1 unit collapsed", out)
         self.refuse_in_one_line(
             ["--x", x, "--loss", "mse"], "--loss: got 'mse', wants one of", "mse_mean")
 

@@ -11,7 +11,7 @@ import unittest
 
 import common
 import torch
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Bernoulli, Categorical, Normal, Poisson
 from torch.nn import functional
 
 import losses
@@ -174,7 +174,7 @@ class TableOfLosses(unittest.TestCase):
                     p = torch.rand(B, D).double()
                     values = {
                         **vars(functional), "B": B, "x": bits, "codes": codes, "logits": logits,
-                        "m": m, "p": p, "variance": variance,
+                        "m": m, "p": p, "variance": variance, "log_rates": m,
                     }
                     square = {"√½": 0.5, "learned": 0.3, "1": 1, "": 1}[eta_dec]
                     std = torch.full_like(m, square).sqrt()
@@ -182,6 +182,7 @@ class TableOfLosses(unittest.TestCase):
                         "Gaussian": lambda: Normal(m, std).log_prob(bits),
                         "Bernoulli": lambda: Bernoulli(p).log_prob(bits),
                         "categories": lambda: Categorical(logits=logits.mT).log_prob(codes),
+                        "Poisson": lambda: Poisson(m.exp()).log_prob(bits),
                     }[decoder]()
                     factor = {"w": 1, "w D": D, "w D / 2": D / 2}[beta.split(",")[0]]
                     loss = eval(code, values)
