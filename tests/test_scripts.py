@@ -483,9 +483,10 @@ class Divergence(Small):
         """Check a command whose only setting diverges. Returns its stderr."""
         status, out, err = self.run_script(script, *argv)
         self.assertEqual(status, 1, err)
-        _, row, note = self.table(out)
+        _, row, note, advice = self.table(out)
         self.assertEqual(row, ["diverged"])
         self.assertEqual(note[:5], ["seed=0", "diverged", "in", "epoch", note[4]])
+        self.assertEqual(advice[-2], "--lr")
         self.check_words(out)
         self.check_result(self.run_folder(script))
 
@@ -531,7 +532,8 @@ class Divergence(Small):
         )
         self.assertEqual(status, 1, err)
         self.assertIn("training 2 settings", err)
-        names, finished, diverged, note, more = self.table(out)
+        names, finished, diverged, note, advice, more = self.table(out)
+        self.assertEqual(advice[-2], "--lr")
         self.assertEqual(more, ["more", "columns:", "--columns", "all"])
         self.assertNotRegex(out, r"\b(nan|inf)\b")
 

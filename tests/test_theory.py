@@ -479,7 +479,8 @@ class Spectra(unittest.TestCase):
             predicted_y = x @ (torch.linalg.pinv(x) @ y)
             E = theory.moment_given_x(theory.second_moment(x, y), 6)
             expected = theory.second_moment(y - predicted_y)
-            torch.testing.assert_close(E, expected, rtol=0, atol=1e-12)
+            # The moments of y are about 50, and their rounding errors depend on the processor.
+            torch.testing.assert_close(E, expected, rtol=0, atol=1e-11)
             self.assertTrue((theory.spectrum(E) >= 0).all())
 
     def test_every_unit_collapses_where_x_determines_y(self):
