@@ -1060,7 +1060,7 @@ class PostMortem:
     verdict: whether the objective or training collapsed the units, in words.
     certainty: whether the rows are enough for the verdict, in a sentence. If no unit collapsed, it
         says that every mean KL exceeds the limit.
-    remedy: what to change, and why, in one to four sentences.
+    remedy: what to change, and why, in one to five sentences.
     """
     count: int
     units: int | None
@@ -1097,8 +1097,10 @@ class PostMortem:
         if not self.kl:
             return "The number of collapsed units was given, not counted."
         verb = "is" if self.active == 1 else "are"
+        total = sum(self.kl)
+        nats = f"{total:.4f}" if total < 1e6 else f"{total:.4g}"
         return (
-            f"The KL is {sum(self.kl):.4f} nats per row in total. By the variance of their means, "
+            f"The KL is {nats} nats per row in total. By the variance of their means, "
             f"{self.active} of {self.units} units {verb} active."
         )
 
@@ -1133,10 +1135,15 @@ class PostMortem:
         if self.likelihood == "poisson":
             words += " A Poisson decoder has no guaranteed gain."
         if self.idle_columns == 1:
-            words += " 1 column has no information and is left out."
+            words += f" 1 {self._column_noun()} has no information and is left out."
         elif self.idle_columns:
-            words += f" {self.idle_columns} columns have no information and are left out."
+            noun = {"column": "columns", "category": "categories"}[self._column_noun()]
+            words += f" {self.idle_columns} {noun} have no information and are left out."
         return words
+
+    def _column_noun(self):
+        """What an entry of the residual belongs to."""
+        return "category" if self.likelihood == "categorical" else "column"
 
     def __str__(self):
         parts = [self.answer(), self.kl_in_words()]
@@ -1204,13 +1211,14 @@ def examine(
     """The PostMortem of a model, from the moments of two halves of its rows.
 
     halves are [ResidualMoments of one half, ResidualMoments of the other], and sizes are their
-    numbers of rows. eta_dec is that of a Gaussian decoder. For the other arguments see PostMortem.
-    Raises ValueError if a moment or a figure is not finite, or if a column has a residual but no
-    information.
+    numbers of rows. The last entry of u is the constant 1. eta_dec is that of a Gaussian decoder.
+    For the other arguments see PostMortem. Raises ValueError if a moment or a figure is not finite,
+    or if a column has a residual but no information.
     """
     moments = join_halves(halves, sizes)
     _check_moments(moments, kl)
-    parts = (linear_part(moments.cross, moments.moment), moments.squares)
+    parts = _parts(moments)
+    decoder = {"beta": beta, "likelihood": likelihood, "eta_dec": eta_dec}
 
     # 1. The eigenvalues. The first ones say whether the collapse with another decoder is stable.
     held_out_rho = None
@@ -1227,9 +1235,8 @@ def examine(
         unstable = (instability(*largest, level), instability(*held_out_rho, level))
 
     # 2. The gains.
-    gains, held_out_gains = _gains_of_units(
-        parts, halves, collapsed, beta=beta, likelihood=likelihood, eta_dec=eta_dec
-    )
+    gains = _gains_on_all_rows(parts, collapsed, **decoder)
+    held_out_gains = _gains_on_held_out_rows(halves, collapsed, **decoder)
     result = PostMortem(
         count=sum(sizes),
         units=units,
@@ -1250,7 +1257,39 @@ def examine(
 
     # 3. The cause, and the words.
     _judge(result, unstable)
+    if result.cause not in ("none", "objective") and _mean_decides(moments, result):
+        result.remedy = REMEDY_OF_THE_MEAN
     return result
+
+
+def _parts(moments):
+    """T and F of ResidualMoments."""
+    return linear_part(moments.cross, moments.moment), moments.squares
+
+
+def _mean_decides(moments, result):
+    """Whether the objective would be the cause if the residual had the mean 0 in each column.
+
+    moments are those of all rows.
+    """
+    mean = moments.cross[:, -1]
+    centred = moments._replace(
+        cross=moments.cross - torch.outer(mean, moments.moment[-1]),
+        squares=moments.squares - torch.outer(mean, mean),
+    )
+    parts = _parts(centred)
+    gains = _gains_on_all_rows(
+        parts,
+        result.collapsed,
+        beta=result.beta,
+        likelihood=result.likelihood,
+        eta_dec=result.eta_dec,
+    )
+    unstable = ""
+    if result.likelihood != "gaussian":
+        rhos = [instability_ratios(part, moments.fisher)[0].item() for part in parts]
+        unstable = instability(*rhos, result.level)
+    return cause_of_collapse(*gains, unstable) == "objective"
 
 
 def join_halves(halves, sizes):
@@ -1325,26 +1364,37 @@ def _held_out_rho(halves, fisher):
     return tuple(rhos)
 
 
-def _gains_of_units(parts, halves, collapsed, beta, likelihood, eta_dec):
-    """(gains, held_out_gains) of a PostMortem. parts are T and F."""
-    if likelihood == "poisson" or not collapsed:
-        return (0.0, 0.0), (0.0, 0.0)
+def _gaussian_scale(likelihood, eta_dec):
+    """(scale, std) of the Gaussian decoder that guarantees the gain of this one.
 
-    # A decoder whose curvature is at most B gains at least as much as a Gaussian one whose variance
-    # is 1 / B, and whose residual is r / B.
-    scale = 1
-    std = eta_dec
-    if likelihood != "gaussian":
-        scale = 1 / CURVATURE_BOUNDS[likelihood]
-        std = scale**0.5
-    objective = {"beta": beta, "weight": 1, "std": std}
+    A decoder whose curvature is at most B gains at least as much as a Gaussian one whose variance
+    is 1 / B, and whose residual is r / B. The residual is multiplied by the scale.
+    """
+    if likelihood == "gaussian":
+        return 1, eta_dec
+    scale = 1 / CURVATURE_BOUNDS[likelihood]
+    return scale, scale**0.5
+
+
+def _gains_on_all_rows(parts, collapsed, beta, likelihood, eta_dec):
+    """The `gains` of a PostMortem. parts are T and F."""
+    if likelihood == "poisson" or not collapsed:
+        return 0.0, 0.0
+    scale, std = _gaussian_scale(likelihood, eta_dec)
     gains = []
     for part in parts:
         tau = theory.spectrum(scale**2 * part)
-        gains.append(gain_of_units(tau, collapsed, **objective))
+        gains.append(gain_of_units(tau, collapsed, beta=beta, weight=1, std=std))
     # A linear encoder is one of any encoders. T keeps some noise of the draws of z.
-    gains[1] = max(gains)
+    return gains[0], max(gains)
 
+
+def _gains_on_held_out_rows(halves, collapsed, beta, likelihood, eta_dec):
+    """The `held_out_gains` of a PostMortem."""
+    if likelihood == "poisson" or not collapsed:
+        return 0.0, 0.0
+    scale, std = _gaussian_scale(likelihood, eta_dec)
+    objective = {"beta": beta, "weight": 1, "std": std}
     regressions = [(scale * half.cross, half.moment) for half in halves]
     linear_gains = []
     for ridge in RIDGES:
@@ -1357,7 +1407,7 @@ def _gains_of_units(parts, halves, collapsed, beta, likelihood, eta_dec):
     products = [scale**2 * half.squares for half in halves]
     identities = [(product, product) for product in products]
     any_gain = held_out_gain(identities, 0, collapsed, **objective)
-    return tuple(gains), (max(linear_gains), any_gain)
+    return max(linear_gains), any_gain
 
 
 def _judge(result, unstable):
@@ -1420,6 +1470,14 @@ def _certainty(result):
     )
 
 
+# The remedy if only the mean of the residual speaks against the objective.
+REMEDY_OF_THE_MEAN = (
+    "First mend the mean of the residual, because without it the objective would be the cause. A "
+    "bias of the decoder corrects a mean at no cost in KL, so that no unit is needed for it. Check "
+    "that the decoder's output has the scale of x, that the residual is the target minus the "
+    "reconstruction, and that training has converged."
+)
+
 # The order in which to try the remedies of training.
 TRAINING_REMEDIES = (
     "a smaller initial std of the encoder (--start_std in the scripts of this project), a warm-up "
@@ -1429,6 +1487,11 @@ TRAINING_REMEDIES = (
 
 def _remedy(result):
     """The `remedy` of a PostMortem."""
+    if result.cause == "none" and result.active == 0:
+        return (
+            "But no unit is active by the variance of its mean, so that the posterior hardly "
+            "depends on x. Check that log_var is the logarithm of the variance, and train longer."
+        )
     if result.cause == "none":
         return "Nothing needs to change."
     if result.cause == "undecided":
@@ -1438,7 +1501,9 @@ def _remedy(result):
             "Beta need not change, because the loss would fall at this beta. First count the dead "
             "units of ReLU layers, which fire for no example and get no gradient. If most are "
             "dead, start anew with a smaller learning rate. Otherwise try in this order: "
-            f"{TRAINING_REMEDIES}."
+            f"{TRAINING_REMEDIES}. If the units stay collapsed, your networks may be unable to "
+            "express them: a further unit has a weight for each column, which a purely "
+            "convolutional decoder lacks."
         )
     if result.cause == "encoder":
         return (

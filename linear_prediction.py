@@ -511,7 +511,7 @@ def active_units_in_words(prediction):
         active = int((information > 0).sum())
         noun = "unit" if len(information) == 1 else "units"
         counts.append(f"{active} of {len(information)} {noun}{of_level(level)}")
-    verb = "stays" if len(counts) == 1 and " of 1 unit" in counts[0] else "stay"
+    verb = "stays" if len(counts) == 1 and 1 in (active, len(information)) else "stay"
     beta = beta_in_words(f, getattr(f, SWEPT_FLAGS[f.model]))
     return f"At {beta}, {' and '.join(counts)} {verb} active;"
 
@@ -660,7 +660,8 @@ def print_units(prediction, level):
     print(f"\nUnits{of_level(level) or ' of z'}, with their KL in nats per row")
     common.print_table(table)
     if shown < units:
-        print(f"The other {units - shown} units are collapsed, too.")
+        others = "other unit is" if units - shown == 1 else f"other {units - shown} units are"
+        print(f"The {others} collapsed, too.")
 
 
 def pad(values, count):

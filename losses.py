@@ -44,7 +44,8 @@ class Loss:
     likelihood: the kind of decoder, one of headroom.LIKELIHOODS.
     eta_dec: the std of a Gaussian decoder, "learned", or None for another decoder.
     is_mean: whether the loss is a mean over the columns.
-    beta: the beta for a KL weight of 1. If is_mean, it is multiplied by the number of columns.
+    beta: the beta for a KL weight of 1, and the nats in one unit of the loss. If is_mean, it is
+        multiplied by the number of columns.
     """
     likelihood: str
     eta_dec: float | str | None
@@ -88,6 +89,8 @@ def check_flags(settings):
             common.stop(
                 f, f"--{name}: cannot be combined with --loss {f.loss}, which determines it{weight}"
             )
+    if f.kl_reduction == "mean" and not f.mean and not all(g.d_1 for g in settings):
+        common.stop(f, "--kl_reduction: got mean, also wants --d_1, the number of units")
     for g in settings:
         if g.model == "hvae":
             common.stop(f, "--loss: cannot be combined with --model hvae, which has two betas")
@@ -111,7 +114,7 @@ def with_beta(f, columns, units):
     """The setting with the beta of its --loss.
 
     columns is the number of columns that the decoder describes. units is the number of latent
-    units, or 0 if it is unknown. Ends the program if it is unknown and the KL is a mean over them.
+    units, or 0 if it is unknown and the KL is a sum over them.
     """
     if f.loss == "none":
         return f
@@ -120,15 +123,16 @@ def with_beta(f, columns, units):
     return dataclasses.replace(f, beta=float(f"{beta:.14g}"))
 
 
+def nats_per_unit(f, columns):
+    """The nats of -log p(x|z) in one unit of the reconstruction loss of --loss."""
+    loss = LOSSES[f.loss]
+    return loss.beta * columns if loss.is_mean else loss.beta
+
+
 def _beta_of_weight_1(f, columns, units):
     """The beta that a KL weight of 1 amounts to."""
-    loss = LOSSES[f.loss]
-    beta = loss.beta
-    if loss.is_mean:
-        beta = beta * columns
+    beta = nats_per_unit(f, columns)
     if f.kl_reduction == "mean":
-        if not units:
-            common.stop(f, "--kl_reduction: got mean, also wants --d_1, the number of units")
         beta = beta / units
     return beta
 

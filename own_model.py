@@ -42,6 +42,11 @@ def measure(encode, decode, loader, likelihood, conditional, draws, device):
     """
     if torch.is_tensor(loader):
         raise ValueError("loader is a tensor, wants an iterable of batches, such as [x]")
+    if isinstance(loader, torch.utils.data.Dataset):
+        raise ValueError(
+            "loader is a Dataset, whose items are single examples, wants batches, as from "
+            "torch.utils.data.DataLoader(dataset, batch_size=128)"
+        )
     if draws < 1:
         raise ValueError(f"draws is {draws}, wants at least 1")
 
@@ -91,7 +96,7 @@ def _as_rows(tensor):
 
 
 def _check_finite(name, tensor):
-    """Raise ValueError if a tensor has a number that is not finite."""
+    """Raise ValueError if a tensor that the model returned has a number that is not finite."""
     if not tensor.isfinite().all():
         raise ValueError(
             f"{name} has numbers that are not finite; if training diverged, try a smaller learning "
@@ -114,7 +119,8 @@ def _target_and_conditions(batch, conditional, device):
             raise ValueError(
                 f"a condition has {len(t)} rows, wants {len(tensors[0])} rows like x in its batch"
             )
-        _check_finite("a batch of loader", t)
+        if not t.isfinite().all():
+            raise ValueError("a batch of loader has numbers that are not finite, wants finite data")
     if device is not None:
         tensors = [t.to(device) for t in tensors]
     return tensors[0], tensors[1:]
@@ -154,13 +160,23 @@ def _decoder_mean(decoded, x, likelihood):
     categories = 1
     if likelihood == "categorical" and decoded.ndim:
         categories = decoded.shape[-1]
-    if not decoded.ndim or len(decoded) != len(x) or decoded.numel() != x.numel() * categories:
-        wanted = "one number for each number of x"
-        if likelihood == "categorical":
-            wanted = "for each number of x the probabilities of the categories"
+        if decoded.shape == x.shape:
+            raise ValueError(
+                f"decode returned a tensor of the shape {tuple(decoded.shape)} like x, wants x to "
+                "have the codes of the categories, without their dimension, and not one-hot vectors"
+            )
+    elif decoded.ndim == x.ndim and decoded.numel() == x.numel() and decoded.shape != x.shape:
         raise ValueError(
-            f"decode returned a tensor of the shape {tuple(decoded.shape)}, wants {wanted}, whose "
-            f"shape is {tuple(x.shape)}"
+            f"decode returned a tensor of the shape {tuple(decoded.shape)}, wants the order of the "
+            f"dimensions of x, whose shape is {tuple(x.shape)}"
+        )
+    if not decoded.ndim or len(decoded) != len(x) or decoded.numel() != x.numel() * categories:
+        wanted = f"one number for each number of x, whose shape is {tuple(x.shape)}"
+        if likelihood == "categorical":
+            shape = ", ".join(str(size) for size in x.shape)
+            wanted = f"({shape}, K) with the probabilities of the K categories of each code in x"
+        raise ValueError(
+            f"decode returned a tensor of the shape {tuple(decoded.shape)}, wants {wanted}"
         )
     _check_finite("what decode returned", decoded)
     p = _as_rows(decoded)
@@ -319,8 +335,9 @@ class HalfSums:
         most = max(u.shape[1], residuals.shape[2])
         if most > MOST_COLUMNS:
             raise ValueError(
-                f"x has {most:,} columns together with categories and conditions, wants at most "
-                f"{MOST_COLUMNS:,}; average neighbouring pixels, for example"
+                f"x has {most:,} columns (with its categories and conditions), wants at most "
+                f"{MOST_COLUMNS:,}; train on smaller images, or, for a Gaussian decoder and at "
+                f"most {MOST_COLUMNS:,} rows, save arrays for predict_collapse.py --residual"
             )
         if self._first_input is None:
             self._first_input = u[:1]

@@ -26,6 +26,7 @@ import torch
 import arrays
 import files
 import headroom
+import losses
 import own_model
 import pictures
 
@@ -138,10 +139,12 @@ class Measurement:
     sizes: the number of rows of each half.
     halves: [headroom.ResidualMoments of one half, ResidualMoments of the other].
     posterior: the own_model.PosteriorSums of --mean and --log_var, or None without them.
+    columns: the number of columns of --residual.
     """
     sizes: tuple
     halves: list
     posterior: own_model.PosteriorSums | None
+    columns: int
 
 
 def _measure(f):
@@ -177,7 +180,8 @@ def _measure(f):
         means.setdefault("fisher", mean_fisher)
         halves.append(headroom.ResidualMoments(**means))
     _warn_of_reconstructions(total, headroom.join_halves(halves, sizes), sum(sizes))
-    return Measurement(sizes=sizes, halves=halves, posterior=posterior)
+    columns = sources["residual"].columns
+    return Measurement(sizes=sizes, halves=halves, posterior=posterior, columns=columns)
 
 
 def _chunks(f, sources):
@@ -278,7 +282,8 @@ def _read_mean_fisher(f):
     shape = (source.count, source.columns)
     if shape == (count, columns):
         return None
-    if shape not in ((1, columns), (columns, 1)):
+    # The means may have the shape of an image, whose first dimension is not that of rows.
+    if source.count * source.columns != columns:
         common.stop(
             f,
             f"--fisher: got {source.count:,} rows of {source.columns:,} numbers, wants one row of "
@@ -308,15 +313,16 @@ def _check_fisher(f, moments):
 
 @dataclass
 class Examined:
-    """A setting and its headroom.PostMortem."""
+    """A setting, its headroom.PostMortem, and the number of columns of --residual."""
     f: common.BaseFlags
     result: headroom.PostMortem
+    columns: int
 
 
 def examine(settings):
     """The result of each setting: a list of Examined. Ends the program if one is not finite."""
     measurement = _measure(settings[0])
-    return [Examined(f, _examine_setting(f, measurement)) for f in settings]
+    return [Examined(f, _examine_setting(f, measurement), measurement.columns) for f in settings]
 
 
 def _examine_setting(f, measurement):
@@ -367,6 +373,12 @@ def report(examined):
     f = examined.f
     result = examined.result
     print(f"\n{result.answer()}")
+    if f.loss != "none":
+        nat = 1 / losses.nats_per_unit(f, examined.columns)
+        print(
+            f"The KL weight of {f.loss} is {f.kl_weight / f.beta:.4g} times beta. 1 nat is "
+            f"{nat:.4g} of this loss."
+        )
     print(result.kl_in_words())
     folder = files.run_dir(f, None)
     if result.collapsed:

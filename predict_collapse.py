@@ -27,8 +27,8 @@ By default they describe models with biases for files, and models without biases
 linear scripts, for --dataset. --center true or --center false chooses.
 
 With a Bernoulli, categorical or Poisson decoder, the predictions describe a VAE with any encoder
-and any decoder whose logits or log rates have biases. They say from which beta on its collapse is
-stable, and how many nats --d_1 units gain at least below it.
+and any decoder whose logits or log rates have a bias for each column. They say from which beta on
+its collapse is stable, and how many nats --d_1 units gain at least below it.
 
 With --residual the script does a post-mortem instead. It decides whether the objective or training
 collapsed the units of a VAE that you have trained, which need not be linear, and names a remedy.

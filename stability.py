@@ -333,7 +333,7 @@ def print_stability(prediction):
         f"{beta_in_words(f, first_rho)} on."
     )
     print(
-        f"This holds for a VAE with a {decoder} decoder with biases and any encoder on "
+        f"This holds for any encoder and for a {decoder} decoder with a bias for each column, on "
         f"{data_name(f)} ({instability.count:,} rows)."
     )
     print(

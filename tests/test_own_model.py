@@ -575,8 +575,34 @@ class Refused(unittest.TestCase):
         self.refuse(
             wanted, decode=constant_decoder(torch.tensor([[1.2, -0.2]] * 5)), **options)
         self.refuse(
-            "wants for each number of x the probabilities",
+            "wants (10, 5, K) with the probabilities of the K categories",
             decode=constant_decoder(torch.full((4, 2), 0.5)), **options)
+
+        # One-hot vectors in place of codes.
+        self.refuse(
+            "wants x to have the codes of the categories",
+            loader=[nn.functional.one_hot(codes[0], 2)],
+            likelihood="categorical",
+            decode=constant_decoder(torch.full((5, 2), 0.5)))
+
+    def test_order_of_dimensions(self):
+        """Channels first in x and last in what decode returns would pair the wrong pixels."""
+        images = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+        def encode(x):
+            return collapsed_encoder(x.flatten(1))
+
+        self.refuse(
+            "wants the order of the dimensions of x",
+            encode=encode,
+            loader=[images],
+            decode=constant_decoder(torch.full((4, 4, 3), 0.5)))
+        flat = constant_decoder(torch.full((48,), 0.5))
+        self.assertEqual(headroom.post_mortem(encode, flat, [images]).count, 10)
+
+    def test_a_dataset_in_place_of_batches(self):
+        dataset = torch.utils.data.TensorDataset(self.x)
+        self.refuse("loader is a Dataset, whose items are single examples", loader=dataset)
 
     def test_targets(self):
         half = constant_decoder(torch.full((5, 2), 0.5))
@@ -590,7 +616,7 @@ class Refused(unittest.TestCase):
     def test_sizes(self):
         wide = torch.zeros(2, 8001)
         self.refuse(
-            "x has 8,001 columns together with categories and conditions, wants at most 8,000",
+            "x has 8,001 columns (with its categories and conditions), wants at most 8,000",
             decode=lambda z: torch.zeros(len(z), 8001), loader=[wide])
         x = self.x
         self.refuse(
@@ -742,6 +768,40 @@ class Answers(unittest.TestCase):
         self.assertEqual((result.gains, result.held_out_gains), ((0, 0), (0, 0)))
         self.assertEqual(result.remedy, "Nothing needs to change.")
         self.assertNotIn("linear encoder", str(result))
+
+    def test_none_without_an_active_unit(self):
+        """The standard deviations in place of the log variances give a KL to each unit."""
+        result = examined([4.0, 3.0], collapsed=0, units=2, kl=[0.4, 1e20], active=0)
+        self.assertEqual(result.cause, "none")
+        self.assertIn("no unit is active", result.remedy)
+        self.assertIn("log_var is the logarithm of the variance", result.remedy)
+        self.assertIn("The KL is 1e+20 nats", result.kl_in_words())
+
+    def test_the_mean_of_the_residual(self):
+        """Reconstructions that are off by a constant. A unit would only correct their mean."""
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(3000, 6, generator=random, dtype=torch.float64)
+        offset = 3 * torch.ones(6, dtype=torch.float64)
+
+        def examine(decoded, data, **options):
+            return headroom.post_mortem(
+                collapsed_encoder, constant_decoder(decoded), [data], **options)
+
+        # 1. Noise has no use for a unit at beta = 2, whatever its mean.
+        self.assertEqual(examine(x.mean(0), x, beta=2).cause, "objective")
+        result = examine(x.mean(0) + offset, x, beta=2)
+        self.assertEqual(result.cause, "training")
+        self.assertTrue(result.remedy.startswith("First mend the mean of the residual"))
+        bits = (x > 0).double()
+        result = examine(torch.full_like(offset, 0.9), bits, beta=4, likelihood="bernoulli")
+        self.assertNotEqual(result.cause, "objective")
+        self.assertTrue(result.remedy.startswith("First mend the mean of the residual"))
+
+        # 2. Structure remains without the mean, and the usual remedies apply.
+        structured = x + 3 * x[:, :1]
+        result = examine(structured.mean(0) + offset, structured, beta=2)
+        self.assertEqual(result.cause, "training")
+        self.assertTrue(result.remedy.startswith("Beta need not change"))
 
     def test_sizes_of_halves(self):
         """All rows are the mean over both halves, weighted by their numbers of rows."""

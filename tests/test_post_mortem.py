@@ -289,7 +289,7 @@ class PostMortems(Case):
         self.assertTrue(
             out.startswith(f"\nWith beta = 0.3 and a Bernoulli decoder, {saved['verdict']}."), out)
         self.assertRegex(out, rf"\n +rho_1 +{rho[0]:.4f} +{any_rho[0]:.4f}\n")
-        for fisher in (h, h[None], np.float32(h)):
+        for fisher in (h, h[None], np.float32(h), h.reshape(2, 2)):
             other, _ = self.examine(*argv, "--fisher", self.save("mean.npy", fisher))
             np.testing.assert_allclose(other["tau_any"], saved["tau_any"], rtol=1e-6)
 

@@ -805,8 +805,8 @@ class OtherDecoders(Case):
         for sentence in (
             f"At beta 1.1, collapse of all units is unstable in {unstable} directions; it is "
             f"stable from beta {rho[0]:.4g} on.",
-            "This holds for a VAE with a Bernoulli decoder with biases and any encoder on "
-            f"{path} (301 rows).",
+            "This holds for any encoder and for a Bernoulli decoder with a bias for each column, "
+            f"on {path} (301 rows).",
             "A better solution far from collapse is not excluded.",
             "no count of the units that training would activate.",
             f"The held-out rho_1 is {held_out:.4g}.",
@@ -887,7 +887,7 @@ class OtherDecoders(Case):
         gain = self.gain(ratios, 3, 1.2)
         self.assertGreater(gain, 0)
         self.assertAlmostEqual(saved["guaranteed_gain"], gain, places=9)
-        self.assertIn("with a categorical decoder", out)
+        self.assertIn("for a categorical decoder", out)
         self.assertIn("1 of 5 columns is constant", out)
 
     def test_brute_force(self):
