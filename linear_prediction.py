@@ -542,8 +542,7 @@ def advice_in_words(f, collapse):
     units = of_level(swept_level(f))
     limit = sorted(collapse.tolist(), reverse=True)[f.active - 1]
     if limit == 0:
-        most = int((collapse > 0).sum())
-        return f"No {SWEPT_FLAGS[f.model]} keeps {f.active}{units} active, but at most {most}."
+        return f"At most {int((collapse > 0).sum())}{units} can be active."
     if limit == math.inf:
         return f"Every {SWEPT_FLAGS[f.model]} keeps {f.active}{units} active."
 

@@ -4,7 +4,7 @@ predict_collapse.py calls this module if --residual is given. The model is the u
 some arrays of it are known. In the words of headroom.py, which has the theory and the verdict, they
 are
 
-    --x                  u, the inputs of the encoder, without the 1 at their end
+    --x                  u, the inputs of the encoder; the constant 1 is appended here
     --y                  the rest of u, for the encoder of a CVAE
     --residual           r, the targets minus the mean reconstructions
     --fisher             the diagonal of H, for a Bernoulli or a Poisson decoder

@@ -303,10 +303,14 @@ def with_beta_of_residual(settings):
     if f.loss == "none":
         return settings
     columns = arrays.open_file(f, "residual").columns
-    units = arrays.open_file(f, "mean").columns if f.mean else f.d_1
-    settings = [losses.with_beta(g, columns, units) for g in settings]
-    print(losses.in_words(settings, columns, units))
-    return settings
+    counted_units = arrays.open_file(f, "mean").columns if f.mean else 0
+
+    known = []
+    for g in settings:
+        units = counted_units or g.d_1
+        known.append(losses.with_beta(g, columns, units))
+        print(losses.in_words(known[-1:], columns, units))
+    return known
 
 
 def main(argv=None):

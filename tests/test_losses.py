@@ -218,6 +218,16 @@ class Flags(Case):
         self.assertIn(line, rest)
         self.assertEqual(rest.replace(line, ""), expected)
 
+    def test_post_mortem_of_several_numbers_of_units(self):
+        """A KL that is a mean over k units divides beta by k, for each k of a list."""
+        status, out, err = self.call(
+            "--x", self.save("u.npy", self.x), "--residual", self.save("r.npy", self.y),
+            "--collapsed", 2, "--loss", "mse_sum", "--kl_reduction", "mean", "--d_1", "4,8")
+        self.assertEqual(status, 0, err)
+        for beta, units in (("0.25", 4), ("0.125", 8)):
+            self.assertIn(f"beta = {beta} (a KL averaged over {units} units", out)
+            self.assertRegex(out, rf"With beta = {beta} and eta_dec = .*, 2 of {units} units")
+
     def test_wrong_flags(self):
         x = self.save("x.npy", self.x)
         y = self.save("y.npy", self.y)

@@ -338,7 +338,7 @@ class Predictions(Case):
             1: "Every beta keeps 1 active.",
             2: "To keep 2 active, use beta <= 7.999, or eta_dec <= 1.414.",
             3: "To keep 3 active, use beta <= 1.999, or eta_dec <= 0.7071.",
-            4: "No beta keeps 4 active, but at most 3.",
+            4: "At most 3 can be active.",
         }
         for active, sentence in sentences.items():
             f = predict_collapse.Flags(active=active, beta=4.0)
