@@ -35,7 +35,7 @@ import training
 
 
 @dataclass
-class Flags(deep.DeepFlags):
+class Flags(deep.HierarchyFlags):
     # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
     # below are the published setting, for a GPU.
     small = (
@@ -117,11 +117,6 @@ class Flags(deep.DeepFlags):
         "", "further measurements after training: compression, attack, or both joined by a comma"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        # Wrong --latents end the program at once, not only when a model is built.
-        deep.latent_sides(self)
-
 
 class Bottleneck(nn.Sequential):
     """Four convolutions, 1x1, 3x3, 3x3 and 1x1, with SiLU between them.
@@ -181,7 +176,7 @@ class Encoder(nn.Module):
         while self.sides[-1] > min(sides):
             self.sides.append(self.sides[-1] // 2)
 
-        self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
+        self.x_to_e = nn.Conv2d(deep.image_shape(f)[0], c, 1)
         self.scales = nn.ModuleList()
         for side in self.sides:
             gate = f.decoder == "state"
@@ -218,7 +213,7 @@ class Latent(nn.Module):
 
         # The prior's head gives mean, log-variance and h.
         self.parts = [c_z, c_z, c if leaves_state else 0]
-        c_prior = c + datasets.image_shape(f.dataset)[0] if self.reads_context else c
+        c_prior = c + deep.image_shape(f)[0] if self.reads_context else c
         self.s_to_p = Head(f, c_prior, sum(self.parts))
         self.s_to_q = Head(f, c, 2 * c_z)
 
@@ -615,7 +610,7 @@ class DCTVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         # 1. Sizes.
-        self.c_x, self.side, _ = datasets.image_shape(f.dataset)
+        self.c_x, self.side, _ = deep.image_shape(f)
         c_x = self.c_x
         c = f.num_ch
         c_z = f.d_z or 1
@@ -878,8 +873,12 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
+    def test():
+        return {"test_elbo": deep.test_elbo(average.module, f, data)}
+
     replayed_step = loop.replayed(step)
-    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    for rows in loop.batches(test=test if f.test_curve else None, **parts):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
         replayed_step(rows)

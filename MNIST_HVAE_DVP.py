@@ -46,7 +46,7 @@ import training
 
 
 @dataclass
-class Flags(deep.DeepFlags):
+class Flags(deep.HierarchyFlags):
     # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
     # below are the published setting, for a GPU.
     small = (
@@ -107,11 +107,6 @@ class Flags(deep.DeepFlags):
         "", "further measurements after training: compression, attack, or both joined by a comma"
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        # Wrong --latents end the program at once, not only when a model is built.
-        deep.latent_sides(self)
-
 
 class Bottleneck(nn.Sequential):
     """Four convolutions, 1x1, 3x3, 3x3 and 1x1, with SiLU between them.
@@ -163,7 +158,7 @@ class Encoder(nn.Module):
         while self.sides[-1] > min(sides):
             self.sides.append(self.sides[-1] // 2)
 
-        self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
+        self.x_to_e = nn.Conv2d(deep.image_shape(f)[0], c, 1)
         self.scales = nn.ModuleList()
         for _ in self.sides:
             blocks = [Bottleneck(c, c, f.d_hidden or c) for _ in range(3)]
@@ -240,7 +235,7 @@ class Context(nn.Module):
 
     def __init__(self, f):
         super().__init__()
-        c_x, side, _ = datasets.image_shape(f.dataset)
+        c_x, side, _ = deep.image_shape(f)
         k = f.context_size
         self.kind = f.context
         self.k = k
@@ -562,7 +557,7 @@ class DVPVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         # 1. Sizes.
-        self.c_x, self.side, _ = datasets.image_shape(f.dataset)
+        self.c_x, self.side, _ = deep.image_shape(f)
         c_x = self.c_x
         c = f.num_ch
         c_z = f.d_z or c_x
@@ -848,7 +843,7 @@ class VampLadder(nn.Module):
     def __init__(self, f):
         super().__init__()
         # 1. Sizes.
-        self.c_x, self.side, _ = datasets.image_shape(f.dataset)
+        self.c_x, self.side, _ = deep.image_shape(f)
         c_x = self.c_x
         c = f.num_ch
         c_z = f.d_z or c_x
@@ -1129,8 +1124,14 @@ def train(model, f, data, loop):
 
     replayed_step = loop.replayed(step)
 
-    # 5. The loop.
-    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    # 5. What --test_curve measures after each epoch.
+    def test():
+        averaged = average.module.settle() if f.prior == "vamp" else average.module
+        return {"test_elbo": deep.test_elbo(averaged, f, data)}
+
+    # 6. The loop.
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    for rows in loop.batches(test=test if f.test_curve else None, **parts):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
         replayed_step(rows)

@@ -32,7 +32,7 @@ import training
 
 
 @dataclass
-class Flags(deep.DeepFlags):
+class Flags(deep.HierarchyFlags):
     # The flags of --preset small. With them, two CPU cores train a model in minutes. The defaults
     # below are the published setting, for a GPU.
     small = (
@@ -64,11 +64,6 @@ class Flags(deep.DeepFlags):
     evaluate: str = common.flag(
         "", "further measurements after training: compression, attack, or both joined by a comma"
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        # Wrong --latents end the program at once, not only when a model is built.
-        deep.latent_sides(self)
 
 
 class Bottleneck(nn.Sequential):
@@ -121,7 +116,7 @@ class Encoder(nn.Module):
         while self.sides[-1] > min(sides):
             self.sides.append(self.sides[-1] // 2)
 
-        self.x_to_e = nn.Conv2d(datasets.image_shape(f.dataset)[0], c, 1)
+        self.x_to_e = nn.Conv2d(deep.image_shape(f)[0], c, 1)
         self.scales = nn.ModuleList()
         for _ in self.sides:
             blocks = [Bottleneck(c, c, f.d_hidden or c) for _ in range(3)]
@@ -203,7 +198,7 @@ class LadderVAE(nn.Module):
     def __init__(self, f):
         super().__init__()
         # 1. Sizes.
-        self.c_x, self.side, _ = datasets.image_shape(f.dataset)
+        self.c_x, self.side, _ = deep.image_shape(f)
         c = f.num_ch
         c_z = f.d_z or self.c_x
         c_out = self.c_x
@@ -392,8 +387,12 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
+    def test():
+        return {"test_elbo": deep.test_elbo(average.module, f, data)}
+
     replayed_step = loop.replayed(step)
-    for rows in loop.batches(model=model, average=average, optimizer=optimizer, schedule=schedule):
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    for rows in loop.batches(test=test if f.test_curve else None, **parts):
         if share is not None:
             share.fill_(training.beta_share(f, loop.epochs_done))
         replayed_step(rows)

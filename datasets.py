@@ -20,6 +20,7 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import files
 import processes
@@ -103,24 +104,32 @@ def load_mnist(settings):
 def load_images(settings):
     """The data of each setting as images: (n, 1, 28, 28), for CIFAR-10 (n, 3, 32, 32).
 
-    Pixels are float32 in [0, 1]. The test images are cut to the first --num_test. Except for
-    CIFAR-10 they are binarised once, by the seed. The data are shared where settings share
-    --dataset, --seed and --num_test.
+    Pixels are float32 in [0, 1]. The images are cut to the first --num_train and --num_test. With
+    --side they are means over squares of pixels. Then the test images are binarised once, by the
+    seed, except for CIFAR-10. The data are shared where settings share --dataset, --seed,
+    --num_train, --num_test and --side.
     """
     loaded = {}
+    keys = []
     for f, data in zip(settings, load_mnist(settings)):
-        key = (f.dataset, f.seed, f.num_test)
+        key = (f.dataset, f.seed, f.num_test, getattr(f, "num_train", 0), getattr(f, "side", 0))
+        keys.append(key)
         if key not in loaded:
             loaded[key] = _as_images(f, data)
-    return [loaded[f.dataset, f.seed, f.num_test] for f in settings]
+    return [loaded[key] for key in keys]
 
 
 def _as_images(f, data):
     """The `Data` of `load_images` for one setting, from the flat images of `load_mnist`."""
     shape = (-1, *image_shape(data.name))
+    train_rows = slice(getattr(f, "num_train", 0) or None)
     test_rows = slice(f.num_test or None)
-    train = data.train[0].view(shape)
+    train = data.train[0][train_rows].view(shape)
     test = data.test[0][test_rows].view(shape)
+    side = getattr(f, "side", 0)
+    if side:
+        train = F.avg_pool2d(train, train.shape[-1] // side)
+        test = F.avg_pool2d(test, test.shape[-1] // side)
 
     if data.name != "cifar10":
         random = torch.rand(test.shape, generator=common.generator(f.seed, "data"))
@@ -130,7 +139,7 @@ def _as_images(f, data):
         name=data.name,
         train=(train,),
         test=(test,),
-        train_labels=data.train_labels,
+        train_labels=data.train_labels[train_rows],
         test_labels=data.test_labels[test_rows],
     )
 

@@ -115,10 +115,59 @@ class DeepFlags(common.RemedyFlags, common.TrainFlags):
                 )
 
 
+@dataclass
+class HierarchyFlags(DeepFlags):
+    """The flags that only the scripts with a hierarchy of latent maps have.
+
+    A script's own flags class also has `latents`, see `latent_sides`.
+    """
+
+    side: int = common.flag(
+        0,
+        "height and width of the images, which are then means over squares of pixels; 0 keeps the "
+        "size of the data set",
+        low=0,
+        high=32,
+    )
+    num_train: int = common.flag(
+        0, "number of training examples, taken from the beginning; 0 takes all", low=0
+    )
+    test_curve: bool = common.flag(
+        False,
+        "measure the ELBO of the test images after each epoch, for result.json and training.png",
+    )
+
+    def __post_init__(self):
+        """End the program if --side, --latents or --context_size asks for an impossible size."""
+        super().__post_init__()
+        full = datasets.image_shape(self.dataset)[1]
+        if self.side and full % self.side != 0:
+            common.stop(
+                self,
+                f"--side: got {self.side}, wants 0 or a number that divides {full}, the side of "
+                f"the images of --dataset {self.dataset}",
+            )
+        latent_sides(self)
+        side = image_shape(self)[1]
+        if getattr(self, "context_size", 1) > side:
+            common.stop(
+                self,
+                f"--context_size: got {self.context_size}, wants at most {side}, the side of the "
+                "images",
+            )
+
+
+def image_shape(f):
+    """(C, H, W) of the images that a model sees, with the side that --side asks for."""
+    channels, side, _ = datasets.image_shape(f.dataset)
+    side = f.side or side
+    return channels, side, side
+
+
 def finest_side(f):
     """The side of the largest latent maps that are possible: cifar10's image, else half of it."""
-    side = datasets.image_shape(f.dataset)[1]
-    return side if f.dataset == "cifar10" else side // 2
+    side = image_shape(f)[1]
+    return side if f.dataset == "cifar10" else max(1, side // 2)
 
 
 def latent_sides(f):
@@ -137,7 +186,7 @@ def latent_sides(f):
     if re.fullmatch("[0-9]{1,2}(,[0-9]{1,2})*", f.latents):
         counts = [int(count) for count in f.latents.split(",")]
     if len(counts) > len(scales) or sum(counts) == 0:
-        side = datasets.image_shape(f.dataset)[1]
+        side = image_shape(f)[1]
         common.stop(
             f,
             f"--latents: got {f.latents!r}, wants one number per scale, joined by commas, such as "
@@ -360,6 +409,26 @@ class WeightAverage:
     def load_state_dict(self, state):
         self.module.load_state_dict(state["module"])
         self.begun = state["begun"]
+
+
+@torch.no_grad()
+def test_elbo(model, f, data):
+    """The ELBO (beta = 1) of all test images at one draw of the latents, in nats per image.
+
+    The draws are the same after each epoch, and training continues with its own random numbers.
+    """
+    images = data.test[0]
+    total = 0
+    model.eval()
+    with common.seeded(f.seed, "evaluation", images.device), autocast(f):
+        for x in images.split(f.batch_size):
+            terms = model(x, f)
+            elbo = terms["log_px_z"]
+            for level in common.levels(terms):
+                elbo = elbo - terms[f"kl{level}"].sum(-1)
+            total = total + elbo.sum(dtype=torch.float64)
+    model.train()
+    return total.item() / len(images)
 
 
 def drawn_levels(count):

@@ -225,7 +225,8 @@ def plot_training(ax, title, curve):
     """Plot a curve of the training, a list with one value per epoch."""
     # A line through one point would not be visible.
     ax.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) == 1 else None)
-    ax.set(title=title, xlabel="epoch", ylabel="nats per training example")
+    split = "test" if title.startswith("test") else "training"
+    ax.set(title=title, xlabel="epoch", ylabel=f"nats per {split} example")
     if len(curve) == 1:
         ax.set(xticks=[1])
     else:

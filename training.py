@@ -458,13 +458,15 @@ class Training:
 
     # What a training step uses.
 
-    def batches(self, phase="", epochs=None, **parts):
+    def batches(self, phase="", epochs=None, test=None, **parts):
         """Yield the row numbers of each batch of this process, (batch size,), over all epochs.
 
         phase names a further phase of the training, and epochs is its length (default:
-        --num_epochs). parts are the objects that change in training and have a state_dict: models,
-        optimisers, schedules. They go on from the checkpoint if there is one, and so do the random
-        numbers. If a signal has arrived, it writes a checkpoint and raises Interrupted.
+        --num_epochs). test is a function without arguments that returns {name: number}. It is
+        called after each epoch, and its numbers become curves. parts are the objects that change
+        in training and have a state_dict: models, optimisers, schedules. They go on from the
+        checkpoint if there is one, and so do the random numbers. If a signal has arrived, it writes
+        a checkpoint and raises Interrupted.
         """
         epochs = epochs or self.f.num_epochs
         current = self._begin_phase(phase, epochs, parts)
@@ -484,7 +486,7 @@ class Training:
                 current.batches_done += 1
                 progress.update(self._examples_done(), note)
                 self._save_or_stop(order_state, parts)
-            self._end_epoch()
+            self._end_epoch(test() if test else {})
 
         self._end_phase(parts)
         epochs_done = len(current.curves)
@@ -640,8 +642,11 @@ class Training:
     def _state_dict(self):
         return {name: phase.state_dict() for name, phase in self.phases.items()}
 
-    def _end_epoch(self):
-        """Read the tally: means over the epoch and all processes, and which settings diverged."""
+    def _end_epoch(self, further_means):
+        """Read the tally: means over the epoch and all processes, and which settings diverged.
+
+        further_means, {name: number}, are added to the curves of all settings.
+        """
         phase = self.phase
         tally = phase.tally
 
@@ -652,6 +657,11 @@ class Training:
         if self.process_count > 1:
             processes.mean_(summary)
         *means, alive, last = summary.tolist()
+
+        for name, value in further_means.items():
+            if name not in phase.names:
+                phase.names.append(name)
+            means.append([value] * self.group_size)
 
         # 2. Divergence: alive is 1 only where no process met a loss beyond the limit.
         phase.curves.append(means)
