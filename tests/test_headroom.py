@@ -225,10 +225,17 @@ def optimal_hvae(f, data):
     P = P[:, :f.d_1]
     variance_1 = units["lambda_1"]**2 + f.sigma_1**2
     with torch.no_grad():
-        model.W1.weight.copy_((units["lambda_1"] / units["theta"])[:, None] * P.T)
-        model.U1.weight.copy_(P * units["theta"] * units["lambda_1"] / variance_1)
-        model.W2.weight.copy_(torch.diag(units["lambda_2"] / variance_1.sqrt()))
-        model.U2.weight.copy_(torch.diag(units["omega_2"]))
+        # Any scale of the units of z1 leads to the same maps.
+        model.log_scale_1.copy_(torch.linspace(-1, 1, f.d_1))
+        s = model.scale_1
+        W1 = (units["lambda_1"] / units["theta"])[:, None] * P.T
+        U1 = P * units["theta"] * units["lambda_1"] / variance_1
+        W2 = torch.diag(units["lambda_2"] / variance_1.sqrt())
+        U2 = torch.diag(units["omega_2"])
+        model.unscaled_W1.weight.copy_(W1 / s)
+        model.unscaled_U1.weight.copy_(U1 * s.T)
+        model.unscaled_W2.weight.copy_(W2 * s.T)
+        model.unscaled_U2.weight.copy_(U2 / s)
         model.log_sigma_2.copy_((units["sigma_2"] / f.eta_enc).log())
     return model, units
 
@@ -376,8 +383,8 @@ class LinearModels(unittest.TestCase):
 
         # 2. Without one of the active units it is what this unit gained.
         with torch.no_grad():
-            model.W2.weight[0] = 0
-            model.U2.weight[:, 0] = 0
+            model.unscaled_W2.weight[0] = 0
+            model.unscaled_U2.weight[:, 0] = 0
             model.log_sigma_2[0] = 0
         rise = exact_loss(model, f, data) - units["loss"].item()
         _, gain, _ = headroom_of(model, f, data, 1, "_2")
