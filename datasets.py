@@ -105,9 +105,9 @@ def load_images(settings):
     """The data of each setting as images: (n, 1, 28, 28), for CIFAR-10 (n, 3, 32, 32).
 
     Pixels are float32 in [0, 1]. The images are cut to the first --num_train and --num_test. With
-    --side they are means over squares of pixels. Then the test images are binarised once, by the
-    seed, except for CIFAR-10. The data are shared where settings share --dataset, --seed,
-    --num_train, --num_test and --side.
+    --side they are means over squares of pixels, rounded to multiples of 1/255 for CIFAR-10. Then
+    the test images are binarised once, by the seed, except for CIFAR-10. The data are shared where
+    settings share --dataset, --seed, --num_train, --num_test and --side.
     """
     loaded = {}
     keys = []
@@ -128,8 +128,8 @@ def _as_images(f, data):
     test = data.test[0][test_rows].view(shape)
     side = getattr(f, "side", 0)
     if side:
-        train = F.avg_pool2d(train, train.shape[-1] // side)
-        test = F.avg_pool2d(test, test.shape[-1] // side)
+        train = _smaller(train, side, data.name)
+        test = _smaller(test, side, data.name)
 
     if data.name != "cifar10":
         random = torch.rand(test.shape, generator=common.generator(f.seed, "data"))
@@ -142,6 +142,17 @@ def _as_images(f, data):
         train_labels=data.train_labels[train_rows],
         test_labels=data.test_labels[test_rows],
     )
+
+
+def _smaller(images, side, dataset):
+    """Means over squares of images (n, C, H, H): (n, C, side, side).
+
+    The density of a coloured pixel counts multiples of 1/255 only, so CIFAR-10 is rounded to them.
+    """
+    images = F.avg_pool2d(images, images.shape[-1] // side)
+    if dataset == "cifar10":
+        images = (255 * images).round() / 255
+    return images
 
 
 def image_shape(dataset):

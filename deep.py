@@ -125,12 +125,16 @@ class HierarchyFlags(DeepFlags):
     side: int = common.flag(
         0,
         "height and width of the images, which are then means over squares of pixels; 0 keeps the "
-        "size of the data set",
+        "size of the data set; the finest scale of --latents has half of this side, or the whole "
+        "side if it is odd",
         low=0,
         high=32,
     )
     num_train: int = common.flag(
-        0, "number of training examples, taken from the beginning; 0 takes all", low=0
+        0,
+        "number of training examples, at least 2, taken from the beginning; 0 takes all, and so "
+        "does a number above the size of the data set",
+        low=0,
     )
     test_curve: bool = common.flag(
         False,
@@ -138,7 +142,7 @@ class HierarchyFlags(DeepFlags):
     )
 
     def __post_init__(self):
-        """End the program if --side, --latents or --context_size asks for an impossible size."""
+        """End the program if --side, --latents, --context_size or --num_train is impossible."""
         super().__post_init__()
         full = datasets.image_shape(self.dataset)[1]
         if self.side and full % self.side != 0:
@@ -148,13 +152,20 @@ class HierarchyFlags(DeepFlags):
                 f"the images of --dataset {self.dataset}",
             )
         latent_sides(self)
+
+        # A VampPrior has no context.
+        has_context = hasattr(self, "context_size") and getattr(self, "prior", "") != "vamp"
         side = image_shape(self)[1]
-        if getattr(self, "context_size", 1) > side:
+        if has_context and self.context_size > side:
             common.stop(
                 self,
                 f"--context_size: got {self.context_size}, wants at most {side}, the side of the "
                 "images",
             )
+
+        # The headroom needs two halves of the training examples.
+        if self.num_train == 1:
+            common.stop(self, "--num_train: got 1, wants 0 or a whole number of at least 2")
 
 
 def image_shape(f):
@@ -165,9 +176,12 @@ def image_shape(f):
 
 
 def finest_side(f):
-    """The side of the largest latent maps that are possible: cifar10's image, else half of it."""
+    """The side of the largest latent maps that are possible.
+
+    It is half the side of the image, or the whole side for cifar10 and where the side is odd.
+    """
     side = image_shape(f)[1]
-    return side if f.dataset == "cifar10" else max(1, side // 2)
+    return side if f.dataset == "cifar10" or side % 2 == 1 else side // 2
 
 
 def latent_sides(f):
@@ -187,11 +201,12 @@ def latent_sides(f):
         counts = [int(count) for count in f.latents.split(",")]
     if len(counts) > len(scales) or sum(counts) == 0:
         side = image_shape(f)[1]
+        allowed = "one number" if len(scales) == 1 else f"at most {len(scales)} numbers"
+        example = "4" if len(scales) == 1 else "4,4"
         common.stop(
             f,
             f"--latents: got {f.latents!r}, wants one number per scale, joined by commas, such as "
-            f"4,4; images of {side}x{side} allow at most {len(scales)} numbers, each from 0 to 99 "
-            "and not all 0",
+            f"{example}; images of {side}x{side} allow {allowed}, each from 0 to 99 and not all 0",
         )
 
     # 3. One side per latent.
@@ -416,12 +431,15 @@ def test_elbo(model, f, data):
     """The ELBO (beta = 1) of all test images at one draw of the latents, in nats per image.
 
     The draws are the same after each epoch, and training continues with its own random numbers.
+    Each of several processes measures all images, in batches of the size that they train together.
+    The networks compute in float32, as in the evaluation after training.
     """
+    _, process_count = processes.rank_and_count()
     images = data.test[0]
     total = 0
     model.eval()
-    with common.seeded(f.seed, "evaluation", images.device), autocast(f):
-        for x in images.split(f.batch_size):
+    with common.seeded(f.seed, "evaluation", images.device), processes.noise_rows(0, 1):
+        for x in images.split(process_count * f.batch_size):
             terms = model(x, f)
             elbo = terms["log_px_z"]
             for level in common.levels(terms):

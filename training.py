@@ -645,7 +645,8 @@ class Training:
     def _end_epoch(self, further_means):
         """Read the tally: means over the epoch and all processes, and which settings diverged.
 
-        further_means, {name: number}, are added to the curves of all settings.
+        further_means, {name: number}, are added to the curves of all settings. If one of them is
+        not finite, all settings have diverged.
         """
         phase = self.phase
         tally = phase.tally
@@ -663,11 +664,14 @@ class Training:
                 phase.names.append(name)
             means.append([value] * self.group_size)
 
-        # 2. Divergence: alive is 1 only where no process met a loss beyond the limit.
+        # 2. Divergence: alive is 1 only where no process met a loss beyond the limit. The last step
+        #    of an epoch can spoil the weights without a loss that shows it.
+        further_are_finite = all(math.isfinite(value) for value in further_means.values())
         phase.curves.append(means)
         phase.last_losses = [loss if math.isfinite(loss) else None for loss in last]
         for g in range(self.group_size):
-            if alive[g] != 1 and phase.divergences[g] is None:
+            has_diverged = alive[g] != 1 or not further_are_finite
+            if has_diverged and phase.divergences[g] is None:
                 phase.divergences[g] = Divergence(phase.epoch, phase.last_losses[g])
 
         # 3. The next epoch.

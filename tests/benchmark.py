@@ -59,6 +59,7 @@ from unittest import mock
 import common
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
@@ -241,14 +242,25 @@ def make_data(module, Model, f, test_images):
 
     if hasattr(module, "train"):
         data = small.digit_data(EXAMPLES // 8, test_images, torch.float32)
-        shape = (-1, *datasets.image_shape(f.dataset))
-        train = data.train[0].view(shape)
+        train = as_images(f, data.train[0])
         # The pixels of the test images are binary.
-        test = data.test[0].view(shape).round()
+        test = as_images(f, data.test[0]).round()
         return dataclasses.replace(data, train=(train,), test=(test,))
 
     data = small.digit_data(EXAMPLES, test_images, torch.float32)
     return small.as_quarters(data) if Model.__name__ == "CVAE" else data
+
+
+def as_images(f, digits):
+    """Drawn digits (n, 784) as a deep script with the setting f reads them: (n, 1, H, H).
+
+    If the script has the flag --side, H is the side that it asks for.
+    """
+    images = digits.view(-1, 1, 28, 28)
+    if not hasattr(f, "side"):
+        return images
+    side = deep.image_shape(f)[1]
+    return F.avg_pool2d(images, 28 // side)
 
 
 # ---------------------------------------------------------------------------- loops to compare with
@@ -942,8 +954,7 @@ def rows_of_deep_script(script, main_f, train_images, device):
     """A deep model in three precisions, on the device of the setting main_f of the main job."""
     case = make_case(script, ON_CUDA)
     defaults = case.f
-    shape = (-1, *datasets.image_shape(defaults.dataset))
-    images = train_images[:STEPS[1] * defaults.batch_size].view(shape).to(device)
+    images = as_images(defaults, train_images[:STEPS[1] * defaults.batch_size]).to(device)
     steps_per_epoch = MNIST[0] // defaults.batch_size
 
     def epoch():

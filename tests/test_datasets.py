@@ -316,8 +316,8 @@ class Digits(unittest.TestCase):
             torch.testing.assert_close(again.train, data.train)
 
 
-class OtherSets(small.InFolder):
-    """Omniglot, CIFAR-10, and the images of the deep scripts."""
+class DeepImages(small.InFolder):
+    """Tests of the images that the deep scripts read."""
 
     def load(self, dataset, **flags):
         """The data by load_images, or the text on stderr if the program ends."""
@@ -329,6 +329,42 @@ class OtherSets(small.InFolder):
             except SystemExit as end:
                 self.assertEqual(end.code, 2)
                 return err.getvalue()
+
+    def write_cifar10(self):
+        """Write files of four images each in the format of CIFAR-10.
+
+        Returns ({name of the file: its content}, a patch of torchvision's checksums with those of
+        these files).
+        """
+        folder = self.folder / "cifar-10-batches-py"
+        folder.mkdir()
+        random = np.random.default_rng(2)
+        batches = {}
+        for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+            batches[name] = {
+                "data": random.integers(0, 256, (4, 3072), dtype=np.uint8),
+                "labels": random.integers(0, 10, 4).tolist(),
+            }
+
+        checksums = {}
+        meta = {"label_names": list("abcdefghij")}
+        for name, content in {**batches, "batches.meta": meta}.items():
+            (folder / name).write_bytes(pickle.dumps(content))
+            checksums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+        from torchvision.datasets import CIFAR10
+        names_and_checksums = [[name, checksums[name]] for name in batches]
+        patch = mock.patch.multiple(
+            CIFAR10,
+            train_list=names_and_checksums[:5],
+            test_list=names_and_checksums[5:],
+            meta={**CIFAR10.meta, "md5": checksums["batches.meta"]},
+        )
+        return batches, patch
+
+
+class OtherSets(DeepImages):
+    """Omniglot, CIFAR-10, and the images of the deep scripts."""
 
     def write_omniglot(self):
         """Write a small Omniglot where torchvision looks for it.
@@ -369,38 +405,6 @@ class OtherSets(small.InFolder):
         drawing.write_bytes(b"no picture")
         with patch:
             self.assertIn("omniglot-py is truncated or corrupt", self.load("omniglot"))
-
-    def write_cifar10(self):
-        """Write files of four images each in the format of CIFAR-10.
-
-        Returns ({name of the file: its content}, a patch of torchvision's checksums with those of
-        these files).
-        """
-        folder = self.folder / "cifar-10-batches-py"
-        folder.mkdir()
-        random = np.random.default_rng(2)
-        batches = {}
-        for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-            batches[name] = {
-                "data": random.integers(0, 256, (4, 3072), dtype=np.uint8),
-                "labels": random.integers(0, 10, 4).tolist(),
-            }
-
-        checksums = {}
-        meta = {"label_names": list("abcdefghij")}
-        for name, content in {**batches, "batches.meta": meta}.items():
-            (folder / name).write_bytes(pickle.dumps(content))
-            checksums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-        from torchvision.datasets import CIFAR10
-        names_and_checksums = [[name, checksums[name]] for name in batches]
-        patch = mock.patch.multiple(
-            CIFAR10,
-            train_list=names_and_checksums[:5],
-            test_list=names_and_checksums[5:],
-            meta={**CIFAR10.meta, "md5": checksums["batches.meta"]},
-        )
-        return batches, patch
 
     def test_cifar10(self):
         batches, patch = self.write_cifar10()
@@ -453,6 +457,120 @@ class OtherSets(small.InFolder):
         in_between = (grey > 0.1) & (grey < 0.9)
         self.assertAlmostEqual(error[in_between].std().item(), 1, delta=0.1)
         torch.testing.assert_close(data[0].train[0].flatten(1), whole.train[0])
+
+
+class Smaller(DeepImages):
+    """--side, --num_train and --num_test of the deep scripts."""
+
+    def setUp(self):
+        super().setUp()
+        raw = small.write_mnist(self.folder, 40, 30)
+        self.bytes_of = {}
+        for split in ("train", "t10k"):
+            content = (raw / f"{split}-images-idx3-ubyte").read_bytes()
+            images = np.frombuffer(content, np.uint8, offset=16)
+            self.bytes_of[split] = images.reshape(-1, 1, 28, 28)
+
+    def mnist(self, **flags):
+        """The data of a setting, from a few drawn digits."""
+        return self.load("mnist", **({"latents": "1"} | flags))
+
+    def block_means(self, images, side):
+        """Means over squares of images (n, C, H, H) of bytes, (n, C, side, side) in [0, 1]."""
+        n, channels, full, _ = images.shape
+        square = full // side
+        means = np.zeros((n, channels, side, side))
+        for i in range(side):
+            for j in range(side):
+                rows = slice(square * i, square * (i + 1))
+                columns = slice(square * j, square * (j + 1))
+                total = images[:, :, rows, columns].astype(int).sum((2, 3))
+                means[:, :, i, j] = total / square**2 / 255
+        return torch.from_numpy(means).float()
+
+    def test_pixels_are_means_over_squares(self):
+        for side in (1, 4, 7, 14, 28):
+            data = self.mnist(side=side)
+            expected = self.block_means(self.bytes_of["train"], side)
+            torch.testing.assert_close(data.train[0], expected)
+            self.assertEqual(tuple(data.test[0].shape), (30, 1, side, side))
+        # 0 keeps the size of the data set.
+        self.assertTrue(torch.equal(data.train[0], self.mnist().train[0]))
+        self.assertTrue(torch.equal(data.test[0], self.mnist().test[0]))
+
+    def test_binary_test_images_of_another_side(self):
+        """They are binarised after the means are taken.
+
+        Over many seeds, each pixel is on as often as the smaller image is grey.
+        """
+        settings = []
+        for seed in range(400):
+            f = MNIST_HVAE_Ladder.Flags(
+                dataset="mnist",
+                data_dir=str(self.folder),
+                device="cpu",
+                latents="1",
+                side=14,
+                seed=seed,
+            )
+            settings.append(f)
+        data = datasets.load_images(settings)
+        draws = torch.stack([data_of_seed.test[0] for data_of_seed in data])
+        self.assertEqual(draws.unique().tolist(), [0.0, 1.0])
+        grey = self.block_means(self.bytes_of["t10k"], 14)
+        error = (draws.mean(0) - grey) / (grey * (1 - grey) / 400).sqrt().clamp(min=1e-3)
+        self.assertLess(error.abs().max(), 5)
+        in_between = (grey > 0.1) & (grey < 0.9)
+        self.assertAlmostEqual(error[in_between].std().item(), 1, delta=0.1)
+
+    def test_colours_are_means_over_squares(self):
+        """They are the multiples of 1/255 that are nearest to the means."""
+        batches, patch = self.write_cifar10()
+        with patch:
+            data = self.load("cifar10", side=16, latents="1", num_train=6)
+        train = [batches[f"data_batch_{k}"]["data"] for k in (1, 2)]
+        expected = self.block_means(np.concatenate(train)[:6].reshape(-1, 3, 32, 32), 16)
+        torch.testing.assert_close(data.train[0], expected, rtol=0, atol=0.5001 / 255)
+        test = batches["test_batch"]["data"].reshape(-1, 3, 32, 32)
+        expected = self.block_means(test, 16)
+        torch.testing.assert_close(data.test[0], expected, rtol=0, atol=0.5001 / 255)
+        multiples = torch.arange(256.0) / 255
+        for images in (data.train[0], data.test[0]):
+            self.assertTrue(torch.isin(images, multiples).all())
+
+    def test_the_first_rows(self):
+        whole = self.mnist()
+        data = self.mnist(num_train=7, num_test=5)
+        self.assertTrue(torch.equal(data.train[0], whole.train[0][:7]))
+        self.assertTrue(torch.equal(data.train_labels, whole.train_labels[:7]))
+        self.assertTrue(torch.equal(data.test_labels, whole.test_labels[:5]))
+        self.assertEqual((len(whole.train[0]), len(whole.test[0])), (40, 30))
+
+        # A number above the size of the data set takes all.
+        for flags in ({"num_train": 40}, {"num_train": 41}, {"num_train": 10**9}):
+            self.assertTrue(torch.equal(self.mnist(**flags).train[0], whole.train[0]))
+
+    def test_what_settings_share(self):
+        """Settings share their data only if all flags that choose them are equal."""
+        settings = []
+        flags = ({}, {"side": 14}, {"num_train": 9}, {"side": 14, "num_train": 9}, {"num_test": 9})
+        for more in flags + flags:
+            f = MNIST_HVAE_Ladder.Flags(
+                dataset="mnist",
+                data_dir=str(self.folder),
+                device="cpu",
+                latents="1",
+                **more,
+            )
+            settings.append(f)
+        data = datasets.load_images(settings)
+        for first, second in zip(data[:5], data[5:]):
+            self.assertIs(first, second)
+        self.assertEqual(len({id(data_of_setting) for data_of_setting in data}), 5)
+        sides = [data_of_setting.train[0].shape[-1] for data_of_setting in data[:5]]
+        self.assertEqual(sides, [28, 14, 28, 14, 28])
+        counts = [len(data_of_setting.train[0]) for data_of_setting in data[:5]]
+        self.assertEqual(counts, [40, 40, 9, 9, 40])
 
 
 class Binary(small.InFolder):

@@ -424,10 +424,13 @@ def state_by_hand(model, x, noise):
     L = len(noise)
     image = model.dct.image(model.dct(x))
 
-    # 1. The encoder: one block per latent of the scale.
+    # 1. The encoder: one block per latent of the scale. An odd side is not halved.
     e = weights.conv("encoder.x_to_e", x)
     features = {}
-    for k, side in enumerate((14, 7)):
+    top = noise[0].shape[-1]
+    while top not in features:
+        k = len(features)
+        side = e.shape[-1] // 2 if e.shape[-1] % 2 == 0 else e.shape[-1]
         latents_of_scale = [eps for eps in noise if eps.shape[-1] == side]
         for i in range(len(latents_of_scale)):
             e = e + weights.block(f"encoder.scales.{k}.{i}", silu(e))
@@ -435,7 +438,7 @@ def state_by_hand(model, x, noise):
         features[side] = e
 
     # 2. The levels, the top one first.
-    s = torch.ones_like(features[7])
+    s = torch.ones_like(features[top])
     log_ratio = 0
     terms = {}
     for i, eps in enumerate(noise):
@@ -457,7 +460,7 @@ def state_by_hand(model, x, noise):
         s = s + h + weights.conv(f"latents.{i}.z_to_s", z)
 
     # 3. The pixels.
-    s = repeated(s, 28)
+    s = repeated(s, x.shape[-1])
     logits = weights.conv("to_x.1", silu(s + weights.block("last_block", s)), padding=1)
     log_px_z = log_bernoulli(x, logits)
     return terms | {"log_px_z": log_px_z, "log_w": log_px_z + log_ratio}
@@ -471,11 +474,19 @@ def aggregate_by_hand(model, x, noise):
 class Context(unittest.TestCase):
     @torch.no_grad()
     def test_terms_are_those_of_the_equations(self):
-        """Both decoders are checked, at given noise."""
-        equations = {"state": state_by_hand, "aggregate": aggregate_by_hand}
-        for decoder, terms_by_hand in equations.items():
-            model, f, x = some_model(
-                3, distance=0.3, latents="2,1", num_ch=4, context_size=3, decoder=decoder)
+        """Both decoders are checked, at given noise and at several sides of the images."""
+        cases = (
+            ("state", state_by_hand, "2,1", 28),
+            ("state", state_by_hand, "2", 14),
+            ("state", state_by_hand, "2", 7),
+            ("aggregate", aggregate_by_hand, "2,1", 28),
+            ("aggregate", aggregate_by_hand, "2", 14),
+            ("aggregate", aggregate_by_hand, "2", 7),
+        )
+        for decoder, terms_by_hand, latents, side_of_image in cases:
+            flags = {"decoder": decoder, "latents": latents, "side": side_of_image}
+            model, f, x = some_model(3, distance=0.3, num_ch=4, context_size=3, **flags)
+            self.assertEqual(x.shape[-1], side_of_image)
 
             # 1. The terms, where the noise of the latents comes first.
             random = torch.Generator().manual_seed(2)
@@ -493,15 +504,16 @@ class Context(unittest.TestCase):
             self.assertGreater(len(c.unique()), 2)
             with mock.patch.object(processes, "normal_like", side_effect=step_noise):
                 bound, log_p_c = model.p_c.bound(c)
+            top = len(noise) + 1
             expected = terms_by_hand(model, x, noise) | {
                 "log_w_c": log_p_c,
-                "kl_4": bound.flatten(1),
-                "mean_4": c.flatten(1),
+                f"kl_{top}": bound.flatten(1),
+                f"mean_{top}": c.flatten(1),
                 "context_baseline": -model.dct.log_independent(c),
             }
             self.assertEqual(set(terms), set(expected))
             for name, value in expected.items():
-                with self.subTest(decoder=decoder, term=name):
+                with self.subTest(**flags, term=name):
                     torch.testing.assert_close(terms[name], value, rtol=1e-9, atol=1e-9)
 
     @torch.no_grad()
@@ -575,17 +587,25 @@ class Context(unittest.TestCase):
 
     def test_sampling_and_inference_agree_on_shapes(self):
         cases = (
-            ("1", 1, "mnist", 1, 1, "state"),
-            ("0,2", 2, "mnist", 28, 3, "aggregate"),
-            ("2,1", 3, "auto", 7, 0, "state"),
-            ("1,0,1", 2, "cifar10", 3, 0, "state"),
-            ("1,0,1", 2, "cifar10", 3, 0, "aggregate"),
+            ("1", 1, "mnist", 0, 1, 1, "state"),
+            ("0,2", 2, "mnist", 28, 28, 3, "aggregate"),
+            ("2,1", 3, "auto", 0, 7, 0, "state"),
+            ("2", 3, "mnist", 14, 14, 0, "state"),
+            ("1", 3, "mnist", 14, 4, 0, "aggregate"),
+            # An odd side is not halved.
+            ("2", 2, "mnist", 7, 7, 0, "state"),
+            ("2", 2, "mnist", 7, 2, 0, "aggregate"),
+            ("1", 2, "mnist", 1, 1, 0, "state"),
+            ("1,0,1", 2, "cifar10", 0, 3, 0, "state"),
+            ("1,0,1", 2, "cifar10", 0, 3, 0, "aggregate"),
+            ("1,1", 2, "cifar10", 16, 3, 0, "state"),
         )
-        for latents, num_ch, dataset, context_size, bits, decoder in cases:
+        for latents, num_ch, dataset, side, context_size, bits, decoder in cases:
             flags = {
                 "latents": latents,
                 "num_ch": num_ch,
                 "dataset": dataset,
+                "side": side,
                 "context_size": context_size,
                 "bits": bits,
                 "decoder": decoder,
@@ -625,6 +645,13 @@ class Context(unittest.TestCase):
             images.append(model.reconstruct(x, f, keep))
         self.assertEqual({tuple(batch.shape) for batch in images}, {tuple(x.shape)})
         self.assertEqual(len(model.top_posterior(x, f, L)), L)
+
+    def test_a_context_larger_than_the_image_ends_the_program(self):
+        for side, context_size in ((4, 5), (14, 15), (1, 2)):
+            status, out, err = small.call(
+                dct.main, "--side", side, "--latents", 1, "--context_size", context_size)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(f"--context_size: got {context_size}, wants at most {side}, ", err)
 
     @torch.no_grad()
     def test_levels_kept(self):

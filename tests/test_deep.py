@@ -1,11 +1,12 @@
 """The scripts of the deep models, and `deep`.
 
 The scripts leave complete results, go on after a kill, and train by many processes. `deep` has the
-schedule, the average of the weights, and the measurements of --evaluate.
+schedule, the average of the weights, the curve of --test_curve, and the measurements of --evaluate.
 """
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ import MNIST_HVAE_Ladder
 import MNIST_VAE_Delta
 import pictures
 import processes
+import report
 import training
 from tests import small
 
@@ -37,6 +39,18 @@ SMALL = {
     MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
     MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2",
 }
+
+
+# The scripts with a hierarchy of latent maps, which have --side, --num_train and --test_curve.
+HIERARCHIES = [script for script in SMALL if script is not MNIST_VAE_Delta]
+
+# Cases of these scripts on images of 14x14: the name of the case, the script, and its flags.
+CURVES = (
+    ("ladder", MNIST_HVAE_Ladder, {"latents": "2"}),
+    ("dct", MNIST_HVAE_DCT, {"latents": "1", "context_size": 3}),
+    ("dvp", MNIST_HVAE_DVP, {"latents": "1", "context_size": 3}),
+    ("vamp", MNIST_HVAE_DVP, {"latents": "2", "prior": "vamp", "pseudoinputs": 5}),
+)
 
 
 def read_json(path):
@@ -284,15 +298,267 @@ class Tables(WithScripts):
             self.assertAlmostEqual(float(row[1]), metrics[f"kl_{row[0]}"], delta=0.006)
 
 
+class TestCurve(WithScripts):
+    """--test_curve, on images of 14x14."""
+
+    def setUp(self):
+        super().setUp()
+        small.write_mnist(self.folder / "data")
+
+    def train(self, script, out_dir, **flags):
+        """Train a script for two epochs. Returns its record, as in `trained`, and its weights."""
+        defaults = {"side": 14, "num_epochs": 2, "batch_size": 32, "num_test": 60}
+        argv = self.argv(script, out_dir, **(defaults | flags))
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            status, _, err = small.call(script.main, *argv)
+        self.assertEqual(status, 0, err)
+        return self.trained(script, out_dir)
+
+    def saved_model(self, script, out_dir):
+        """The model that a run left, in evaluation mode, its setting and its test images."""
+        folder = self.run_folder(script, out_dir)
+        settings = read_json(folder / "result.json")["settings"]
+        f = script.Flags(**settings, device="cpu", data_dir=str(self.folder / "data"))
+        [data] = datasets.load_images([f])
+        class_names = {MNIST_HVAE_Ladder: "LadderVAE", MNIST_HVAE_DCT: "DCTVAE"}
+        Model = getattr(script, class_names.get(script, "model_of"))
+        model = Model(f).eval()
+        model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+        return model, f, data.test[0]
+
+    @torch.no_grad()
+    def elbo_of_saved_model(self, script, out_dir):
+        """The mean over the test images by the definition of `report`, at the draws of the curve.
+
+        The draws have the seed of the evaluation, and the images come in batches.
+        """
+        model, f, images = self.saved_model(script, out_dir)
+        total = 0
+        with common.seeded(f.seed, "evaluation", images.device):
+            for x in images.split(f.batch_size):
+                terms = model(x, common.on_device(f, x), sample_shape=(1,))
+                terms = {name: value[0].double() for name, value in terms.items()}
+                total += len(x) * report.elbo_metrics(terms)["elbo"]
+        return total / len(images)
+
+    def test_changes_nothing_else_and_ends_at_the_saved_model(self):
+        """Weights and all other curves are equal bit by bit with and without --test_curve."""
+        for name, script, flags in CURVES:
+            with self.subTest(name):
+                record, weights = self.train(script, f"{name}_without", **flags)
+                record_with, weights_with = self.train(
+                    script, f"{name}_with", test_curve=True, **flags)
+                self.assert_equal_weights(weights_with, weights)
+                curve = record_with["curves"].pop("test_elbo")
+                self.assertEqual(record_with["curves"], record["curves"])
+
+                self.assertEqual(len(curve), 2)
+                self.assertNotEqual(curve[0], curve[1])
+                expected = self.elbo_of_saved_model(script, f"{name}_with")
+                self.assertAlmostEqual(curve[-1], expected, delta=1e-5 * abs(expected))
+
+    def test_networks_compute_in_float32(self):
+        """This holds with --autocast bf16, too, where training rounds to three digits."""
+        for name, script, flags in (CURVES[0], CURVES[3]):
+            with self.subTest(name):
+                record, _ = self.train(script, name, test_curve=True, autocast="bf16", **flags)
+                expected = self.elbo_of_saved_model(script, name)
+                last = record["curves"]["test_elbo"][-1]
+                self.assertAlmostEqual(last, expected, delta=1e-5 * abs(expected))
+
+    def test_each_value_is_that_of_a_training_that_ends_there(self):
+        flags = {"latents": "2", "test_curve": True, "lr_schedule": "constant", "warmup_epochs": 0}
+        curves = {}
+        for num_epochs in (1, 2, 3):
+            out_dir = f"epochs_{num_epochs}"
+            record, _ = self.train(MNIST_HVAE_Ladder, out_dir, num_epochs=num_epochs, **flags)
+            curves[num_epochs] = record["curves"]["test_elbo"]
+        self.assertEqual(curves[1], curves[3][:1])
+        self.assertEqual(curves[2], curves[3][:2])
+        # Training raises it.
+        self.assertEqual(curves[3], sorted(curves[3]))
+
+    def test_weights_that_are_not_finite(self):
+        """The last step of the first epoch spoils the weights, which no loss of the epoch shows.
+
+        The setting has diverged in this epoch, and its curves end before it.
+        """
+        update = deep.WeightAverage.update
+        steps = itertools.count(1)
+
+        def spoil_the_eighth(average, model):
+            update(average, model)
+            if next(steps) == 8:
+                with torch.no_grad():
+                    for p in (*model.parameters(), *average.module.parameters()):
+                        p.fill_(float("nan"))
+
+        argv = self.argv(
+            MNIST_HVAE_Ladder,
+            "runs",
+            side=14,
+            latents="2",
+            num_epochs=3,
+            batch_size=32,
+            test_curve=True,
+        )
+        with mock.patch.object(deep.WeightAverage, "update", spoil_the_eighth):
+            status, out, err = small.call(MNIST_HVAE_Ladder.main, *argv)
+        self.assertEqual(status, 1, err)
+        self.assertIn("diverged in epoch 1; the last finite loss was", out)
+        record = read_json(self.run_folder(MNIST_HVAE_Ladder, "runs") / "training.json")
+        self.assertEqual(record["diverged"]["epoch"], 1)
+        self.assertEqual(set(map(len, record["curves"].values())), {0})
+        # No more steps were made.
+        self.assertEqual(next(steps), 9)
+
+    def test_is_in_the_result_and_stays_in_another_evaluation(self):
+        """A finished run keeps the curve of its training, also for fewer test images."""
+        flags = {"latents": "2", "test_curve": True}
+        record, _ = self.train(MNIST_HVAE_Ladder, "runs", **flags)
+        [folder] = (self.folder / "runs" / "MNIST_HVAE_Ladder").glob("*/")
+        self.assertEqual(read_json(folder / "result.json")["curves"], record["curves"])
+
+        argv = self.argv(
+            MNIST_HVAE_Ladder,
+            "runs",
+            **flags,
+            side=14,
+            num_epochs=2,
+            batch_size=32,
+            num_test=10,
+        )
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            status, out, err = small.call(MNIST_HVAE_Ladder.main, *argv)
+        self.assertEqual(status, 0, err)
+        self.assertIn("already trained", err)
+        self.assertIn("256 training and 10 test examples", out)
+        [again] = (self.folder / "runs" / "MNIST_HVAE_Ladder").glob("*num_test=10,*/")
+        self.assertEqual(read_json(again / "result.json")["curves"], record["curves"])
+
+    def test_its_axis_counts_test_examples(self):
+        from matplotlib.figure import Figure
+
+        for title, label in (
+            ("test_elbo", "nats per test example"),
+            ("loss", "nats per training example"),
+        ):
+            ax = Figure().subplots()
+            pictures.plot_training(ax, title, [-3.0, -2.0])
+            self.assertEqual((ax.get_title(), ax.get_ylabel()), (title, label))
+
+
+class Smaller(WithScripts):
+    """--side and --num_train, from the command line to the tables."""
+
+    def setUp(self):
+        super().setUp()
+        small.write_mnist(self.folder / "data")
+
+    def test_results_are_complete(self):
+        """Both measurements of --evaluate are made, and all pictures of one script are drawn."""
+        cases = [(name, script, flags | {"side": 14}) for name, script, flags in CURVES]
+        cases.append(("odd", MNIST_HVAE_Ladder, {"latents": "2", "side": 7}))
+        for name, script, flags in cases:
+            with self.subTest(name):
+                argv = self.argv(
+                    script,
+                    name,
+                    **flags,
+                    num_train=100,
+                    num_epochs=1,
+                    num_samples=2,
+                    batch_size=50,
+                    evaluate="compression,attack",
+                )
+                with contextlib.ExitStack() as patches:
+                    patches.enter_context(mock.patch.object(deep, "ATTACK_STEPS", 2))
+                    if name != "dct":
+                        patches.enter_context(mock.patch.object(pictures, "save_figure"))
+                    status, out, err = small.call(script.main, *argv)
+                self.assertEqual(status, 0, err)
+                self.assertIn("100 training and 20 test examples", out)
+                self.check_run(self.run_folder(script, name), drawn=name == "dct")
+
+    def check_run(self, folder, drawn):
+        metrics = read_json(folder / "result.json")["metrics"]
+        self.assertTrue(np.isfinite(list(metrics.values())).all())
+        # There is a headroom, though the model has fewer training images than it may use.
+        self.assertIn("headroom_1", metrics)
+
+        # All latent maps have 7x7 numbers.
+        with np.load(folder / "units.npz") as arrays:
+            self.assertEqual(arrays["unit_kl_1"].shape, (20, 49))
+
+        # There are two levels, of which none, the top one or both are sent.
+        self.assertEqual(len(read_json(folder / "compression.json")["bits"]), 3)
+        self.assertEqual(len(read_json(folder / "attack.json")["rows"]), len(deep.RADII))
+        expected = set()
+        if drawn:
+            expected = {"collapse", "reconstructions", "samples", "training", "headroom"}
+            expected |= {"compression", "attack"}
+        self.assertEqual({path.stem for path in folder.glob("*.png")}, expected)
+
+    def test_number_of_training_examples(self):
+        """A number above the size of the data set takes all. A batch needs enough of them."""
+        flags = {"side": 14, "latents": "1", "num_epochs": 1}
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            for num_train, count in ((0, 256), (2, 2), (255, 255), (257, 256)):
+                argv = self.argv(
+                    MNIST_HVAE_Ladder,
+                    f"runs_{num_train}",
+                    num_train=num_train,
+                    batch_size=min(count, 100),
+                    **flags,
+                )
+                status, out, err = small.call(MNIST_HVAE_Ladder.main, *argv)
+                self.assertEqual(status, 0, err)
+                self.assertIn(f"{count} training and 20 test examples", out)
+
+        argv = self.argv(MNIST_HVAE_Ladder, "x", num_train=99, batch_size=100, **flags)
+        status, _, err = small.call(MNIST_HVAE_Ladder.main, *argv)
+        self.assertEqual(status, 2)
+        self.assertIn("--batch_size: got 100 for each of 1 process(es), wants at most 99", err)
+
+    def test_grid_of_sides(self):
+        """A contact sheet has the images of all sides."""
+        argv = self.argv(
+            MNIST_HVAE_Ladder,
+            "runs",
+            side="7,14",
+            beta="0.5,1",
+            latents="1",
+            num_epochs=1,
+            batch_size=128,
+        )
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            with mock.patch.object(pictures, "save_figure"):
+                status, out, err = small.call(MNIST_HVAE_Ladder.main, *argv)
+        self.assertEqual(status, 0, err)
+        settings = [line.split()[:2] for line in out.strip().split("\n")[1:6]]
+        expected = [["beta", "side"], ["0.5", "7"], ["0.5", "14"], ["1.0", "7"], ["1.0", "14"]]
+        self.assertEqual(settings, expected)
+
+        # The sheet has a row for each beta and a column for each side. Images of 7x7 are in the
+        # corners of their tiles.
+        [path] = self.folder.rglob("reconstructions.npz")
+        with np.load(path) as arrays:
+            sheet = arrays["images_1"]
+        self.assertEqual(sheet.shape[:2] + sheet.shape[3:], (2, 2, 1, 14, 14))
+        self.assertFalse(sheet[:, 0, :, :, :, 7:].any())
+        self.assertTrue(sheet[:, 0, :, :, :7, :7].all())
+        self.assertTrue(sheet[:, 1].all())
+
+
 class Kills:
     """In place of Checkpoint.write: now and then an InterruptedError follows the write.
 
-    The numbers of checkpoints until each kill are 1, 4, 2 and 3.
+    intervals are the numbers of checkpoints until each kill.
     """
 
-    def __init__(self):
+    def __init__(self, intervals):
         self.write = training.Checkpoint.write
-        self.intervals = [3, 2, 4, 1]
+        self.intervals = list(reversed(intervals))
         self.to_go = self.intervals.pop()
         # The phases of training that have left a checkpoint.
         self.phases = set()
@@ -318,20 +584,49 @@ class Killed(WithScripts):
         with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
             for script in SMALL:
                 with self.subTest(script=script.__name__):
-                    self.check_script(script)
+                    phases = {"", "auxiliary"} if script is MNIST_VAE_Delta else {""}
+                    self.check_script(script, phases, intervals=(1, 4, 2, 3))
 
-    def check_script(self, script):
-        flags = {"num_epochs": 2, "batch_size": 64, "checkpoint_seconds": 0, "beta_warmup": 1.5}
-        phases = {"", "auxiliary"} if script is MNIST_VAE_Delta else {""}
+    def test_curve_of_the_test_images(self):
+        """It is the same after three kills.
+
+        They follow the last step of the first epoch, a step within the second one, and the last
+        step of the training.
+        """
+        small.write_mnist(self.folder / "data")
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
+            for name, script, flags in CURVES:
+                with self.subTest(name):
+                    flags = {"side": 14, "test_curve": True} | flags
+                    curves = self.check_script(
+                        script, {""}, intervals=(4, 2, 2), folder=name, **flags)
+                    self.assertEqual(len(curves["test_elbo"]), 2)
+
+    def check_script(self, script, phases, intervals, folder="", **flags):
+        """Check one script with two epochs of four steps in each phase. Returns its curves.
+
+        Each step writes a checkpoint. intervals are those of `Kills`.
+        """
+        flags = flags | {
+            "num_epochs": 2,
+            "batch_size": 64,
+            "checkpoint_seconds": 0,
+            "beta_warmup": 1.5,
+        }
 
         # 1. An undisturbed run.
-        status, _, err = small.call(script.main, *self.argv(script, "undisturbed", **flags))
+        undisturbed = f"{folder}undisturbed"
+        status, _, err = small.call(script.main, *self.argv(script, undisturbed, **flags))
         self.assertEqual(status, 0, err)
-        record, weights = self.trained(script, "undisturbed")
+        record, weights = self.trained(script, undisturbed)
 
         # 2. A run that is killed until it ends.
-        kills = Kills()
-        argv = self.argv(script, "killed", **flags)
+        kills = Kills(intervals)
+        steps = 8 * len(phases)
+        # Kills that would follow the last step do not happen.
+        expected_kills = sum(step <= steps for step in itertools.accumulate(intervals))
+        killed = f"{folder}killed"
+        argv = self.argv(script, killed, **flags)
         count = 0
         status = None
 
@@ -344,16 +639,17 @@ class Killed(WithScripts):
                     status, _, err = small.call(script.main, *argv)
                 except InterruptedError:
                     count += 1
-        self.assertEqual((status, count), (0, 2 + len(phases)), err)
+        self.assertEqual((status, count), (0, expected_kills), err)
         self.assertIn("resuming after ", err)
         self.assertEqual(kills.phases, phases)
 
         # 3. Both are the same.
-        record_again, weights_again = self.trained(script, "killed")
+        record_again, weights_again = self.trained(script, killed)
         self.assertEqual(record_again, record)
         self.assert_equal_weights(weights_again, weights)
-        checkpoints = self.folder / "killed" / script.__name__ / "checkpoints"
+        checkpoints = self.folder / killed / script.__name__ / "checkpoints"
         self.assertFalse(checkpoints.exists())
+        return record["curves"]
 
     def test_more_rows_than_there_are(self):
         small.write_mnist(self.folder / "data")
@@ -371,12 +667,18 @@ class ManyProcesses(WithScripts):
 
         Each script makes five steps. All run in one program, so that the processes start once.
         """
-        small.write_mnist(self.folder / "data")
+        # There are more test images than one process or two take in a step.
+        small.write_mnist(self.folder / "data", n_test=300)
+        flags = {}
+        for script in SMALL:
+            flags[script] = {"num_epochs": 5}
+            if script in HIERARCHIES:
+                flags[script] |= {"test_curve": True, "num_test": 300}
 
         # 1. Two processes.
         commands = {}
         for script in SMALL:
-            commands[script.__name__] = self.argv(script, "two", num_epochs=5, batch_size=128)
+            commands[script.__name__] = self.argv(script, "two", batch_size=128, **flags[script])
         program = self.folder / "all_scripts.py"
         code = (
             "import importlib\n"
@@ -398,7 +700,7 @@ class ManyProcesses(WithScripts):
 
         # 2. One process.
         for script in SMALL:
-            argv = self.argv(script, "one", num_epochs=5, batch_size=256)
+            argv = self.argv(script, "one", batch_size=256, **flags[script])
             with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
                 status, _, err = small.call(script.main, *argv)
             self.assertEqual(status, 0, err)
@@ -408,6 +710,7 @@ class ManyProcesses(WithScripts):
             one = self.trained(script, "one")[0]["curves"]
             two = self.trained(script, "two")[0]["curves"]
             self.assertEqual(one.keys(), two.keys())
+            self.assertEqual("test_elbo" in one, script in HIERARCHIES)
             self.assertEqual(len(one["loss"]), 5)
             for name, curve in one.items():
                 np.testing.assert_allclose(
@@ -464,7 +767,13 @@ class Stopped(WithScripts):
     def start(self, out_dir, number):
         """Start two processes. Returns them and their error files."""
         argv = self.argv(
-            MNIST_HVAE_Ladder, out_dir, num_epochs=20, batch_size=24, checkpoint_seconds=1000)
+            MNIST_HVAE_Ladder,
+            out_dir,
+            num_epochs=20,
+            batch_size=24,
+            checkpoint_seconds=1000,
+            test_curve=True,
+        )
         pair, _, logs = small.two_processes(
             self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
         return pair, logs
@@ -572,6 +881,18 @@ class Presets(unittest.TestCase):
                 self.assertEqual(str(getattr(f, name)), value, name)
             self.assertEqual(files.changed_settings(f, None).keys(), set(expected))
         self.assertEqual(common.parse_flags(script.Flags, []), [script.Flags()])
+
+        if script in HIERARCHIES:
+            argv = ["--side", "14", "--latents", "4", "--num_train", "10", "--context_size", "4"]
+            if script is MNIST_HVAE_Ladder:
+                argv = argv[:-2]
+            [f] = common.parse_flags(script.Flags, [*argv, "--preset", "small", "--test_curve"])
+            self.assertEqual((f.side, f.latents, f.num_train, f.test_curve), (14, "4", 10, True))
+            self.assertEqual(f.num_epochs, int(preset["num_epochs"]))
+            # The scales of the preset are those of larger images.
+            status, _, err = small.call(script.main, "--side", 14, "--preset", "small")
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertIn("--latents: got '2,2', wants", err)
 
         for wrong in ("large", "small,published"):
             status, out, err = small.call(script.main, "--preset", wrong)

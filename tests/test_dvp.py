@@ -3,6 +3,7 @@
 The bound is checked against exact densities.
 """
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -25,7 +26,7 @@ import processes
 import report
 import training
 from tests import small
-from tests.test_ladder import posterior_mean
+from tests.test_ladder import mean_over_squares, posterior_mean
 
 D = torch.float64
 GAMMA_0, GAMMA_1 = -6.0, 7.0
@@ -57,7 +58,7 @@ def moved(module, spread):
 def build(n=4, train=True, spread=0.3, **flags):
     """A small float64 model with weights far from their start, its setting, and n images for it."""
     f = dvp.Flags(**(TINY | {"num_steps": 4} | flags))
-    x = grey_images(64, f.dataset)
+    x = mean_over_squares(grey_images(64, f.dataset), deep.image_shape(f)[1])
     model = training.build(dvp.DVPVAE, f, datasets.Data(f.dataset, (x,), (x,)))
     model.context.fit(x)
     with torch.no_grad():
@@ -459,6 +460,12 @@ class Shapes(unittest.TestCase):
                 "context": "downsample",
             },
             {"latents": "1,1", "d_z": 2, "d_hidden": 3},
+            {"latents": "2", "side": 14, "context_size": 14},
+            {"latents": "1", "side": 14, "context": "linear"},
+            # An odd side is not halved, and a pseudoinput's side need not divide the image's.
+            {"latents": "2", "side": 7, "context": "downsample"},
+            {"latents": "1", "side": 1, "context_size": 1},
+            {"latents": "1,1", "side": 16, "dataset": "cifar10"},
         )
         for flags in cases:
             with self.subTest(**flags):
@@ -524,7 +531,40 @@ class Shapes(unittest.TestCase):
         self.assertEqual(shapes, [(3, c_z, side, side) for side in sides])
 
 
+    def test_a_pseudoinput_larger_than_the_image_ends_the_program(self):
+        """A VampPrior has no pseudoinputs of this size, so that it takes any --context_size."""
+        words = ("--side", 4, "--latents", 1)
+        status, out, err = small.call(dvp.main, *words)
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn("--context_size: got 7, wants at most 4, the side of the images", err)
+        words = [str(word) for word in (*words, "--prior", "vamp", "--device", "cpu")]
+        [f] = common.parse_flags(dvp.Flags, words)
+        self.assertEqual((f.side, f.context_size), (4, 7))
+
+
 class Terms(unittest.TestCase):
+    @torch.no_grad()
+    def test_priors_read_the_mean_over_squares_of_the_image_of_u(self):
+        """It has the side of the level, at several sides of the images."""
+        cases = (("1,1", 28), ("1", 14), ("1", 7))
+        for latents, side_of_image in cases:
+            flags = {"latents": latents, "side": side_of_image}
+            model, f, x = build(2, train=False, **flags)
+            image = model.context.image(model.context(x))
+            read = []
+
+            def note(part, args):
+                read.append(args[0])
+
+            hooks = [latent.s_to_p.register_forward_pre_hook(note) for latent in model.latents]
+            list(model.top_down(model.context(x), None, lambda l, p, q: p.mean))
+            for hook in hooks:
+                hook.remove()
+            sides = deep.latent_sides(f)
+            self.assertEqual([s.shape[-1] for s in read], sides)
+            for side, s in zip(sides, read):
+                torch.testing.assert_close(s[:, f.num_ch:], mean_over_squares(image, side))
+
     @torch.no_grad()
     def test_variance_of_the_pseudoinput(self):
         """Its log-variances are in [-12, -5] for any weights, and -entropy is in the KL."""
@@ -747,6 +787,22 @@ class Vamp(unittest.TestCase):
     def test_begins_at_training_images(self):
         expected = self.x[[0, 12, 25, 38, 51]].clamp(0.02, 0.98)
         torch.testing.assert_close(self.model.pseudoinputs(), expected)
+
+    @torch.no_grad()
+    def test_images_of_another_side(self):
+        """The pseudoinputs have the side of the images, the top latents that of their scale."""
+        for side, top in ((14, 7), (7, 7)):
+            f = dataclasses.replace(self.f, latents="2", side=side)
+            x = mean_over_squares(self.x, side)
+            model = training.build(dvp.model_of, f, datasets.Data("digits", (x,), (x,)))
+            model.begin_at(x)
+            self.assertEqual(tuple(model.pseudoinputs().shape), (5, 1, side, side))
+            model = model.settle().eval()
+            self.assertEqual(tuple(model.top_mean.shape), (5, 1, top, top))
+            terms = model(x[:2].round(), self.scalars, sample_shape=(3,))
+            self.assertEqual(tuple(terms["kl_1"].shape), (3, 2, top**2))
+            for batch in model.samples(4, f).values():
+                self.assertEqual(tuple(batch.shape[1:]), (1, side, side))
 
     @torch.no_grad()
     def test_density_moments_and_draws(self):

@@ -39,7 +39,7 @@ def model_and_images(n, moved=0.0, Model=ladder.LadderVAE, Flags=ladder.Flags, *
     Random weights are added to the model's initial ones, `moved` times standard normal numbers.
     """
     f = Flags(device="cpu", **flags)
-    shape = datasets.image_shape(f.dataset)
+    shape = deep.image_shape(f)
     random = torch.Generator().manual_seed(1)
     if f.dataset == "cifar10":
         x = torch.randint(256, (n, *shape), generator=random).double() / 255
@@ -68,10 +68,10 @@ def repeated(h, side):
     return h.repeat_interleave(times, -1).repeat_interleave(times, -2)
 
 
-def bilinear(h):
-    """h (B, c, n, n) interpolated to 28x28, between the centres of pixels."""
+def bilinear(h, side):
+    """h (B, c, n, n) interpolated to (B, c, side, side), between the centres of pixels."""
     n = h.shape[-1]
-    positions = ((torch.arange(28) + 0.5) * n / 28 - 0.5).clamp(0, n - 1)
+    positions = ((torch.arange(side) + 0.5) * n / side - 0.5).clamp(0, n - 1)
     weight = (1 - (positions[:, None] - torch.arange(n)).abs()).clamp(min=0).to(h.dtype)
     return weight @ h @ weight.T
 
@@ -101,15 +101,19 @@ class Weights:
         return out
 
     def features(self, x):
-        """The encoder's features by side. Each scale halves the side after three blocks."""
+        """The encoder's features by side.
+
+        Each scale halves the side after three blocks, except where the side is odd.
+        """
         e = self.conv("encoder.x_to_e", x)
         features = {}
         while f"encoder.scales.{len(features)}.0.0.weight" in self.weights:
             for k in range(3):
                 e = e + self.block(f"encoder.scales.{len(features)}.{k}", silu(e))
-            even_rows = e[..., ::2, ::2] + e[..., ::2, 1::2]
-            odd_rows = e[..., 1::2, ::2] + e[..., 1::2, 1::2]
-            e = (even_rows + odd_rows) / 4
+            if e.shape[-1] % 2 == 0:
+                even_rows = e[..., ::2, ::2] + e[..., ::2, 1::2]
+                odd_rows = e[..., 1::2, ::2] + e[..., 1::2, 1::2]
+                e = (even_rows + odd_rows) / 4
             features[e.shape[-1]] = e
         return features
 
@@ -174,7 +178,7 @@ def by_hand(model, x, noise, context=None):
             level, p_mean=p_mean, p_log_var=p_log_var, q_mean=q_mean, q_log_var=q_log_var, eps=eps)
         terms |= level_terms
         log_ratio = log_ratio + level_log_ratio
-        total = total + bilinear(z) / math.sqrt(L)
+        total = total + bilinear(z, x.shape[-1]) / math.sqrt(L)
         if level > 1:
             s = s + h + weights.conv(f"latents.{i}.z_to_s", z)
             s = s + weights.block(f"latents.{i}.s_to_s", s)
@@ -194,16 +198,16 @@ def standard_errors(draws, value=0.0):
 class Terms(unittest.TestCase):
     @torch.no_grad()
     def test_terms_are_those_of_the_equations(self):
-        cases = (("2,1", 4, 0, True), ("0,2", 3, 5, False), ("3,0", 2, 3, True))
-        for latents, num_ch, d_hidden, linear_path in cases:
-            model, f, x = model_and_images(
-                3,
-                moved=0.5,
-                latents=latents,
-                num_ch=num_ch,
-                d_hidden=d_hidden,
-                linear_path=linear_path,
-            )
+        cases = (
+            {"latents": "2,1", "num_ch": 4},
+            {"latents": "0,2", "num_ch": 3, "d_hidden": 5, "linear_path": False},
+            {"latents": "3,0", "num_ch": 2, "d_hidden": 3},
+            {"latents": "2", "num_ch": 3, "side": 14},
+            {"latents": "2", "num_ch": 3, "side": 7},
+            {"latents": "1,1", "num_ch": 3, "side": 4},
+        )
+        for flags in cases:
+            model, f, x = model_and_images(3, moved=0.5, **flags)
             random = torch.Generator().manual_seed(2)
             noise = []
             for side in deep.latent_sides(f):
@@ -214,10 +218,35 @@ class Terms(unittest.TestCase):
             expected = by_hand(model, x, noise)
             self.assertEqual(set(terms), set(expected))
             for name, value in expected.items():
-                with self.subTest(latents=latents, term=name):
+                with self.subTest(**flags, term=name):
                     torch.testing.assert_close(terms[name], value, rtol=1e-9, atol=1e-9)
             for l in range(1, model.levels + 1):
                 self.assertGreater(expected[f"kl_{l}"].mean().item(), 0.02)
+
+    @torch.no_grad()
+    def test_elbo_of_the_test_images_is_that_of_the_equations(self):
+        """deep.test_elbo is the mean over all images, of which the last batch has fewer."""
+        model, f, x = model_and_images(
+            5, moved=0.1, latents="2", num_ch=3, side=14, batch_size=3, seed=4)
+        torch.manual_seed(8)
+        state = torch.get_rng_state()
+        elbo = deep.test_elbo(model, f, datasets.Data("digits", (x[:1],), (x,)))
+        # The random numbers of the training are where they were, and so is the model's mode.
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        self.assertTrue(model.training)
+
+        elbos = []
+        with common.seeded(4, "evaluation", x.device):
+            for batch in (x[:3], x[3:]):
+                noise = []
+                for side in deep.latent_sides(f):
+                    noise.append(torch.randn(len(batch), 1, side, side, dtype=x.dtype))
+                terms = by_hand(model, batch, noise)
+                kl = terms["kl_1"].sum(1) + terms["kl_2"].sum(1)
+                elbos.append(terms["log_px_z"] - kl)
+        elbos = torch.cat(elbos)
+        self.assertAlmostEqual(elbo, elbos.mean().item(), places=9)
+        self.assertGreater(elbos.std().item(), 0.1)
 
     @torch.no_grad()
     def test_each_kl_is_the_mean_of_its_log_ratio(self):
@@ -459,15 +488,24 @@ class Residuals(small.InFolder):
 class Settings(unittest.TestCase):
     def test_sampling_and_inference_agree_on_shapes(self):
         cases = (
-            ("1", 1, "mnist", [14]),
-            ("0,3", 2, "mnist", [14] * 3),
-            ("2,3", 3, "mnist", [7] * 2 + [14] * 3),
-            ("2,0", 5, "auto", [7] * 2),
-            ("1,0,2", 2, "cifar10", [8, 32, 32]),
+            ("1", 1, "mnist", 0, [14]),
+            ("0,3", 2, "mnist", 28, [14] * 3),
+            ("2,3", 3, "mnist", 0, [7] * 2 + [14] * 3),
+            ("2,0", 5, "auto", 0, [7] * 2),
+            ("2", 3, "mnist", 14, [7] * 2),
+            # An odd side is not halved.
+            ("2", 3, "mnist", 7, [7] * 2),
+            ("1,1", 3, "mnist", 4, [1, 2]),
+            ("1", 2, "mnist", 2, [1]),
+            ("2", 2, "mnist", 1, [1] * 2),
+            ("1,0,2", 2, "cifar10", 0, [8, 32, 32]),
+            ("1,2", 2, "cifar10", 16, [8, 16, 16]),
         )
-        for latents, num_ch, dataset, sides in cases:
-            with self.subTest(latents=latents, num_ch=num_ch, dataset=dataset):
-                model, f, x = model_and_images(2, latents=latents, num_ch=num_ch, dataset=dataset)
+        for latents, num_ch, dataset, side, sides in cases:
+            flags = {"latents": latents, "num_ch": num_ch, "dataset": dataset, "side": side}
+            with self.subTest(**flags):
+                model, f, x = model_and_images(2, **flags)
+                self.assertEqual(x.shape[-1], side or datasets.image_shape(dataset)[1])
                 self.assertEqual(deep.latent_sides(f), sides)
                 self.check_shapes(model, f, x, sides)
 
@@ -500,10 +538,41 @@ class Settings(unittest.TestCase):
     def test_wrong_latents_end_the_program(self):
         cases = [(text, ()) for text in ("0", "0,0", "", "four", "-1", "4,", "1.5", "100", "1,2,3")]
         cases += [("1,1,1,1,1,1,1", ("--dataset", "cifar10")), ("4:5", ())]
+        # At 14 and 7 there is one scale, of 7x7. At 4 there are two.
+        cases += [("1,1", ("--side", 14)), ("1,1", ("--side", 7)), ("1,1,1", ("--side", 4))]
         for text, more in cases:
             status, out, err = small.call(ladder.main, f"--latents={text}", *more)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), text)
             self.assertIn(f"--latents: got {text!r}, wants", err)
+
+    def test_the_line_about_wrong_latents_names_latents_that_are_allowed(self):
+        cases = (
+            (0, "such as 4,4; images of 28x28 allow at most 2 numbers"),
+            (14, "such as 4; images of 14x14 allow one number"),
+        )
+        for side, wanted in cases:
+            _, _, err = small.call(ladder.main, "--side", side, "--latents", "1,1,1")
+            self.assertIn(wanted, err)
+
+    def test_wrong_sides_end_the_program(self):
+        """--side has to divide the side of the data set's images."""
+        cases = [(side, ()) for side in (3, 5, 8, 16, 27, 29, 32, 33, -1, 3.5)]
+        cases += [(side, ("--dataset", "cifar10")) for side in (3, 7, 14, 28)]
+        for side, more in cases:
+            status, out, err = small.call(ladder.main, f"--side={side}", "--latents=1", *more)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1), side)
+            self.assertRegex(err, f"--side: got '?{side}'?, wants")
+
+    def test_a_side_of_a_list_is_checked_with_the_other_flags(self):
+        status, _, err = small.call(ladder.main, "--side", "28,14", "--latents", "1,1")
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("--latents: got '1,1', wants", err)
+
+    def test_one_training_example_ends_the_program(self):
+        """A headroom needs two."""
+        status, _, err = small.call(ladder.main, "--num_train", 1)
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("--num_train: got 1, wants 0 or a whole number of at least 2", err)
 
     def test_deepest_latents(self):
         f = ladder.Flags(latents="1,0,0,0,0,1", dataset="cifar10")
