@@ -77,7 +77,7 @@ def levels_in_use(commands):
         active = [measurements.seed_mean(rows, f"AU_kl{level}") for rows in settings.values()]
         if len(set(active)) == 1:
             sentences.append(
-                f"{latent} keeps {active[0]:g} of {units} units at every {symbol(flag)}."
+                f"{latent} keeps {active[0]:.3g} of {units} units at every {symbol(flag)}."
             )
         else:
             sentences.append(
@@ -178,6 +178,31 @@ def prediction(commands):
         "It orders the KLs of the nonlinear models with rank correlations of "
         f"{min(correlations):.2f} to {max(correlations):.2f}."
     )
+
+
+def order_of_collapse(commands):
+    """How often the KL changes in the paper's direction, and how well its order is predicted."""
+    sentences = []
+    steps = [step for command in commands for step in measurements.steps_of(command)]
+    if steps:
+        agreeing = sum(step.agreeing for step in steps)
+        unchanged = sum(step.unchanged for step in steps)
+        total = measurements.plural(sum(step.total for step in steps), "step")
+        remainder = f" and stays in {unchanged}" if unchanged else ""
+        sentences.append(
+            f"The KL changes in the paper's direction in {agreeing} of {total}{remainder}."
+        )
+
+    correlations = []
+    for command in commands:
+        correlations += measurements.rank_correlations([command]).values()
+    if correlations:
+        lowest, highest = f"{min(correlations):.2f}", f"{max(correlations):.2f}"
+        values = f"is {lowest}" if lowest == highest else f"is {lowest} to {highest}"
+        sentences.append(
+            f"Within a sweep, the rank correlation of predicted and trained KL {values}."
+        )
+    return " ".join(sentences) or "There are too few settings for an order."
 
 
 # ------------------------------------------------------------------------------------ linear models
@@ -339,7 +364,6 @@ def learned_levels(row):
 def deep_models(commands):
     """How many learned levels each deep model keeps in use, and which has the best log p(x)."""
     parts = []
-    log_px = {}
     for command in commands:
         rows = measurements.finished_rows(command.rows)
         if not rows:
@@ -347,15 +371,146 @@ def deep_models(commands):
         counts = [learned_levels(row) for row in rows]
         in_use = [sum(count > 0 for count in level_counts) for level_counts in counts]
         parts.append(f"{command.script} {measurements.format_seeds(in_use)} of {len(counts[0])}")
-        if "log_px" in rows[0]:
-            log_px[command.script] = measurements.seed_mean(rows, "log_px")
     if not parts:
         return "All models diverged."
-    sentence = f"Learned levels in use: {measurements.join_words(parts)}."
-    if log_px:
-        best = max(log_px, key=log_px.get)
-        sentence += f" {best} has the highest log p(x), {log_px[best]:.2f} nats."
-    return sentence
+    sentences = [f"Learned levels in use: {measurements.join_words(parts)}."]
+    best = best_model(commands)
+    if best is not None:
+        sentences.append(best_sentence(best))
+        measured = models_with_log_px(commands)
+        seeds = measurements.shared_seeds(measured)
+        if measurements.only_seeds(seeds, measured):
+            sentences.append(f"Only {measurements.seeds_as_text(seeds)} can be compared.")
+    return " ".join(sentences)
+
+
+def models_with_log_px(commands):
+    """The commands of deep models that have a log p(x)."""
+    measured = []
+    for command in commands:
+        rows = measurements.finished_rows(command.rows)
+        if rows and all("log_px" in row for row in rows):
+            measured.append(command)
+    return measured
+
+
+def best_model(commands):
+    """The command of the deep model with the highest log p(x).
+
+    Models are compared by the mean over the seeds that all of them have. None without a log p(x),
+    and if the models have no seed in common.
+    """
+    measured = models_with_log_px(commands)
+    seeds = measurements.shared_seeds(measured) if measured else []
+    if not seeds:
+        return None
+
+    means = []
+    for command in measured:
+        rows = measurements.rows_by_seed(command)
+        means.append(np.mean([rows[seed]["log_px"] for seed in seeds]))
+    return measured[int(np.argmax(means))]
+
+
+def best_sentence(best):
+    """log p(x) of the best model over all of its seeds, in words."""
+    rows = measurements.finished_rows(best.rows)
+    nats = measurements.format_seeds([row["log_px"] for row in rows])
+    return f"{best.script} has the highest log p(x), {nats} nats."
+
+
+def converged_models(commands):
+    """Which deep model is best, by how much, with how many units, and in which term of the ELBO.
+
+    The models are compared with the first one that has not diverged.
+    """
+    finished = [command for command in commands if measurements.finished_rows(command.rows)]
+    if not finished:
+        return "All models diverged."
+    sentences = []
+    best = best_model(finished)
+    if best is not None:
+        sentences += [best_sentence(best), *margin_sentences(best, finished)]
+    elif len(finished) > 1:
+        sentences.append("The models have no log p(x) with the same seed.")
+    sentences += [units_sentence(finished), *rise_sentences(finished)]
+    for command in finished[1:]:
+        sentences += term_sentences(command, finished[0])
+    return " ".join(sentences)
+
+
+def margin_sentences(best, commands):
+    """By how much log p(x) of the best model is above that of each other one: a list of sentences.
+
+    It is empty without another model.
+    """
+    parts = []
+    for command in commands:
+        values = measurements.elbo_differences(best, command).get("log_px")
+        if command is best or not values:
+            continue
+        seeds = measurements.shared_seeds([best, command])
+        remark = measurements.only_seeds(seeds, [best, command])
+        parts.append(f"{measurements.format_seeds(values)} nats above {command.script}{remark}")
+    return [f"It is {measurements.join_words(parts)}."] if parts else []
+
+
+def units_sentence(commands):
+    """The number of active units of each deep model's learned levels, in words."""
+    parts = []
+    for command in commands:
+        rows = measurements.finished_rows(command.rows)
+        in_use = measurements.format_seeds([sum(learned_levels(row)) for row in rows])
+        total = ""
+        if "units from the top" in rows[0]:
+            total = f" of {sum(measurements.values_of_levels(rows[0]['units from the top']))}"
+        parts.append(f"{command.script} {in_use}{total}")
+    return f"Learned units in use: {measurements.join_words(parts)}."
+
+
+def rise_sentences(commands):
+    """By how much the ELBO of the test images still rose at the end: a list of sentences.
+
+    It is empty for models without a curve of that ELBO.
+    """
+    parts = []
+    for command in commands:
+        rows = measurements.finished_rows(command.rows)
+        values = [
+            row[measurements.RISE_AT_THE_END] for row in rows
+            if measurements.RISE_AT_THE_END in row
+        ]
+        if values:
+            parts.append(f"{measurements.format_change(values)} ({command.script})")
+    if not parts:
+        return []
+    return [
+        "Over the last ten epochs the ELBO of the test images still changes by these nats: "
+        f"{measurements.join_words(parts)}."
+    ]
+
+
+def term_sentences(command, first):
+    """In which term the ELBO of a deep model differs most from that of the first model.
+
+    It is the term with the largest difference that has the sign of the ELBO's difference. Returns a
+    list of sentences, which is empty if the models have no seed in common.
+    """
+    differences = measurements.elbo_differences(command, first)
+    if not differences:
+        return []
+    total = np.mean(differences["elbo"])
+    sign = 1 if total >= 0 else -1
+    means = {name: sign * np.mean(differences[name]) for name in measurements.ELBO_TERMS}
+    largest = max(means, key=means.get)
+    size = measurements.format_seeds([sign * value for value in differences["elbo"]])
+    seeds = measurements.shared_seeds([command, first])
+    remark = measurements.only_seeds(seeds, [command, first])
+    return [
+        f"The ELBO of {command.script} is {size} nats {'higher' if sign > 0 else 'lower'} than "
+        f"that of {first.script}{remark}, mostly because of the {largest} "
+        f"({measurements.format_change(differences[largest])})."
+    ]
 
 
 def ablation(commands):
@@ -364,29 +519,33 @@ def ablation(commands):
     for command in commands:
         settings = command.by_setting()
         if len(settings) == 2:
-            (first, first_rows), (second, second_rows) = settings.items()
-            before = measurements.seed_mean(first_rows, "log_px")
-            change = measurements.seed_mean(second_rows, "log_px") - before
-            changes[f"{command.script}, {command.label(second)}"] = change
+            (_, first_rows), (second, second_rows) = settings.items()
+            before = {row["seed"]: row["log_px"] for row in first_rows}
+            values = [
+                row["log_px"] - before[row["seed"]] for row in second_rows if row["seed"] in before
+            ]
+            if values:
+                changes[f"{command.script}, {command.label(second)}"] = values
     if not changes:
         return "There are too few settings to compare."
-    name = max(changes, key=lambda name: abs(changes[name]))
-    return f"The largest change of log p(x) is {changes[name]:+.2f} nats ({name})."
+    name = max(changes, key=lambda name: abs(np.mean(changes[name])))
+    change = measurements.format_change(changes[name])
+    return f"The largest change of log p(x) is {change} nats ({name})."
 
 
 def rates_above_delta(commands):
-    """Whether each KL is at least the delta that the prior guarantees, as a mean over the seeds."""
+    """Whether each KL is at least the delta that the prior guarantees, for each seed."""
     bounded = []
     standard = []
     agreeing = 0
     for rows in measurements.distinct_settings(commands):
-        kl = measurements.seed_mean(rows, "kl")
+        kl = measurements.format_seeds([row["kl"] for row in rows])
         delta = rows[0]["smallest_rate"]
         if delta:
-            bounded.append(f"{kl:.2f} nats for δ = {rows[0]['delta']:g}")
+            bounded.append(f"{kl} nats for δ = {rows[0]['delta']:g}")
             agreeing += all(row["kl"] >= delta for row in rows)
         else:
-            standard.append(f"{kl:.2f} nats")
+            standard.append(f"{kl} nats")
 
     sentences = []
     if bounded:

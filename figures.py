@@ -383,6 +383,110 @@ def plot_levels(ax, commands, column):
     ax.set_xticks(range(1, 1 + most_levels), names)
 
 
+# ------------------------------------------------------------------------ curves of the deep models
+
+def test_curve_arrays(runs):
+    """The arrays of `test_curves`: {"<script> seed <seed>": (epochs,)}, in nats.
+
+    Seeds that diverged or are unfinished are left out. None if no run has such a curve.
+    """
+    arrays = {}
+    for run in runs:
+        for result in run.results:
+            if result.metrics and "test_elbo" in result.curves:
+                seed = result.settings["seed"]
+                arrays[f"{run.script} seed {seed}"] = np.array(result.curves["test_elbo"])
+    return arrays or None
+
+
+def test_curves(path, commands, arrays):
+    """Draw the ELBO of the test images over the epochs, and where the models' ELBOs differ.
+
+    The left panel has all epochs. It cuts off the values of the first tenth of them, which are far
+    below the others. The middle one has the last half of the epochs. The right one has the
+    differences of the ELBO and its terms from those of the first model.
+    """
+    finished = [command for command in commands if measurements.finished_rows(command.rows)]
+    if not finished:
+        return
+    colors = {command.script: f"C{k}" for k, command in enumerate(commands)}
+
+    def draw(axes):
+        [[left, middle, right]] = axes
+        for ax, first_share in ((left, 0.1), (middle, 0.5)):
+            plot_test_curves(ax, arrays, colors)
+            fit_y_to_end(ax, first_share)
+            ax.set(xlabel="epoch", ylabel="nats")
+        middle.set(xlim=(np.mean(left.get_xlim()), left.get_xlim()[1]))
+        left.set_title("ELBO of the test images", fontsize=9)
+        middle.set_title("ELBO in the last half of the epochs", fontsize=9)
+        left.legend(fontsize=8)
+        plot_elbo_differences(right, finished, colors)
+
+    pictures.save_figure(path, columns=3, rows=1, width=4.2, height=3.4, caption="", draw=draw)
+
+
+def plot_test_curves(ax, arrays, colors):
+    """Plot the curve of each seed over the epochs, with the colours of the scripts."""
+    curves_by_script = {}
+    for name, curve in arrays.items():
+        script, _, _ = name.partition(" seed ")
+        curves_by_script.setdefault(script, []).append(curve)
+
+    most_seeds = max(len(curves) for curves in curves_by_script.values())
+    for script, curves in curves_by_script.items():
+        label = script
+        if len(curves) < most_seeds:
+            label += f" ({measurements.plural(len(curves), 'seed')})"
+        for curve in curves:
+            epochs = np.arange(1, 1 + len(curve))
+            ax.plot(epochs, curve, color=colors[script], linewidth=0.8, label=label)
+            # The legend has a model once.
+            label = None
+
+
+def fit_y_to_end(ax, first_share):
+    """Set the limits of the y axis by the curves without this share of their first epochs."""
+    values = []
+    for line in ax.get_lines():
+        curve = line.get_ydata()
+        values.extend(curve[int(first_share * len(curve)):])
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    ax.set(ylim=(min(values) - margin, max(values) + margin))
+
+
+def plot_elbo_differences(ax, commands, colors):
+    """Plot how much higher the ELBO and its terms are than those of the first model.
+
+    The bars are means over the seeds that both models have, with the standard deviation.
+    """
+    first, *others = commands
+    names = ("elbo", *measurements.ELBO_TERMS)
+    width = 0.8 / max(1, len(others))
+    for k, command in enumerate(others):
+        differences = measurements.elbo_differences(command, first)
+        if not differences:
+            continue
+        seeds = measurements.shared_seeds([command, first])
+        deviations = [measurements.deviation(differences[name]) for name in names]
+        ax.bar(
+            np.arange(len(names)) + (k + 0.5) * width - 0.4,
+            [np.mean(differences[name]) for name in names],
+            width,
+            yerr=deviations if len(seeds) > 1 else None,
+            capsize=3,
+            color=colors[command.script],
+            label=command.script + measurements.only_seeds(seeds, [command, first]),
+        )
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(ylabel="nats")
+    ax.set_title(f"difference from {first.script}", fontsize=9)
+    labels = [name.replace(" ", "\n") for name in ("ELBO", *measurements.ELBO_TERMS)]
+    ax.set_xticks(range(len(names)), labels, fontsize=8)
+    if ax.patches:
+        ax.legend(fontsize=8)
+
+
 # ------------------------------------------------------------------------ the threshold of collapse
 
 def around_threshold(path, commands, arrays):

@@ -27,7 +27,12 @@ DIRECTIONS = {
 SMALLEST_CHANGE = 0.005
 
 # The columns of a row that do not determine its result.
-DESCRIPTIONS = ("command", "dataset", "device", "torch", "seconds")
+DESCRIPTIONS = ("command", "device", "torch", "seconds")
+
+# A training counts as converged if the ELBO of the test images hardly changes over its last epochs.
+# This is the number of these epochs, and the column that has the change.
+LAST_EPOCHS = 10
+RISE_AT_THE_END = "test_elbo, last ten epochs"
 
 
 @dataclass
@@ -171,14 +176,38 @@ def distinct_rows(commands):
 def distinct_settings(commands):
     """The settings of several commands, each a list with a row per seed.
 
-    A setting that several commands share counts once.
+    A setting that several commands share counts once. It has the seeds of all of them.
     """
-    settings = {}
+    settings = []
+    setting_of_row = {}
     for command in commands:
         for rows in command.by_setting().values():
-            key = (command.script, *(result_of_row(row) for row in rows))
-            settings[key] = rows
-    return list(settings.values())
+            keys = [(command.script, result_of_row(row)) for row in rows]
+            known = [setting_of_row[key] for key in keys if key in setting_of_row]
+            if known:
+                setting = known[0]
+            else:
+                setting = []
+                settings.append(setting)
+            for key, row in zip(keys, rows):
+                if key not in setting_of_row:
+                    setting_of_row[key] = setting
+                    setting.append(row)
+    return settings
+
+
+def seed_counts(commands):
+    """The different numbers of seeds that the settings of several commands have, in order."""
+    counts = set()
+    for command in commands:
+        for rows in command.all_settings().values():
+            counts.add(number_of_seeds(rows))
+    return sorted(counts)
+
+
+def number_of_seeds(rows):
+    """The number of different seeds of some rows, those that diverged included."""
+    return len({row["seed"] for row in rows})
 
 
 def seed_mean(rows, column):
@@ -188,9 +217,12 @@ def seed_mean(rows, column):
 
 def seed_deviation(rows, column):
     """The sample standard deviation of a column over one setting's seeds, 0 for a single seed."""
-    if len(rows) == 1:
-        return 0.0
-    return float(np.std([row[column] for row in rows], ddof=1))
+    return deviation([row[column] for row in rows])
+
+
+def deviation(values):
+    """The sample standard deviation of the values of several seeds, 0 for a single seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------- the paper's direction
@@ -364,6 +396,76 @@ def number_of_units(row, suffix):
     return row["dim_z"] if "dim_z" in row else row["d_1"]
 
 
+# -------------------------------------------------------------------------------------- deep models
+
+def rise_at_the_end(curve):
+    """By how much a curve with one value per epoch rises over the LAST_EPOCHS.
+
+    None if it has too few epochs.
+    """
+    if len(curve) <= LAST_EPOCHS:
+        return None
+    return curve[-1] - curve[-1 - LAST_EPOCHS]
+
+
+# The three terms of a deep model's ELBO.
+ELBO_TERMS = ("reconstruction", "learned latents", "context")
+
+
+def elbo_terms(row):
+    """log p(x), the ELBO and its terms in a row of a deep model: {name: nats}.
+
+    All are higher for a better model. The ELBO is the sum of the ELBO_TERMS. A context is the top
+    level. A model without one has the term 0. Without draws there is no log p(x).
+    """
+    context = 0.0
+    if "context_baseline" in row:
+        context = values_of_levels(row["kl from the top"])[0]
+    terms = {"log_px": row["log_px"]} if "log_px" in row else {}
+    return terms | {
+        "elbo": row["elbo"],
+        "reconstruction": -row["reconstruction"],
+        "learned latents": -(row["kl"] - context),
+        "context": -context,
+    }
+
+
+def rows_by_seed(command):
+    """The results of a command with a single setting: {seed: row}, without those that diverged."""
+    return {row["seed"]: row for row in finished_rows(command.rows)}
+
+
+def shared_seeds(commands):
+    """The seeds with which every one of these commands, each a single setting, has a result."""
+    seeds = [set(rows_by_seed(command)) for command in commands]
+    return sorted(set.intersection(*seeds))
+
+
+def elbo_differences(command, other):
+    """How much higher the `elbo_terms` of a deep model are than those of another one.
+
+    Returns {name: [difference per seed]} for the `shared_seeds`. A name that one of the models
+    lacks is left out, and without a shared seed all are.
+    """
+    differences = {}
+    own_rows, other_rows = rows_by_seed(command), rows_by_seed(other)
+    for seed in shared_seeds([command, other]):
+        own_terms, other_terms = elbo_terms(own_rows[seed]), elbo_terms(other_rows[seed])
+        for name in own_terms:
+            if name in other_terms:
+                difference = own_terms[name] - other_terms[name]
+                differences.setdefault(name, []).append(difference)
+    return differences
+
+
+def only_seeds(seeds, commands):
+    """A remark such as " (only seed 1)" if some of the commands have further seeds, else ""."""
+    for command in commands:
+        if set(rows_by_seed(command)) - set(seeds):
+            return f" (only {seeds_as_text(seeds)})"
+    return ""
+
+
 # ---------------------------------------------------------------------------------- text of numbers
 
 def format_seeds(values, decimals=2):
@@ -385,6 +487,12 @@ def format_seeds(values, decimals=2):
     return mean
 
 
+def format_change(values, decimals=2):
+    """The changes of one number over the seeds, as `format_seeds` with a sign, such as "+1.20"."""
+    text = format_seeds([float(value) for value in values], decimals)
+    return text if text.startswith("-") else f"+{text}"
+
+
 def join_words(words):
     """Words as a list in a sentence: "a, b and c"."""
     words = list(words)
@@ -396,6 +504,12 @@ def join_words(words):
 def plural(count, noun):
     """A count with its noun, such as "1 setting" or "3 settings"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def seeds_as_text(seeds):
+    """A list of seeds as text, such as "seed 1" or "seeds 1 and 2"."""
+    noun = "seed" if len(seeds) == 1 else "seeds"
+    return f"{noun} {join_words(str(seed) for seed in seeds)}"
 
 
 def levels_of_row(row):

@@ -30,10 +30,10 @@ MOST_SETTINGS = 15
 
 # The columns of a table on the page, as far as the rows have them. The .csv file has all columns.
 COLUMNS = (
-    "log_px", "exact_log_px", "elbo", "kl", "kl_1", "kl_2", "AU_kl", "AU_kl_1", "AU_kl_2",
-    "headroom", "headroom_any", "headroom_2", "headroom_any_2", "rho", "rho_any", "cause",
-    "cause_2", "linear kl", "linear kl_1", "linear kl_2", "linear AU", "linear AU_2",
-    "active predicted -> trained", "gap", "verdict", "max error", "kl from the top",
+    "log_px", "exact_log_px", "elbo", measurements.RISE_AT_THE_END, "kl", "kl_1", "kl_2", "AU_kl",
+    "AU_kl_1", "AU_kl_2", "headroom", "headroom_any", "headroom_2", "headroom_any_2", "rho",
+    "rho_any", "cause", "cause_2", "linear kl", "linear kl_1", "linear kl_2", "linear AU",
+    "linear AU_2", "active predicted -> trained", "gap", "verdict", "max error", "kl from the top",
     "AU_kl from the top", "headroom from the top", "headroom_any from the top",
     "cause from the top", "rate_auxiliary", "elbo_auxiliary", "context_baseline", "parameters",
 )
@@ -50,6 +50,7 @@ DECIMALS = {
     "headroom_any from the top": 3,
 }
 HEADINGS = {
+    measurements.RISE_AT_THE_END: "rise of the test ELBO in the last ten epochs",
     "headroom_any": "headroom, any encoder",
     "headroom_any_2": "headroom_2, any encoder",
     "headroom_any from the top": "headroom from the top, any encoder",
@@ -66,6 +67,20 @@ HEADINGS = {
 
 
 @dataclass
+class RepeatedSweep:
+    """A sweep of another result on MNIST, repeated on another data set.
+
+    line      its command line
+    original  the command line on MNIST
+    result    the name of the result that has the original
+    """
+
+    line: str
+    original: str
+    result: str
+
+
+@dataclass
 class Experiment:
     """One table or figure.
 
@@ -78,6 +93,7 @@ class Experiment:
     arrays      the function of figures.py that collects what the picture shows beyond the rows;
                 None if the rows are enough
     tables      the function that gives the tables as Markdown paragraphs; None for `setting_tables`
+    repeated    the RepeatedSweep of each command, if its table shows their originals, too
     numbers_in  the name of another result whose table has the numbers of this one; "" for none
     is_sweep    whether the summary counts its steps, correlations and causes of collapse
     """
@@ -89,13 +105,19 @@ class Experiment:
     picture: object = None
     arrays: object = None
     tables: object = None
+    repeated: tuple = ()
     numbers_in: str = ""
     is_sweep: bool = True
 
-    def tables_of(self, commands, names):
-        """The tables of this result as Markdown paragraphs. names are the results on the page."""
-        if self.numbers_in in names:
+    def tables_of(self, commands, commands_by_name):
+        """The tables of this result as Markdown paragraphs.
+
+        commands_by_name has the measurements.Command list of each result on the page.
+        """
+        if self.numbers_in in commands_by_name:
             return [f"The numbers are in [{self.numbers_in}](#{self.numbers_in})."]
+        if self.repeated:
+            return repeated_tables(commands, self.repeated, commands_by_name)
         return (self.tables or setting_tables)(commands)
 
 
@@ -166,12 +188,29 @@ def table_rows(commands, columns):
     first = "script" if several_scripts else "setting"
     table = [[first, *(HEADINGS.get(name, name) for name in columns)]]
     for command in commands:
-        name = command_name(command, commands)
-        settings = list(command.all_settings().items())
+        settings = labelled_settings(command, commands)
         step = math.ceil(len(settings) / MOST_SETTINGS)
-        for values, rows in settings[::step]:
-            table.append(table_row(row_label(command, values, name), columns, rows))
+        for label, rows in settings[::step]:
+            table.append(table_row(label, columns, rows))
     return table
+
+
+def labelled_settings(command, commands):
+    """The settings of one of the commands in a table: a list of (first cell, [row per seed]).
+
+    If the settings in the table have different numbers of seeds, a cell has the number where it is
+    not the largest one.
+    """
+    name = command_name(command, commands)
+    most_seeds = max(measurements.seed_counts(commands))
+    settings = []
+    for values, rows in command.all_settings().items():
+        label = row_label(command, values, name)
+        seeds = measurements.number_of_seeds(rows)
+        if seeds < most_seeds:
+            label += f" ({measurements.plural(seeds, 'seed')})"
+        settings.append((label, rows))
+    return settings
 
 
 def table_row(label, columns, rows):
@@ -295,40 +334,87 @@ def prediction_tables(commands):
     return [markdown_table(table)] if len(table) > 1 else []
 
 
+def repeated_tables(commands, repeated, commands_by_name):
+    """The table of sweeps that are repeated on another data set, beside the same sweeps on MNIST.
+
+    repeated has the RepeatedSweep of each command. An original that is not on the page has "-".
+    """
+    statistics = {
+        "steps": steps_cell,
+        "rank correlation": correlation_cell,
+        "levels collapsed": causes_cell,
+        "as predicted": agreement_cell,
+    }
+    dataset = different_values(all_rows(commands), "dataset")
+    head = ["script and flag"]
+    for name in statistics:
+        head += [f"{name}, {dataset}", f"{name}, mnist"]
+    table = [[*head, "result on mnist"]]
+
+    sweeps = {sweep.line: sweep for sweep in repeated}
+    for command in commands:
+        if not command.rows:
+            continue
+        sweep = sweeps[command.line]
+        originals = []
+        for original in commands_by_name.get(sweep.result, []):
+            if original.line == sweep.original and original.rows:
+                originals.append(original)
+
+        cells = [", ".join([command.script, *command.flags, epochs_in_words([command])])]
+        for statistic in statistics.values():
+            cells += [statistic([command]), statistic(originals)]
+        link = "-"
+        if originals:
+            link = (
+                f"[{sweep.result}](#{sweep.result}), {seeds_in_words(originals)}, "
+                f"{epochs_in_words(originals)}"
+            )
+        table.append([*cells, link])
+
+    caption = (
+        "*Steps*: those in the paper's direction. *Levels collapsed*: by the objective / by "
+        "training. *As predicted*: trained linear models that pass every check of the closed form. "
+        "The [summary](#summary) explains the numbers."
+    )
+    return [markdown_table(table), caption]
+
+
 def deep_tables(commands):
     """The table of the deep models, then their differences from the first model, term by term."""
-    means = {}
-    for command in commands:
-        rows = measurements.finished_rows(command.rows)
-        if rows:
-            numbers = {name for name in rows[0] if isinstance(rows[0][name], (int, float))}
-            means[command.script] = {name: measurements.seed_mean(rows, name) for name in numbers}
-            levels = measurements.mean_of_levels(rows, "kl from the top")
-            context = levels[0] if "context_baseline" in rows[0] else 0.0
-            means[command.script]["context"] = context
-    if len(means) < 2:
+    finished = [command for command in commands if measurements.finished_rows(command.rows)]
+    if len(finished) < 2:
         return setting_tables(commands)
 
-    first_script, *others = means
-    first = means[first_script]
-    table = [["model", "log_px", "elbo", "reconstruction", "learned latents", "context"]]
-    for script in others:
-        model = means[script]
-        learned = (first["kl"] - first["context"]) - (model["kl"] - model["context"])
-        differences = [
-            model["log_px"] - first["log_px"] if "log_px" in model else None,
-            model["elbo"] - first["elbo"],
-            first["reconstruction"] - model["reconstruction"],
-            learned,
-            first["context"] - model["context"],
-        ]
-        cells = ["-" if nats is None else f"{nats:+.2f}" for nats in differences]
-        table.append([script, *cells])
+    first, *others = finished
+    names = ["log_px", "elbo", *measurements.ELBO_TERMS]
+    table = [["model", *names]]
+    for command in others:
+        differences = measurements.elbo_differences(command, first)
+        label = command.script + pairs_remark(command, first)
+        cells = []
+        for name in names:
+            values = differences.get(name)
+            cells.append(measurements.format_change(values) if values else "-")
+        table.append([label, *cells])
     caption = (
-        f"Difference from {first_script} in nats. The last three columns are the terms of the ELBO "
+        f"Difference from {first.script} in nats. The last three columns are the terms of the ELBO "
         "and add up to its difference."
     )
+    if measurements.seed_counts(finished) != [1]:
+        caption += (
+            " Models are compared seed by seed: the numbers are the mean difference ± its standard "
+            "deviation."
+        )
     return [*setting_tables(commands), caption, markdown_table(table)]
+
+
+def pairs_remark(command, other):
+    """A remark on the seeds with which two models are compared; "" if both have the same seeds."""
+    seeds = measurements.shared_seeds([command, other])
+    if not seeds:
+        return " (no seed in common)"
+    return measurements.only_seeds(seeds, [command, other])
 
 
 # The columns of `cause_tables` with their headings.
@@ -346,9 +432,7 @@ def cause_tables(commands):
     """The table of what collapsed the units of deep models, whether with one level or with many."""
     table = [["model", *CAUSE_COLUMNS.values()]]
     for command in commands:
-        name = command_name(command, commands)
-        for values, rows in command.all_settings().items():
-            label = row_label(command, values, name)
+        for label, rows in labelled_settings(command, commands):
             table.append(table_row(label, CAUSE_COLUMNS, [row_of_levels(row) for row in rows]))
     caption = (
         "A cell with several numbers has one for each learned level, the top level first. Where no "
@@ -483,12 +567,12 @@ class ReleasedComparison:
     """The released code's numbers beside ours.
 
     table        the rows of the table, its head first
-    seeds        the number of our seeds
+    seed_counts  the different numbers of seeds that our settings have
     differences  for each number None, or in words how it differs from ours
     """
 
     table: list
-    seeds: int
+    seed_counts: set
     differences: list
 
     @property
@@ -516,7 +600,7 @@ class ReleasedComparison:
         """The table in Markdown, with a caption."""
         caption = (
             "Beside the authors' released code, which was run with one seed. Ours is trained with "
-            f"`--released_objective`, over {measurements.plural(self.seeds, 'seed')}."
+            f"`--released_objective`, over {counts_in_words(self.seed_counts)}."
         )
         return [caption, markdown_table(self.table)]
 
@@ -541,7 +625,7 @@ def compare_with_released_code(released, commands):
     head = ["setting"]
     for value in next(iter(by_setting.values())):
         head += [f"{value.metric}, released code", f"{value.metric}, here"]
-    comparison = ReleasedComparison(table=[head], seeds=0, differences=[])
+    comparison = ReleasedComparison(table=[head], seed_counts=set(), differences=[])
     for setting, values in by_setting.items():
         cells = [setting]
         for value in values:
@@ -552,7 +636,7 @@ def compare_with_released_code(released, commands):
             words = value.difference_in_words(numbers) if len(numbers) > 1 else None
             star = " *" if words else ""
             cells += [value.text + star, measurements.format_seeds(numbers, value.decimals)]
-            comparison.seeds = len(numbers)
+            comparison.seed_counts.add(len(numbers))
             if len(numbers) > 1:
                 comparison.differences.append(words)
         comparison.table.append(cells)
@@ -594,28 +678,38 @@ def summary_table(results):
         "steps in the paper's direction",
         "rank correlation of predicted and trained KL",
         "levels collapsed by the objective / by training",
-        "seeds, epochs",
+        "seeds, epochs, data",
     ]
     table = [head]
-    names = {result.name for result in results}
+    shown = results_in_summary(results)
     for section in SECTIONS:
-        section_results = [result for result in results if result.experiment.section == section]
+        section_results = [result for result in shown if result.experiment.section == section]
         if section_results:
             table.append([f"**{section}**"] + [""] * (len(head) - 1))
         for result in section_results:
-            if result.experiment.numbers_in not in names:
-                table.append(summary_row(result))
+            table.append(summary_row(result))
     return markdown_table(table)
+
+
+def results_in_summary(results):
+    """The Measured that have a row in the summary: those whose numbers are in no other result."""
+    names = {result.name for result in results}
+    return [result for result in results if result.experiment.numbers_in not in names]
 
 
 def summary_row(result):
     """The row of one Measured in the summary. Its question is a link to its part of the page."""
     commands = result.commands
+    origin = [
+        seeds_in_words(commands),
+        epochs_in_words(commands),
+        different_values(all_rows(commands), "dataset"),
+    ]
     return [
         f"[{result.experiment.question}](#{result.name})",
         result.answer,
         *statistics_cells(result),
-        ", ".join(part for part in (seeds_in_words(commands), epochs_in_words(commands)) if part),
+        ", ".join(part for part in origin if part),
     ]
 
 
@@ -668,9 +762,28 @@ def causes_cell(commands):
     return f"{causes.by_objective} / {causes.by_training}{undecided} of {causes.levels}"
 
 
+def agreement_cell(commands):
+    """How many trained linear models pass every check of the closed form, such as "4 of 5".
+
+    "-" for models without a closed form.
+    """
+    if not any("verdict" in row for row in all_rows(commands)):
+        return "-"
+    agreeing, total = answers.models_as_predicted(commands)
+    return f"{agreeing} of {total}"
+
+
 def seeds_in_words(commands):
-    """The number of seeds of a result, such as "3 seeds"."""
-    return measurements.plural(len({row["seed"] for row in all_rows(commands)}), "seed")
+    """The number of seeds of each setting of a result, such as "3 seeds" or "1 to 3 seeds"."""
+    return counts_in_words(measurements.seed_counts(commands))
+
+
+def counts_in_words(seed_counts):
+    """Different numbers of seeds as text, such as "3 seeds" or "1 to 3 seeds"."""
+    fewest, most = min(seed_counts, default=0), max(seed_counts, default=0)
+    if fewest < most:
+        return f"{fewest} to {most} seeds"
+    return measurements.plural(most, "seed")
 
 
 def epochs_in_words(commands):
@@ -693,10 +806,13 @@ def provenance(name, commands):
     """What a result was made of, in one line, with the link to its .csv file."""
     rows = all_rows(commands)
     seeds = sorted({row["seed"] for row in rows})
+    seeds_text = measurements.seeds_as_text(seeds)
+    if len(measurements.seed_counts(commands)) > 1:
+        seeds_text += " (some settings have fewer)"
     seconds = sum(row["seconds"] for row in measurements.distinct_rows(commands))
     parts = [
         epochs_in_words(commands),
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {measurements.join_words(map(str, seeds))}",
+        seeds_text,
         measurements.plural(round(seconds / 60), "minute"),
         different_values(rows, "device"),
         f"torch {different_values(rows, 'torch')}",
@@ -727,13 +843,13 @@ def command_lines(commands):
     return "\n".join(f"    python {command.line}" for command in commands)
 
 
-def result_paragraphs(result, names, has_picture):
-    """One Measured as Markdown paragraphs. names are those of all results on the page."""
+def result_paragraphs(result, commands_by_name, has_picture):
+    """One Measured as Markdown paragraphs. commands_by_name has all results on the page."""
     name, experiment, commands = result.name, result.experiment, result.commands
     paragraphs = [f"### {name}", f"**{experiment.question}** {result.answer}"]
     if has_picture:
         paragraphs.append(f"![{experiment.question}]({name}.png)")
-    paragraphs += experiment.tables_of(commands, names)
+    paragraphs += experiment.tables_of(commands, commands_by_name)
     if result.comparison:
         paragraphs += result.comparison.paragraphs()
         if experiment.answer:
@@ -760,7 +876,6 @@ def write_page(folder, experiments, commands_by_name):
             comment = comments.get(name, "")
             results.append(Measured(name, experiment, commands, comparison, comment))
 
-    names = {result.name for result in results}
     used = {result.experiment.section for result in results}
     sections = [section for section in SECTIONS if section in used]
     below_summary = comments.pop("Summary", "")
@@ -769,13 +884,13 @@ def write_page(folder, experiments, commands_by_name):
     contents = [f"{i}. [{title}](#{anchor(title)})" for i, title in enumerate(titles, 1)]
 
     paragraphs = [introduction, "\n".join(contents), "## Summary", summary_table(results)]
-    paragraphs += [single_seed_sentence(results), below_summary]
+    paragraphs += [single_seed_sentence(results), earlier_state_sentence(results), below_summary]
     for section in sections:
         paragraphs.append(f"## {section}")
         for result in results:
             if result.experiment.section == section:
                 has_picture = Path(folder, f"{result.name}.png").exists()
-                paragraphs += result_paragraphs(result, names, has_picture)
+                paragraphs += result_paragraphs(result, commands_by_name, has_picture)
     for heading in closing:
         paragraphs += [f"## {heading}", comments[heading]]
     text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
@@ -783,11 +898,50 @@ def write_page(folder, experiments, commands_by_name):
 
 
 def single_seed_sentence(results):
-    """Which results rest on a single seed."""
-    names = [result.name for result in results if seeds_in_words(result.commands) == "1 seed"]
+    """Which results rest on a single seed, wholly or in some of their settings; "" for none."""
+    wholly = []
+    partly = []
+    for result in results:
+        counts = measurements.seed_counts(result.commands)
+        if counts == [1]:
+            wholly.append(result.name)
+        elif counts[0] == 1:
+            partly.append(result.name)
+
+    sentences = []
+    if wholly:
+        names = measurements.join_words(wholly)
+        sentences.append(f"These results rest on a single seed: {names}.")
+    if partly:
+        names = measurements.join_words(partly)
+        sentences.append(f"These results have some settings with a single seed: {names}.")
+    return " ".join(sentences)
+
+
+def earlier_state_sentence(results):
+    """Which causes of collapse in the summary rest on the headroom with linear encoders alone.
+
+    Earlier versions of the programs had no headroom with any encoder. "" without such results.
+    """
+    names = []
+    for result in results_in_summary(results):
+        rows = all_rows(result.commands)
+        if result.experiment.is_sweep and any(has_earlier_headroom(row) for row in rows):
+            names.append(result.name)
     if not names:
         return ""
-    return f"These results rest on a single seed: {measurements.join_words(names)}."
+    return (
+        "These results are of an earlier state of the programs: "
+        f"{measurements.join_words(names)}. There the headroom with linear encoders alone decides "
+        "about the cause of collapse."
+    )
+
+
+def has_earlier_headroom(row):
+    """Whether a row has a headroom with linear encoders, and none with any encoder."""
+    with_linear = any(name.startswith("headroom") for name in row)
+    with_any = any(name.startswith("headroom_any") for name in row)
+    return with_linear and not with_any
 
 
 def anchor(heading):

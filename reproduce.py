@@ -3,11 +3,13 @@
     python reproduce.py                                   # list them
     python reproduce.py table_cvae figure_vae_sigma
     python reproduce.py --all --seed 1,2,3
+    python reproduce.py table_cvae --seed 4 --add_seeds   # add a seed to a table
     python reproduce.py --page                            # draw and write all anew, without runs
     torchrun --nproc_per_node=4 reproduce.py --all        # deal the commands over four processes
 
 The experiments are those of Dang et al. (2024, arXiv 2306.05023) and some that go beyond the paper.
-Where the authors' released code counts the reconstruction twice, both objectives are trained.
+A command with --released_objective trains the objective of the authors' released code, which counts
+the reconstruction twice.
 
 Each result goes to results/: its numbers to <name>.csv, its picture to <name>.png, and what the
 picture shows beyond the numbers to data/<name>.npz. README.md in that folder is the page that shows
@@ -61,6 +63,11 @@ class Flags(common.BaseFlags):
         "draw all pictures and write the page of results from the files in --results_dir, without "
         "training and without runs",
     )
+    add_seeds: bool = common.flag(
+        False,
+        "add the given seeds to those that the tables in --results_dir already have, instead of "
+        "replacing the tables",
+    )
     num_epochs: int = common.flag(
         0,
         "number of passes over the training set; 0 takes each script's own number",
@@ -88,12 +95,14 @@ def both_objectives(command):
 
 CVAE_BETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 0.1,0.5,1.0,2.0"
 CVAE_ETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --beta 1.0 --eta_dec 0.25,0.5,1.0,2.0"
-CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:5.0:0.1"
+CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:4.9:0.2 --num_samples 0"
 
 HVAE_BETA_1 = "MNIST_HVAE_Relu.py --beta_1 0.25,0.5,1.0,2.0,3.0"
 HVAE_BETA_2 = "MNIST_HVAE_Relu.py --beta_2 0.25,0.5,1.0,2.0,3.0"
 HVAE_ETA = "MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,0.7,1.0,2.0"
-HVAE_LINEAR = "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.1:7.0:0.1"
+HVAE_LINEAR = (
+    "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.1:7.0:0.3 --num_samples 0"
+)
 
 # A learnable and a fixed encoder variance, in turn.
 VAES = [
@@ -131,6 +140,22 @@ DEEP = [
     "MNIST_HVAE_DVP.py --preset small",
 ]
 
+# Three models of 22,000 to 23,000 parameters on few and small images, so that training converges on
+# two CPU cores. They have four levels of 7 x 7 units. The context of the DCT-VAE and the DVP-VAE
+# has 4 x 4 numbers. The DCT-VAE is trained like the other two. Its own preset is for many more
+# steps.
+SMALL_IMAGES = (
+    "--side 14 --latents 4 --num_ch 8 --num_train 10000 --num_epochs 100 --num_test 2000 "
+    "--test_curve true"
+)
+DEEP_SMALL = [
+    f"MNIST_HVAE_Ladder.py --preset small {SMALL_IMAGES} --d_hidden 9",
+    f"MNIST_HVAE_DVP.py --preset small {SMALL_IMAGES} --diffusion_ch 4 --context_size 4",
+    f"MNIST_HVAE_DCT.py --preset small {SMALL_IMAGES} --diffusion_ch 4 --context_size 4 "
+    "--optimizer adamax --lr 0.01 --lr_schedule cosine --warmup_epochs 0.5 --ema 0.99 "
+    "--grad_clip 5 --weight_decay 1e-6",
+]
+
 # The same models and a further one after few epochs, and the VAEs with an autoregressive decoder.
 DEEP_WHY = [
     "MNIST_HVAE_Ladder.py --preset small --num_epochs 4 --num_samples 0",
@@ -140,6 +165,30 @@ DEEP_WHY = [
     "MNIST_VAE_Delta.py --preset small --prior standard --num_samples 0",
     "MNIST_VAE_Delta.py --preset small --delta 5 --num_samples 0",
 ]
+
+
+def on_fashion(line, original, result):
+    """The sweep of a command line on Fashion-MNIST, as page.RepeatedSweep describes it."""
+    return page.RepeatedSweep(f"{line} --dataset fashion --num_samples 0", original, result)
+
+
+# Sweeps on MNIST that are repeated on Fashion-MNIST. Some have fewer epochs there, or fewer
+# settings.
+FASHION = (
+    on_fashion(CVAE_BETA, CVAE_BETA, "table_cvae"),
+    on_fashion(CVAE_ETA, CVAE_ETA, "table_cvae"),
+    on_fashion(f"{HVAE_BETA_1} --num_epochs 30", HVAE_BETA_1, "table_hvae"),
+    on_fashion(f"{HVAE_BETA_2} --num_epochs 30", HVAE_BETA_2, "table_hvae"),
+    on_fashion(f"{HVAE_ETA} --num_epochs 30", HVAE_ETA, "table_hvae"),
+    on_fashion(DIGITS[1], DIGITS[1], "figure_single_digit"),
+    on_fashion("MNIST_CVAE_Linear.py --beta 0.5,1,2,4,8", CVAE_LINEAR, "figure_cvae_linear"),
+    on_fashion(
+        "MNIST_HVAE_Linear_learnable_sigma_2.py --beta_2 0.5,1,2,4,8",
+        HVAE_LINEAR,
+        "figure_hvae_linear",
+    ),
+    on_fashion("MNIST_VAE_Relu_learnable_sigma.py --num_epochs 50", VAES[2], "figure_vae_sigma"),
+)
 
 # A VAE with Bernoulli pixels, trained from a start next to collapse and after a rise of beta. The
 # linear one needs larger steps, since only the biases of its decoder can make a pixel black.
@@ -216,7 +265,7 @@ EXPERIMENTS = {
     ),
     "figure_cvae_linear": page.Experiment(
         section=page.LINEAR,
-        question="Do fifty linear CVAEs collapse where theorem 2 predicts?",
+        question="Do linear CVAEs collapse where theorem 2 predicts?",
         commands=[CVAE_LINEAR],
         answer=answers.trained_as_predicted,
         picture=figures.unit_curves,
@@ -224,7 +273,7 @@ EXPERIMENTS = {
     ),
     "figure_hvae_linear": page.Experiment(
         section=page.LINEAR,
-        question="Do seventy linear HVAEs collapse where theorem 3 predicts?",
+        question="Do linear HVAEs collapse where theorem 3 predicts?",
         commands=[HVAE_LINEAR],
         answer=answers.trained_as_predicted,
         picture=figures.unit_curves,
@@ -236,9 +285,9 @@ EXPERIMENTS = {
         section=page.HVAES,
         question="Do β1, β2 and η_dec change the KL of z2 of a ReLU HVAE as the paper says?",
         commands=[
-            *both_objectives(HVAE_BETA_1),
-            *both_objectives(HVAE_BETA_2),
-            *both_objectives(HVAE_ETA),
+            HVAE_BETA_1,
+            HVAE_BETA_2,
+            HVAE_ETA,
         ],
         answer=answers.directions,
         picture=figures.over_flags,
@@ -256,26 +305,29 @@ EXPERIMENTS = {
     "figure_hvae_beta_1": page.Experiment(
         section=page.HVAES,
         question="Which level does β1 collapse?",
-        commands=both_objectives("MNIST_HVAE_Relu.py --beta_1 0.1,0.5,1.0,2.0"),
+        commands=[HVAE_BETA_1],
         answer=answers.levels_in_use,
         picture=figures.collapse_curves,
         arrays=figures.collapse_arrays,
+        numbers_in="table_hvae",
     ),
     "figure_hvae_beta_2": page.Experiment(
         section=page.HVAES,
         question="Which level does β2 collapse?",
-        commands=both_objectives("MNIST_HVAE_Relu.py --beta_2 0.1,0.5,1.0,2.0"),
+        commands=[HVAE_BETA_2],
         answer=answers.levels_in_use,
         picture=figures.collapse_curves,
         arrays=figures.collapse_arrays,
+        numbers_in="table_hvae",
     ),
     "figure_hvae_eta": page.Experiment(
         section=page.HVAES,
         question="Which level does η_dec collapse?",
-        commands=both_objectives("MNIST_HVAE_Relu.py --eta_dec 0.25,0.5,1.0,2.0"),
+        commands=[HVAE_ETA],
         answer=answers.levels_in_use,
         picture=figures.collapse_curves,
         arrays=figures.collapse_arrays,
+        numbers_in="table_hvae",
     ),
     "figure_hvae_samples": page.Experiment(
         section=page.HVAES,
@@ -369,14 +421,21 @@ EXPERIMENTS = {
             *both_objectives(CVAE_BETA),
             *both_objectives(CVAE_ETA),
             *both_objectives(CORRELATION),
-            *both_objectives(HVAE_BETA_1),
-            *both_objectives(HVAE_BETA_2),
-            *both_objectives(HVAE_ETA),
+            HVAE_BETA_1,
+            HVAE_BETA_2,
+            HVAE_ETA,
         ],
         answer=answers.prediction,
         picture=figures.against_prediction,
         tables=page.prediction_tables,
         is_sweep=False,
+    ),
+    "table_fashion": page.Experiment(
+        section=page.PREDICTION,
+        question="Does the theory's order of collapse hold on Fashion-MNIST, too?",
+        commands=[sweep.line for sweep in FASHION],
+        answer=answers.order_of_collapse,
+        repeated=FASHION,
     ),
 
     # Beyond the paper.
@@ -395,6 +454,16 @@ EXPERIMENTS = {
         commands=[f"{command} --evaluate compression,attack" for command in DEEP],
         answer=answers.deep_models,
         picture=figures.level_bars,
+        tables=page.deep_tables,
+    ),
+    "figure_deep_curves": page.Experiment(
+        section=page.BEYOND,
+        question="Which of a Ladder VAE, a DCT-VAE and a DVP-VAE of one size is best when training "
+        "has converged?",
+        commands=DEEP_SMALL,
+        answer=answers.converged_models,
+        picture=figures.test_curves,
+        arrays=figures.test_curve_arrays,
         tables=page.deep_tables,
     ),
     "table_deep_ablation": page.Experiment(
@@ -493,7 +562,8 @@ class Run:
     module    the imported script
     argv      the arguments of the script's main
     settings  the settings that the command line stands for
-    data      a datasets.Data with the name of the data set of the results; None for matrix scripts
+    data      for each setting a datasets.Data with the name of its data set, or None for a matrix
+              script
     results   the results of the finished settings: report.RunResult, TheoremResult for matrix
               scripts
     """
@@ -541,25 +611,34 @@ class Run:
     def read(self):
         """Read the results of the settings that are finished.
 
-        The scripts themselves choose between MNIST and the embedded digits. So the results are read
-        from the runs on that data set with more finished settings.
+        With --dataset auto, which is the default, the scripts themselves choose between MNIST and
+        the embedded digits. So the results are read from the runs on that data set with more
+        finished settings.
         """
         if self.checks_theorem:
-            self.data = None
+            self.data = [None] * len(self.settings)
             results = [TheoremResult.read(f) for f in self.settings]
             self.results = [result for result in results if result is not None]
             return
 
-        names = ["mnist", "digits"] if hasattr(self.settings[0], "dataset") else ["synthetic"]
-        self.data = datasets.Data(names[0], None, None)
-        self.results = []
-        for name in names:
-            data = datasets.Data(name, None, None)
-            results = [report.RunResult.read(f, data) for f in self.settings]
-            finished = [result for result in results if result is not None]
-            if len(finished) > len(self.results):
-                self.data = data
-                self.results = finished
+        self.data = data_of_settings(self.settings, "mnist")
+        self.results = self._finished(self.data)
+        if getattr(self.settings[0], "dataset", "") != "auto":
+            return
+        digits = data_of_settings(self.settings, "digits")
+        on_digits = self._finished(digits)
+        if len(on_digits) > len(self.results):
+            self.data = digits
+            self.results = on_digits
+
+    def _finished(self, data):
+        """The results of the finished settings, where data has the data set of each setting."""
+        results = []
+        for f, data_of_setting in zip(self.settings, data):
+            result = report.RunResult.read(f, data_of_setting)
+            if result is not None:
+                results.append(result)
+        return results
 
     def make(self):
         """Run the script's main, which skips finished settings, and read the results.
@@ -572,7 +651,7 @@ class Run:
 
     def varying_flags(self):
         """The flags that differ between the settings, except for the seed: {name: values}."""
-        return files.varying_flags(self.settings, [self.data] * len(self.settings))
+        return files.varying_flags(self.settings, self.data)
 
     def setting_labels(self):
         """The varying flags of each setting of the first seed: a list of {name: value}."""
@@ -589,11 +668,23 @@ class Run:
 
     def units(self, i):
         """The values per test example of setting i, {name: array}, see report.evaluate."""
-        return report.read_examples(files.run_dir(self.settings[i], self.data))
+        return report.read_examples(files.run_dir(self.settings[i], self.data[i]))
 
     def grid_dir(self):
         """The folder of the pictures that the script itself draws of its grid."""
-        return pictures.grid_dir(self.settings, [self.data] * len(self.settings))
+        return pictures.grid_dir(self.settings, self.data)
+
+
+def data_of_settings(settings, auto):
+    """For each setting of a script a datasets.Data that has only the name of its data set.
+
+    auto is the data set that --dataset auto stands for. A script without that flag draws its data.
+    """
+    data = []
+    for f in settings:
+        name = getattr(f, "dataset", "synthetic")
+        data.append(datasets.Data(auto if name == "auto" else name, None, None))
+    return data
 
 
 def seconds_of_work(result):
@@ -634,6 +725,8 @@ def result_columns(result):
     if len(levels) > report.MANY_LEVELS:
         columns = join_levels(columns, levels)
         columns["parameters"] = result.parameters
+        if result.headroom:
+            columns["units from the top"] = units_from_the_top(result.headroom)
     if result.theory is not None:
         columns |= comparison_columns(result.theory)
     if verify.closed_form(result):
@@ -643,6 +736,9 @@ def result_columns(result):
                 columns[f"linear {metric}"] = predicted
     for name, curve in result.curves.items():
         columns[f"last epoch {name}"] = curve[-1]
+    rise = measurements.rise_at_the_end(result.curves.get("test_elbo", []))
+    if rise is not None:
+        columns[measurements.RISE_AT_THE_END] = rise
     return columns
 
 
@@ -679,6 +775,17 @@ def join_levels(columns, levels):
     return joined
 
 
+def units_from_the_top(headrooms):
+    """The numbers of units of the levels that have a headroom, as text, the top level first.
+
+    headrooms is {"z1": headroom.LevelHeadroom, ...}. A context is not among them.
+    """
+    units = {}
+    for latent, level in headrooms.items():
+        units[int(latent.removeprefix("z"))] = level.units
+    return ", ".join(str(units[number]) for number in sorted(units, reverse=True))
+
+
 def comparison_columns(comparison):
     """How a trained linear model compares with its closed form, {column: number or text}."""
     predicted = comparison.active_units()
@@ -692,10 +799,14 @@ def comparison_columns(comparison):
     }
 
 
-def csv_text(runs):
-    """The .csv of an experiment: a row per setting and seed, with all digits of each number."""
+def csv_text(runs, earlier_rows=()):
+    """The .csv of an experiment: a row per setting and seed, with all digits of each number.
+
+    earlier_rows are the rows of other seeds, {column: text}. They come first for each command.
+    """
     rows = []
     for run in runs:
+        rows.extend(row for row in earlier_rows if row["command"] == run.command)
         for result in run.results:
             rows.append({
                 "command": run.command,
@@ -718,6 +829,20 @@ def csv_text(runs):
     return text.getvalue()
 
 
+def rows_of_other_seeds(path, runs):
+    """The rows of a .csv file with the commands of these runs and none of their seeds.
+
+    Each is {column: text}. Returns [] without the file.
+    """
+    if not path.exists():
+        return []
+    commands = {run.command for run in runs}
+    seeds = {str(f.seed) for run in runs for f in run.settings}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["command"] in commands and row["seed"] not in seeds]
+
+
 def varying_flags(line):
     """The flags that differ between the settings of a command line, except for the seed.
 
@@ -726,8 +851,7 @@ def varying_flags(line):
     script, *argv = shlex.split(line)
     module = importlib.import_module(script.removesuffix(".py"))
     settings = common.parse_flags(module.Flags, argv)
-    data = datasets.Data("mnist", None, None)
-    return files.varying_flags(settings, [data] * len(settings))
+    return files.varying_flags(settings, data_of_settings(settings, "mnist"))
 
 
 # Columns that every row of a .csv file has.
@@ -812,12 +936,18 @@ def write_page(f, names_to_draw):
 def write_result(f, name, runs):
     """Write the files of an experiment whose runs are finished, and the page."""
     experiment = EXPERIMENTS[name]
+    path = Path(f.results_dir, f"{name}.csv")
+    earlier_rows = rows_of_other_seeds(path, runs) if f.add_seeds else []
+    # Pictures that show a single seed show the one that the table already had.
+    earlier_arrays = (read_arrays(f, name) or {}) if earlier_rows else {}
+
     # An old picture, and its arrays, would not show the new numbers.
     Path(f.results_dir, f"{name}.png").unlink(missing_ok=True)
     Path(f.results_dir, "data", f"{name}.npz").unlink(missing_ok=True)
-    files.write_text(Path(f.results_dir, f"{name}.csv"), csv_text(runs))
-    arrays = experiment.arrays(runs) if experiment.arrays else None
-    if arrays is not None:
+    files.write_text(path, csv_text(runs, earlier_rows))
+    arrays = (experiment.arrays(runs) or {}) if experiment.arrays else {}
+    arrays |= earlier_arrays
+    if arrays:
         files.write(
             Path(f.results_dir, "data", f"{name}.npz"),
             lambda file: np.savez_compressed(file, **arrays),

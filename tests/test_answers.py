@@ -3,7 +3,8 @@ import unittest
 
 import answers
 import headroom
-from tests.test_measurements import command_with, predicted_sweep, sweep
+import measurements
+from tests.test_measurements import command_with, deep_model, predicted_sweep, sweep
 
 
 class FirstWords(unittest.TestCase):
@@ -40,6 +41,15 @@ class Directions(unittest.TestCase):
         self.assertEqual(
             answers.directions([exact, released]),
             "Yes. Along β1 the KL of z2 rises in 1 of 1 step.",
+        )
+
+    def test_seeds(self):
+        """The mean over the seeds falls in both steps, although that of seed 2 rises in one."""
+        command = sweep("kl_2", [6.0, 5.0, 4.0], flag="beta_2")
+        for value, kl in zip((1.0, 2.0, 3.0), (3.0, 3.5, 3.0)):
+            command.rows.append({**command.rows[0], "beta_2": value, "seed": 2, "kl_2": kl})
+        self.assertEqual(
+            answers.directions([command]), "Yes. Along β2 the KL of z2 falls in 2 of 2 steps."
         )
 
     def test_no_step(self):
@@ -86,6 +96,18 @@ class LevelsInUse(unittest.TestCase):
             answers.levels_in_use([command]),
             "z keeps 3.5 of 16 units at β = 1.0 and 1 at β = 2.0.",
         )
+
+    def test_the_same_mean_at_every_setting(self):
+        """15, 16 and 16 units are 15.67 on average."""
+        rows = []
+        for beta in (1.0, 2.0):
+            for seed, active in ((1, 15), (2, 16), (3, 16)):
+                rows.append({
+                    "beta": beta, "seed": seed, "elbo": 0.0, "kl": 1.0, "dim_z": 16,
+                    "AU_kl": active,
+                })
+        command = command_with("x.py", {"beta": [1.0, 2.0]}, rows)
+        self.assertEqual(answers.levels_in_use([command]), "z keeps 15.7 of 16 units at every β.")
 
     def test_settings_that_diverged(self):
         """If the first one diverged, the second one is named. If all did, no count is named."""
@@ -228,6 +250,46 @@ class Prediction(unittest.TestCase):
     def test_too_few(self):
         answer = answers.prediction([predicted_sweep([(1.0, 1.0)])])
         self.assertEqual(answer, "There are too few settings for a rank correlation.")
+
+
+class OrderOfCollapse(unittest.TestCase):
+    def test_steps_and_correlations(self):
+        """Each sweep has its steps, and each of its levels has a correlation."""
+        one_level = predicted_sweep([(9.0, 8.0), (5.0, 6.0), (1.0, 2.0)])
+        rows = []
+        for beta_2, kl_1, kl_2 in ((1.0, 1.0, 9.0), (2.0, 3.0, 1.0), (3.0, 2.0, 1.002)):
+            rows.append({
+                "beta_2": beta_2, "elbo": 0.0, "kl_1": kl_1, "kl_2": kl_2,
+                "linear kl_1": beta_2, "linear kl_2": 10 - beta_2,
+            })
+        two_levels = command_with("MNIST_HVAE_Relu.py", {"beta_2": [1.0, 2.0, 3.0]}, rows)
+        # In z1 the ranks 1, 3, 2 stand beside 1, 2, 3. The same holds for z2, from 3 to 1.
+        self.assertEqual(
+            answers.order_of_collapse([one_level, two_levels]),
+            "The KL changes in the paper's direction in 3 of 4 steps and stays in 1. Within "
+            "a sweep, the rank correlation of predicted and trained KL is 0.50 to 1.00.",
+        )
+
+    def test_one_correlation(self):
+        backwards = predicted_sweep([(9.0, 1.0), (5.0, 2.0), (1.0, 3.0)])
+        self.assertEqual(
+            answers.order_of_collapse([backwards]),
+            "The KL changes in the paper's direction in 0 of 2 steps. Within a sweep, the rank "
+            "correlation of predicted and trained KL is -1.00.",
+        )
+
+    def test_each_sweep_has_its_own_order(self):
+        """Together the two sweeps of a script would not be in the predicted order."""
+        small = predicted_sweep([(1.0, 7.0), (2.0, 8.0), (3.0, 9.0)], line="x.py --a")
+        large = predicted_sweep([(4.0, 1.0), (5.0, 2.0), (6.0, 3.0)], line="x.py --b")
+        self.assertIn(" is 1.00.", answers.order_of_collapse([small, large]))
+
+    def test_too_few(self):
+        """A command without a sweep, and one that was added after the .csv file was written."""
+        commands = [predicted_sweep([(1.0, 1.0)]), command_with("x.py", {"beta": [1.0]}, [])]
+        self.assertEqual(
+            answers.order_of_collapse(commands), "There are too few settings for an order."
+        )
 
 
 def linear_models(verdicts, gaps):
@@ -430,6 +492,29 @@ class DeepModels(unittest.TestCase):
         self.assertIn("MNIST_HVAE_Ladder 1 of 3 and MNIST_HVAE_DCT 0 of 2.", answer)
         self.assertIn("MNIST_HVAE_Ladder has the highest log p(x), -70.00 nats.", answer)
 
+    def test_log_px_of_several_seeds(self):
+        """The means are -90 and -91. The standard deviation of -89 and -91 is the root of 2."""
+        ladder = deep("MNIST_HVAE_Ladder.py", ["5, 3", "5, 3"])
+        dct = deep("MNIST_HVAE_DCT.py", ["5, 3", "5, 3"], log_px=-91.0)
+        for row, log_px in zip(ladder.rows, (-89.0, -91.0)):
+            row["log_px"] = log_px
+        self.assertIn(
+            "MNIST_HVAE_Ladder has the highest log p(x), -90.00 ± 1.41 nats.",
+            answers.deep_models([ladder, dct]),
+        )
+
+    def test_models_with_different_seeds(self):
+        """With seed 1 y is best, although the mean of all seeds of x is higher."""
+        x = deep("x.py", ["5", "5"], log_px=-80.0)
+        x.rows[0]["log_px"] = -99.0
+        y = deep("y.py", ["5"], log_px=-95.0)
+        self.assertIn(
+            "y has the highest log p(x), -95.00 nats. Only seed 1 can be compared.",
+            answers.deep_models([x, y]),
+        )
+        y.rows[0]["seed"] = 7
+        self.assertNotIn("log p(x)", answers.deep_models([x, y]))
+
     def test_seeds_and_a_model_with_one_level(self):
         """Without draws there is no log p(x). A cell with one number was read as a number."""
         answer = answers.deep_models([deep("x.py", ["5, 0", "5, 1"]), deep("y.py", [3])])
@@ -440,6 +525,103 @@ class DeepModels(unittest.TestCase):
         diverged = command_with("y.py", {}, [{"seed": 1}])
         answer = answers.deep_models([deep("x.py", ["5, 0"], log_px=-90.0), diverged])
         self.assertIn("x 1 of 2", answer)
+
+
+class ConvergedModels(unittest.TestCase):
+    def ladder(self, seeds=(1, 2)):
+        """ELBOs of -30 and -31: 20 and 21 nats of reconstruction, 10 of the learned levels."""
+        kinds = {1: (20.0, None, 10.0), 2: (21.0, None, 10.0), 3: (22.0, None, 10.0)}
+        return deep_model("MNIST_HVAE_Ladder.py", {s: kinds[s] for s in seeds}, context=False)
+
+    def dvp(self):
+        """ELBOs of -35 and -37, because of a context of 14 and 15 nats."""
+        return deep_model("MNIST_HVAE_DVP.py", {1: (19.0, 14.0, 2.0), 2: (20.0, 15.0, 2.0)})
+
+    def test_seed_by_seed(self):
+        """The differences are 5 and 6 nats, and those of the context -14 and -15."""
+        answer = answers.converged_models([self.ladder(), self.dvp()])
+        self.assertEqual(
+            answer,
+            # log p(x) is 1 nat above the ELBO: -29 and -30.
+            "MNIST_HVAE_Ladder has the highest log p(x), -29.50 ± 0.71 nats. It is 5.50 ± 0.71 "
+            "nats above MNIST_HVAE_DVP. Learned units in use: MNIST_HVAE_Ladder 18 and "
+            "MNIST_HVAE_DVP 18. The ELBO of MNIST_HVAE_DVP is 5.50 ± 0.71 nats lower than that of "
+            "MNIST_HVAE_Ladder, mostly because of the context (-14.50 ± 0.71).",
+        )
+
+    def test_a_model_with_fewer_seeds(self):
+        """The DCT-VAE has seed 1 alone. Two models with more seeds are compared with theirs."""
+        dct = deep_model("MNIST_HVAE_DCT.py", {1: (15.0, 1.0, 9.0)})
+        answer = answers.converged_models([self.ladder(), self.dvp(), dct])
+        self.assertTrue(answer.startswith(
+            # Its ELBO is -25. Those of seed 1 of the others are -30 and -35.
+            "MNIST_HVAE_DCT has the highest log p(x), -24.00 nats. It is 5.00 nats above "
+            "MNIST_HVAE_Ladder (only seed 1) and 10.00 nats above MNIST_HVAE_DVP (only seed 1). "
+        ), answer)
+        self.assertIn("MNIST_HVAE_DVP is 5.50 ± 0.71 nats lower than", answer)
+        self.assertIn(
+            "The ELBO of MNIST_HVAE_DCT is 5.00 nats higher than that of MNIST_HVAE_Ladder (only "
+            "seed 1), mostly because of the reconstruction (+5.00).",
+            answer,
+        )
+
+    def test_the_best_model_has_more_seeds(self):
+        """Its log p(x) is the mean of all its seeds, as in the table: -29 and -30."""
+        dct = deep_model("MNIST_HVAE_DCT.py", {2: (25.0, 5.0, 9.0)})
+        answer = answers.converged_models([self.ladder(), dct])
+        self.assertTrue(answer.startswith(
+            "MNIST_HVAE_Ladder has the highest log p(x), -29.50 ± 0.71 nats. It is 8.00 nats above "
+            "MNIST_HVAE_DCT (only seed 2). "
+        ), answer)
+
+    def test_the_learned_latents(self):
+        other = deep_model("x.py", {1: (19.0, 0.0, 14.0), 2: (19.0, 0.0, 15.0)})
+        self.assertIn(
+            "The ELBO of x is 3.00 nats lower than that of MNIST_HVAE_Ladder, mostly because of "
+            "the learned latents (-4.50 ± 0.71).",
+            answers.converged_models([self.ladder(), other]),
+        )
+
+    def test_units_and_rise(self):
+        """The context is no learned level. The ELBO of one model fell at the end."""
+        ladder, dvp = self.ladder(), self.dvp()
+        for rows, rises, counts in (
+            (ladder.rows, (0.25, 0.75), ("5, 3", "6, 4")),
+            (dvp.rows, (-0.5, -0.5), ("9, 7, 0", "9, 7, 0")),
+        ):
+            for row, rise, active in zip(rows, rises, counts):
+                row[measurements.RISE_AT_THE_END] = rise
+                row["AU_kl from the top"] = active
+                row["units from the top"] = "8, 16"
+        answer = answers.converged_models([ladder, dvp])
+        self.assertIn(
+            "Learned units in use: MNIST_HVAE_Ladder 9.0 ± 1.4 of 24 and MNIST_HVAE_DVP 7 of 24. "
+            "Over the last ten epochs the ELBO of the test images still changes by these nats: "
+            "+0.50 ± 0.35 (MNIST_HVAE_Ladder) and -0.50 (MNIST_HVAE_DVP).",
+            answer,
+        )
+
+    def test_no_seed_in_common(self):
+        answer = answers.converged_models([self.ladder(seeds=(3,)), self.dvp()])
+        self.assertIn("no log p(x) with the same seed", answer)
+        self.assertIn("MNIST_HVAE_Ladder 18 and MNIST_HVAE_DVP 18", answer)
+        self.assertNotIn("highest", answer)
+        self.assertNotIn("The ELBO", answer)
+
+    def test_models_that_diverged(self):
+        """The first model that has results takes the place of the first one."""
+        diverged = command_with("MNIST_HVAE_Ladder.py", {}, [{"seed": 1}, {"seed": 2}])
+        dct = deep_model("MNIST_HVAE_DCT.py", {1: (15.0, 1.0, 9.0)})
+        answer = answers.converged_models([diverged, self.dvp(), dct])
+        self.assertIn("than that of MNIST_HVAE_DVP (only seed 1)", answer)
+        self.assertNotIn("Ladder", answer)
+        self.assertEqual(answers.converged_models([diverged]), "All models diverged.")
+        answer = answers.converged_models([diverged, dct])
+        self.assertEqual(
+            answer,
+            "MNIST_HVAE_DCT has the highest log p(x), -24.00 nats. Learned units in use: "
+            "MNIST_HVAE_DCT 18.",
+        )
 
 
 def bernoulli(kls, threshold=10.0, linear=False, beta_warmup=0.0):
@@ -636,6 +818,15 @@ class Ablation(unittest.TestCase):
         ])
         self.assertIn("+4.00 nats (x, grad_clip = 2.0)", answer)
 
+    def test_seeds(self):
+        """The changes with seeds 1 and 2 are 1 and 3. Seed 3 is there once."""
+        command = self.change("x.py", -90.0, -89.0)
+        for value, seed, log_px in ((1.0, 2, -80.0), (2.0, 2, -77.0), (2.0, 3, -10.0)):
+            command.rows.append(
+                {**command.rows[0], "grad_clip": value, "seed": seed, "log_px": log_px}
+            )
+        self.assertIn("is +2.00 ± 1.41 nats (x, ", answers.ablation([command]))
+
     def test_too_few(self):
         answer = answers.ablation([sweep("log_px", [-1.0, None])])
         self.assertEqual(answer, "There are too few settings to compare.")
@@ -664,6 +855,13 @@ class RatesAboveDelta(unittest.TestCase):
         answer = answers.rates_above_delta([self.command((2.0, 2.5), (5.0, 6.0), (9.0, 8.0))])
         self.assertTrue(answer.startswith("Mostly. "), answer)
         self.assertNotIn("standard prior", answer)
+
+    def test_seeds(self):
+        """The KL of one seed is below δ, so that the answer is not yes."""
+        command = self.command((2.0, 3.0))
+        command.rows.append({**command.rows[0], "seed": 2, "kl": 1.0})
+        answer = answers.rates_above_delta([command])
+        self.assertEqual(answer, "No. The KL is 2.00 ± 1.41 nats for δ = 2.")
 
     def test_no_delta(self):
         """All settings with a delta diverged, so nothing supports a yes."""

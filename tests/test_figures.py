@@ -5,12 +5,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import figures
 import pictures
 from tests import small
-from tests.test_measurements import command_with, predicted_sweep
+from tests.test_measurements import command_with, deep_model, predicted_sweep
 
 PNG = b"\x89PNG"
 
@@ -206,6 +207,14 @@ class CollapseCurves(Drawn):
         self.assertEqual(arrays["labels"].tolist(), ["beta = 0.0", "beta = 2.0"])
         np.testing.assert_array_equal(arrays["unit_kl_1"], [[3.0] * 2, [1.0] * 2])
         np.testing.assert_array_equal(arrays["unit_kl_2"], [[6.0] * 3, [2.0] * 3])
+
+    def test_without_the_released_objective(self):
+        """A result of the exact objective alone. An unfinished one has no arrays."""
+        run = self.run_with([{"unit_kl": np.full((40, 2), 0.5)}] * 2)
+        arrays = figures.collapse_arrays([run])
+        np.testing.assert_array_equal(arrays["unit_kl"], [[0.5, 0.5]] * 2)
+        run.results.pop()
+        self.assertIsNone(figures.collapse_arrays([run]))
 
     def test_values_of_examples_that_are_missing(self):
         """Another process removed units.npz, or it is broken. The other settings are kept."""
@@ -480,6 +489,147 @@ class LevelBars(Drawn):
         self.assertEqual(bars(kl)["MNIST_HVAE_DCT"], [1.0, 2.0, 9.0])
         figures.level_bars(self.folder / "x.png", [diverged], {})
         self.assertFalse((self.folder / "x.png").exists())
+
+
+# ------------------------------------------------------------------------ curves of the deep models
+
+class TestCurves(Drawn):
+    """Curves of 20 epochs, and models whose ELBOs differ by known terms."""
+
+    # The values of epochs 1 to 20 of each seed.
+    LADDER = [[-1000.0 / epoch - shift for epoch in range(1, 21)] for shift in (0.0, 1.0)]
+    DVP = [[-3000.0 / epoch for epoch in range(1, 21)]]
+
+    def arrays(self):
+        return {
+            "MNIST_HVAE_Ladder seed 1": np.array(self.LADDER[0]),
+            "MNIST_HVAE_Ladder seed 2": np.array(self.LADDER[1]),
+            "MNIST_HVAE_DVP seed 1": np.array(self.DVP[0]),
+        }
+
+    def commands(self):
+        return [
+            deep_model(
+                "MNIST_HVAE_Ladder.py", {1: (20.0, None, 10.0), 2: (21.0, None, 10.0)},
+                context=False,
+            ),
+            deep_model("MNIST_HVAE_DVP.py", {1: (19.0, 14.0, 2.0)}),
+        ]
+
+    def panels(self, commands=None, arrays=None):
+        """The three panels, which are also drawn into a file without a warning."""
+        commands = commands or self.commands()
+        arrays = arrays or self.arrays()
+        self.picture(figures.test_curves, commands, arrays)
+        [axes] = axes_of(figures.test_curves, commands, arrays)
+        return axes
+
+    def test_arrays(self):
+        """Each script has a curve for each seed that has results."""
+        def result(seed, curve, is_finished=True, name="test_elbo"):
+            metrics = {"elbo": 0.0} if is_finished else None
+            return SimpleNamespace(
+                metrics=metrics,
+                curves={"loss": [9.0, 9.0], name: curve},
+                settings={"seed": seed},
+            )
+
+        runs = [
+            SimpleNamespace(script="x", results=[
+                result(0, [-3.0, -2.0]),
+                result(1, [-9.0], is_finished=False),
+                result(2, [-5.0, -4.0]),
+            ]),
+            SimpleNamespace(script="y", results=[]),
+            SimpleNamespace(script="z", results=[result(0, [-1.0, -1.0], name="kl")]),
+        ]
+        arrays = figures.test_curve_arrays(runs)
+        self.assertEqual(list(arrays), ["x seed 0", "x seed 2"])
+        np.testing.assert_array_equal(arrays["x seed 0"], [-3.0, -2.0])
+        np.testing.assert_array_equal(arrays["x seed 2"], [-5.0, -4.0])
+        self.assertIsNone(figures.test_curve_arrays(runs[1:]))
+
+    def test_curves(self):
+        """A line for each seed, in the colour of the model. The legend has the number of seeds."""
+        left, middle, _ = self.panels()
+        for ax in (left, middle):
+            self.assertEqual(
+                [line.get_color() for line in ax.get_lines()], ["C0", "C0", "C1"]
+            )
+            for line, curve in zip(ax.get_lines(), [*self.LADDER, *self.DVP]):
+                np.testing.assert_array_equal(line.get_xdata(), range(1, 21))
+                np.testing.assert_array_equal(line.get_ydata(), curve)
+        self.assertEqual(list(lines(left)), ["MNIST_HVAE_Ladder", "MNIST_HVAE_DVP (1 seed)"])
+
+    def test_limits(self):
+        """The first two epochs are cut off on the left, and the first ten in the middle."""
+        left, middle, _ = self.panels()
+        for ax, first_epoch in ((left, 3), (middle, 11)):
+            low, high = ax.get_ylim()
+            lowest, highest = -3000.0 / first_epoch, -1000.0 / 20
+            self.assertTrue(-3000.0 / (first_epoch - 1) < low < lowest, low)
+            self.assertTrue(highest < high < highest + 0.1 * (highest - lowest), high)
+        self.assertLess(left.get_xlim()[0], 1)
+        self.assertAlmostEqual(middle.get_xlim()[0], 10.5)
+        self.assertEqual(left.get_xlim()[1], middle.get_xlim()[1])
+
+    def test_differences(self):
+        """With seed 1 the ELBOs are -30 and -35. With two seeds the bars have error bars."""
+        _, _, right = self.panels()
+        self.assertEqual(bars(right), {"MNIST_HVAE_DVP (only seed 1)": [-5.0, 1.0, 8.0, -14.0]})
+        [container] = [c for c in right.containers if hasattr(c, "patches")]
+        self.assertIsNone(container.errorbar)
+        self.assertEqual(container.patches[0].get_facecolor()[:3], to_rgb("C1"))
+        names = [text.get_text() for text in right.get_xticklabels()]
+        self.assertEqual(names, ["ELBO", "reconstruction", "learned\nlatents", "context"])
+        self.assertIn("MNIST_HVAE_Ladder", right.get_title())
+
+        commands = self.commands()
+        commands[1] = deep_model(
+            "MNIST_HVAE_DVP.py", {1: (19.0, 14.0, 2.0), 2: (22.0, 14.0, 2.0)}
+        )
+        _, _, right = self.panels(commands)
+        # The reconstructions differ by 1 and -1.
+        self.assertEqual(bars(right), {"MNIST_HVAE_DVP": [-6.0, 0.0, 8.0, -14.0]})
+        [container] = [c for c in right.containers if hasattr(c, "patches")]
+        segments = container.errorbar.lines[2][0].get_segments()
+        deviations = [(segment[1][1] - segment[0][1]) / 2 for segment in segments]
+        np.testing.assert_allclose(deviations, [2**0.5, 2**0.5, 0.0, 0.0])
+
+    def test_one_model(self):
+        """There is nothing to compare, and no error."""
+        commands = self.commands()[:1]
+        _, _, right = self.panels(commands, {"MNIST_HVAE_Ladder": np.array(self.LADDER)})
+        self.assertEqual(bars(right), {})
+
+    def test_no_seed_in_common(self):
+        commands = self.commands()
+        commands[1].rows[0]["seed"] = 3
+        _, _, right = self.panels(commands)
+        self.assertEqual(bars(right), {})
+
+    def test_models_that_diverged(self):
+        """The others keep their colours."""
+        commands = [
+            command_with("MNIST_HVAE_Ladder.py", {}, [{"seed": 1}]),
+            self.commands()[1],
+            deep_model("MNIST_HVAE_DCT.py", {1: (19.0, 10.0, 2.0)}),
+        ]
+        left, _, right = self.panels(commands, {"MNIST_HVAE_DVP seed 1": np.array(self.DVP[0])})
+        self.assertEqual([line.get_color() for line in left.get_lines()], ["C1"])
+        self.assertEqual(bars(right), {"MNIST_HVAE_DCT": [4.0, 0.0, 0.0, 4.0]})
+        figures.test_curves(self.folder / "none.png", commands[:1], {})
+        self.assertFalse((self.folder / "none.png").exists())
+
+    def test_short_and_flat_curves(self):
+        """A training of one epoch, and one that changes nothing."""
+        for curve in ([-3.0], [-3.0] * 5):
+            left, _, _ = self.panels(self.commands(), {"MNIST_HVAE_Ladder seed 1": np.array(curve)})
+            self.assertLess(left.get_ylim()[0], -3.0)
+            self.assertGreater(left.get_ylim()[1], -3.0)
+
+    def test_saved_arrays_draw_the_same(self):
+        self.check_saved_arrays_draw_the_same(figures.test_curves, self.commands(), self.arrays())
 
 
 # ------------------------------------------------------------------------ the threshold of collapse

@@ -186,6 +186,33 @@ class Shared(unittest.TestCase):
         command = command_with("x.py", {}, rows)
         self.assertEqual(len(measurements.distinct_rows([command])), 2)
 
+    def test_other_data_are_not_the_same(self):
+        rows = [{"elbo": -1.0, "dataset": name} for name in ("mnist", "fashion")]
+        commands = [command_with("x.py", {}, [row]) for row in rows]
+        self.assertEqual(len(measurements.distinct_rows(commands)), 2)
+        self.assertEqual(len(measurements.distinct_settings(commands)), 2)
+
+    def test_a_shared_setting_with_other_seeds(self):
+        """It counts once with the seeds of both commands, whichever of them comes first."""
+        by_beta, by_eta = self.commands
+        by_eta.rows = [row for row in by_eta.rows if row["seed"] == 2]
+        for commands in ([by_beta, by_eta], [by_eta, by_beta]):
+            settings = measurements.distinct_settings(commands)
+            self.assertEqual(len(settings), 3)
+            shared = [rows for rows in settings if rows[0]["elbo"] == -1.0]
+            self.assertEqual([sorted(row["seed"] for row in rows) for rows in shared], [[1, 2]])
+
+    def test_numbers_of_seeds(self):
+        """They are those of the settings. Seeds that diverged count."""
+        self.assertEqual(measurements.seed_counts(self.commands), [2])
+        by_beta, by_eta = self.commands
+        by_eta.rows = [row for row in by_eta.rows if row["seed"] == 2]
+        self.assertEqual(measurements.seed_counts(self.commands), [1, 2])
+        self.assertEqual(measurements.seed_counts([by_eta]), [1])
+        by_eta.rows.append({"eta_dec": 2.0, "seed": 9})
+        self.assertEqual(measurements.seed_counts([by_eta]), [1, 2])
+        self.assertEqual(measurements.seed_counts([]), [])
+
     def test_rows_that_diverged(self):
         """A row counts, but it is no setting with results."""
         command = sweep("kl", [None, 3.0])
@@ -464,6 +491,89 @@ class CausesOfRow(unittest.TestCase):
             self.assertEqual(measurements.causes_of_row(row), {})
 
 
+def deep_model(line, seeds, context=True, log_px=True):
+    """A command of a deep model with one setting.
+
+    seeds is {seed: (reconstruction, KL of the context, KL of the learned levels)}, in nats. The
+    model has two learned levels, with a quarter and three quarters of their KL. Without a context
+    its KL is left out. log p(x) is 1 nat above the ELBO.
+    """
+    rows = []
+    for seed, (reconstruction, context_kl, learned) in seeds.items():
+        kls = [context_kl] if context else []
+        kls += [learned / 4, 3 * learned / 4]
+        row = {
+            "seed": seed, "reconstruction": reconstruction, "kl": sum(kls),
+            "elbo": -reconstruction - sum(kls),
+            "kl from the top": ", ".join(f"{kl:.2f}" for kl in kls),
+            "AU_kl from the top": ", ".join(["9"] * len(kls)),
+        }
+        if log_px:
+            row["log_px"] = row["elbo"] + 1
+        if context:
+            row["context_baseline"] = 50.0
+        rows.append(row)
+    return command_with(line, {}, rows)
+
+
+class DeepModels(unittest.TestCase):
+    def test_rise_at_the_end(self):
+        """The curve of k² is at 11² in its last epoch, and at 1² ten epochs before."""
+        self.assertEqual(measurements.LAST_EPOCHS, 10)
+        self.assertEqual(measurements.rise_at_the_end([k**2 for k in range(12)]), 120)
+        self.assertEqual(measurements.rise_at_the_end([5.0, *[9.0] * 9, 2.0]), -3.0)
+        self.assertIsNone(measurements.rise_at_the_end([1.0] * 10))
+        self.assertIsNone(measurements.rise_at_the_end([]))
+
+    def test_terms_of_the_elbo(self):
+        [row] = deep_model("x.py", {1: (20.0, 8.0, 4.0)}).rows
+        terms = measurements.elbo_terms(row)
+        self.assertEqual(terms, {
+            "log_px": -31.0, "elbo": -32.0, "reconstruction": -20.0, "learned latents": -4.0,
+            "context": -8.0,
+        })
+        self.assertEqual(sum(terms[name] for name in measurements.ELBO_TERMS), terms["elbo"])
+
+    def test_terms_without_a_context(self):
+        """The top level is a learned one."""
+        [row] = deep_model("x.py", {1: (20.0, None, 4.0)}, context=False, log_px=False).rows
+        self.assertEqual(measurements.elbo_terms(row), {
+            "elbo": -24.0, "reconstruction": -20.0, "learned latents": -4.0, "context": 0.0,
+        })
+
+    def test_differences_by_seed(self):
+        """Only seed 2 is there in both models. One of them has no log p(x)."""
+        command = deep_model("x.py", {2: (10.0, 8.0, 4.0), 3: (99.0, 99.0, 99.0)}, log_px=False)
+        other = deep_model("y.py", {1: (55.0, None, 5.0), 2: (12.0, None, 9.0)}, context=False)
+        self.assertEqual(measurements.shared_seeds([command, other]), [2])
+        self.assertEqual(measurements.elbo_differences(command, other), {
+            "elbo": [-22.0 + 21.0], "reconstruction": [2.0], "learned latents": [5.0],
+            "context": [-8.0],
+        })
+
+    def test_seeds_in_another_order(self):
+        """Differences are between results of one seed: 10 - 11 and 20 - 22 in the first term."""
+        command = deep_model("x.py", {1: (10.0, 0.0, 1.0), 2: (20.0, 0.0, 1.0)})
+        other = deep_model("y.py", {2: (22.0, 0.0, 1.0), 1: (11.0, 0.0, 1.0)})
+        differences = measurements.elbo_differences(command, other)
+        self.assertEqual(differences["reconstruction"], [1.0, 2.0])
+
+    def test_no_seed_in_common(self):
+        """A seed that diverged is not there."""
+        command = deep_model("x.py", {1: (10.0, 8.0, 4.0)})
+        other = deep_model("y.py", {2: (10.0, 8.0, 4.0)})
+        other.rows.append({"seed": 1})
+        self.assertEqual(measurements.shared_seeds([command, other]), [])
+        self.assertEqual(measurements.elbo_differences(command, other), {})
+
+    def test_remark_on_the_seeds(self):
+        few = deep_model("x.py", {1: (1.0, 1.0, 1.0)})
+        many = deep_model("y.py", {seed: (1.0, 1.0, 1.0) for seed in (1, 2, 3)})
+        self.assertEqual(measurements.only_seeds([1], [few, few]), "")
+        self.assertEqual(measurements.only_seeds([1], [few, many]), " (only seed 1)")
+        self.assertEqual(measurements.only_seeds([1, 3], [many]), " (only seeds 1 and 3)")
+
+
 class Text(unittest.TestCase):
     def test_numbers_over_seeds(self):
         for values, text in (
@@ -486,6 +596,23 @@ class Text(unittest.TestCase):
             ([0, 0], "0"),
         ):
             self.assertEqual(measurements.format_seeds(values), text)
+
+    def test_changes_over_seeds(self):
+        """The sign is that of the mean. Whole numbers are changes, too, not counts."""
+        for values, text in (
+            ([1.5], "+1.50"), ([-1.5], "-1.50"), ([0.0], "+0.00"), ([-0.001], "+0.00"),
+            ([1.0, 3.0], "+2.00 ± 1.41"), ([3], "+3.00"),
+        ):
+            self.assertEqual(measurements.format_change(values), text)
+        self.assertEqual(measurements.format_change([0.0625], 3), "+0.062")
+
+    def test_deviation(self):
+        self.assertEqual(measurements.deviation([4.0]), 0.0)
+        self.assertAlmostEqual(measurements.deviation([1.0, 3.0]), 2**0.5)
+
+    def test_seeds(self):
+        self.assertEqual(measurements.seeds_as_text([2]), "seed 2")
+        self.assertEqual(measurements.seeds_as_text([1, 3]), "seeds 1 and 3")
 
     def test_words(self):
         self.assertEqual(measurements.join_words([]), "")

@@ -10,7 +10,7 @@ import page
 from tests import small
 from tests.small import ROOT
 from tests.test_answers import remedy_commands
-from tests.test_measurements import command_with, predicted_sweep, sweep
+from tests.test_measurements import command_with, deep_model, predicted_sweep, sweep
 
 
 def cells(table):
@@ -198,6 +198,32 @@ class SettingTables(unittest.TestCase):
             "28.41 ± 0.71, 0.00", "49, 3.5 ± 0.7", "0.062", "0.062", "none / training",
         ])
 
+    def test_settings_with_fewer_seeds(self):
+        """They say how many they have. Seeds that diverged are counted as such."""
+        rows = []
+        for beta, seed, kl in ((1.0, 1, 4.0), (1.0, 2, 6.0), (1.0, 3, 5.0), (2.0, 1, 0.5)):
+            rows.append({"beta": beta, "seed": seed, "elbo": -2.0, "kl": kl})
+        many = command_with("x.py", {"beta": [1.0, 2.0]}, rows)
+        two = [{"seed": 1, "elbo": -2.0, "kl": 3.0}, {"seed": 2, "elbo": -2.0, "kl": 5.0}]
+        diverged = [*two, {"seed": 3}]
+        [table] = self.tables(
+            many, command_with("y.py", {}, two), command_with("z.py", {}, diverged)
+        )
+        self.assertEqual({row[0]: row[2] for row in cells(table)[1:]}, {
+            "x, beta = 1.0": "5.00 ± 1.00",
+            "x, beta = 2.0 (1 seed)": "0.50",
+            "y (2 seeds)": "4.00 ± 1.41",
+            "z (2 of 3 seeds, the others diverged)": "4.00 ± 1.41",
+        })
+
+    def test_rise_at_the_end(self):
+        """It stands beside the ELBO."""
+        row = {"elbo": -2.0, measurements.RISE_AT_THE_END: 0.125, "kl": 1.0}
+        [table] = self.tables(command_with("x.py", {}, [row]))
+        head, values = cells(table)
+        self.assertIn("rise of the test ELBO in the last ten epochs", head[2])
+        self.assertEqual(values[1:], ["-2.00", "0.12", "1.00"])
+
     def test_a_value_that_a_row_lacks(self):
         learnable = command_with("x.py", {}, [{"elbo": -1.0, "headroom": 0.5}])
         fixed = command_with("y.py", {}, [{"elbo": -2.0}])
@@ -323,21 +349,149 @@ class DeepTables(unittest.TestCase):
         )
 
     def test_seeds(self):
-        """All terms are means over the seeds: of the context 12, and of the learned levels 8."""
-        ladder = self.model("MNIST_HVAE_Ladder.py", [(-90.0, 60.0, "10, 15, 5")])
+        """Seed by seed log p(x) differs by -2 and -6, and the learned levels by 24 and 21."""
+        ladder = self.model(
+            "MNIST_HVAE_Ladder.py", [(-90.0, 60.0, "10, 15, 5"), (-88.0, 60.0, "10, 16, 5")]
+        )
         dct = self.model(
             "MNIST_HVAE_DCT.py", [(-92.0, 58.0, "10, 4, 2"), (-94.0, 58.0, "14, 8, 2")]
         )
         row = self.differences(ladder, dct)["MNIST_HVAE_DCT"]
         self.assertEqual(
-            (row["log_px"], row["learned latents"], row["context"]), ("-3.00", "+22.00", "-12.00")
+            (row["log_px"], row["reconstruction"], row["learned latents"], row["context"]),
+            ("-4.00 ± 2.83", "+2.00", "+22.50 ± 2.12", "-12.00 ± 2.83"),
         )
+        *_, caption, _ = page.deep_tables([ladder, dct])
+        self.assertIn("seed by seed", caption)
+
+    def test_a_model_with_fewer_seeds(self):
+        """Only the seed that both have is compared, and the row says so."""
+        ladder = self.model(
+            "MNIST_HVAE_Ladder.py", [(-90.0, 60.0, "10, 15, 5"), (-70.0, 50.0, "10, 15, 5")]
+        )
+        dct = self.model("MNIST_HVAE_DCT.py", [(-92.0, 58.0, "20, 12.5, 7.75")])
+        dvp = self.model(
+            "MNIST_HVAE_DVP.py", [(-91.0, 59.0, "10, 15, 5"), (-71.0, 49.0, "10, 15, 5")]
+        )
+        rows = self.differences(ladder, dct, dvp)
+        self.assertEqual(list(rows), ["MNIST_HVAE_DCT (only seed 1)", "MNIST_HVAE_DVP"])
+        self.assertEqual(rows["MNIST_HVAE_DCT (only seed 1)"]["log_px"], "-2.00")
+        settings = page.deep_tables([ladder, dct, dvp])[0]
+        self.assertIn("MNIST_HVAE_DCT (1 seed)", by_first_cell(settings))
+
+    def test_no_seed_in_common(self):
+        ladder = deep_model("MNIST_HVAE_Ladder.py", {1: (20.0, None, 4.0)}, context=False)
+        dct = deep_model("MNIST_HVAE_DCT.py", {2: (20.0, 5.0, 4.0)})
+        [(name, row)] = self.differences(ladder, dct).items()
+        self.assertIn("no seed in common", name)
+        self.assertEqual(set(list(row.values())[1:]), {"-"})
+
+    def test_one_seed(self):
+        """The caption does not speak of deviations that are not there."""
+        ladder = deep_model("MNIST_HVAE_Ladder.py", {1: (20.0, None, 4.0)}, context=False)
+        dct = deep_model("MNIST_HVAE_DCT.py", {1: (20.0, 5.0, 4.0)})
+        *_, caption, _ = page.deep_tables([ladder, dct])
+        self.assertNotIn("seed", caption)
 
     def test_models_that_diverged(self):
         ladder = self.model("MNIST_HVAE_Ladder.py", [(-90.0, 60.0, "10, 15, 5")])
         diverged = command_with("MNIST_HVAE_DVP.py", {}, [{"seed": 1}])
         dct = self.model("MNIST_HVAE_DCT.py", [(-92.0, 58.0, "20, 12, 8")])
         self.assertEqual(list(self.differences(ladder, diverged, dct)), ["MNIST_HVAE_DCT"])
+
+
+class RepeatedTables(unittest.TestCase):
+    """Sweeps on Fashion-MNIST beside the same ones on MNIST."""
+
+    REPEATED = (
+        page.RepeatedSweep("x.py --beta 1:3 --num_epochs 30", "x.py --beta 1:3", "table_x"),
+        page.RepeatedSweep("linear.py --dataset fashion", "linear.py", "figure_linear"),
+        page.RepeatedSweep("z.py --dataset fashion", "z.py", "table_z"),
+    )
+
+    def sweep(self, line, kls, dataset, epochs, cause="objective"):
+        """Three betas with these KLs, predicted to fall from 9 over 5 to 1. Units collapsed."""
+        command = predicted_sweep(list(zip((9.0, 5.0, 1.0), kls)), line=line)
+        for row in command.rows:
+            row |= {
+                "dataset": dataset, "num_epochs": epochs, "dim_z": 4, "AU_kl": 3, "headroom": 0.0,
+                "headroom_any": 0.0, "cause": cause,
+            }
+        return command
+
+    def linear(self, line, verdicts, dataset):
+        """A linear model with a verdict for each seed."""
+        rows = []
+        for seed, verdict in enumerate(verdicts, 1):
+            rows.append({
+                "seed": seed, "elbo": 0.0, "dataset": dataset, "num_epochs": 50, "gap": 0.1,
+                "verdict": verdict,
+            })
+        return command_with(line, {}, rows)
+
+    def rows(self, commands, others):
+        table, caption = page.repeated_tables(commands, self.REPEATED, others)
+        self.assertIn("(#summary)", caption)
+        head, *rows = cells(table)
+        self.assertEqual(head, [
+            "script and flag", "steps, fashion", "steps, mnist", "rank correlation, fashion",
+            "rank correlation, mnist", "levels collapsed, fashion", "levels collapsed, mnist",
+            "as predicted, fashion", "as predicted, mnist", "result on mnist",
+        ])
+        return rows
+
+    def test_beside_the_originals(self):
+        fashion = [
+            # Spearman's correlation is 1 - 6 * 2 / 24.
+            self.sweep("x.py --beta 1:3 --num_epochs 30", (8.0, 1.0, 6.0), "fashion", 30),
+            self.linear("linear.py --dataset fashion", ["as predicted", "off"], "fashion"),
+        ]
+        mnist = {
+            "table_x": [
+                # Another sweep of the script, and the released objective, which do not count.
+                self.sweep("x.py --beta 7", (1.0, 2.0, 3.0), "mnist", 100),
+                self.sweep("x.py --beta 1:3 --released_objective", (1.0, 2.0, 3.0), "mnist", 100),
+                self.sweep("x.py --beta 1:3", (8.0, 6.0, 1.0), "mnist", 100, cause="training"),
+            ],
+            "figure_linear": [self.linear("linear.py", ["as predicted"] * 3, "mnist")],
+        }
+        self.assertEqual(self.rows(fashion, mnist), [
+            [
+                "x, beta, 30 epochs", "1 of 2", "2 of 2", "0.50", "1.00", "3 / 0 of 3",
+                "0 / 3 of 3", "-", "-", "[table_x](#table_x), 1 seed, 100 epochs",
+            ],
+            [
+                "linear, 50 epochs", "-", "-", "-", "-", "-", "-", "1 of 2", "3 of 3",
+                "[figure_linear](#figure_linear), 3 seeds, 50 epochs",
+            ],
+        ])
+
+    def test_without_the_originals(self):
+        """The result is not on the page, or it lacks the command. A command without rows."""
+        fashion = [
+            self.sweep("x.py --beta 1:3 --num_epochs 30", (8.0, 6.0, 1.0), "fashion", 30),
+            command_with("linear.py --dataset fashion", {}, []),
+            self.linear("z.py --dataset fashion", ["as predicted"], "fashion"),
+        ]
+        empty = command_with("x.py --beta 1:3", {"beta": [1.0]}, [])
+        other_line = self.linear("w.py", ["off"], "mnist")
+        for others in ({}, {"table_x": [empty], "table_z": [other_line]}):
+            first, second = self.rows(fashion, others)
+            self.assertEqual(first[2::2], ["-"] * 4)
+            self.assertEqual(first[-1], "-")
+            self.assertEqual(second[-3:], ["1 of 1", "-", "-"])
+
+    def test_two_levels(self):
+        rows = []
+        for beta_2, kl_2 in ((1.0, 9.0), (2.0, 5.0), (3.0, 1.0)):
+            rows.append({
+                "beta_2": beta_2, "elbo": 0.0, "kl_1": beta_2, "kl_2": kl_2, "linear kl_1": beta_2,
+                "linear kl_2": beta_2, "dataset": "fashion", "num_epochs": 30,
+            })
+        command = command_with(self.REPEATED[0].line, {"beta_2": [1.0, 2.0, 3.0]}, rows)
+        [row] = self.rows([command], {})
+        self.assertEqual(row[0], "x, beta_2, 30 epochs")
+        self.assertEqual((row[1], row[3]), ("2 of 2", "z1 1.00, z2 -1.00"))
 
 
 class CauseTables(unittest.TestCase):
@@ -533,7 +687,7 @@ class Comparison(unittest.TestCase):
             (1.0, "kl", "5.1"), (1.0, "log_px", "-4.90"),
             (2.0, "kl", "1.0"), (2.0, "log_px", "-1.00"),
         )
-        self.assertEqual(comparison.seeds, 2)
+        self.assertEqual(comparison.seed_counts, {2})
         head, *rows = comparison.table
         self.assertEqual(head[0], "setting")
         self.assertEqual(len(head), 5)
@@ -551,6 +705,12 @@ class Comparison(unittest.TestCase):
         self.assertTrue(comparison.sentence.startswith("1 of 2 numbers"), comparison.sentence)
         self.assertIn("kl at beta = 2.0 (1.2 there, 1.0 here)", comparison.sentence)
         self.assertNotIn("beta = 1.0", comparison.sentence)
+
+    def test_settings_with_different_seeds(self):
+        comparison = self.compare(
+            self.command([[4.0, 6.0], [1.0]]), (1.0, "kl", "5.1"), (2.0, "kl", "1.2")
+        )
+        self.assertIn("over 1 to 2 seeds", comparison.paragraphs()[0])
 
     def test_one_seed(self):
         """A single seed has no standard deviation, so no number counts as different."""
@@ -620,6 +780,14 @@ class SummaryCells(unittest.TestCase):
         three = command((1, 100), (2, 100), (3, 30))
         self.assertEqual(page.seeds_in_words([three]), "3 seeds")
         self.assertEqual(page.epochs_in_words([three]), "30 and 100 epochs")
+        # One command with three seeds and another one with the third of them.
+        third = command_with("y.py", {}, [{"seed": 3, "elbo": 0.0}])
+        self.assertEqual(page.seeds_in_words([three, third]), "1 to 3 seeds")
+        # Two seeds in all, but one in each setting.
+        rows = [{"beta": 1.0, "seed": 1, "elbo": 0.0}, {"beta": 2.0, "seed": 2, "elbo": 0.0}]
+        self.assertEqual(
+            page.seeds_in_words([command_with("x.py", {"beta": [1.0, 2.0]}, rows)]), "1 seed"
+        )
         one = command((7, 1))
         self.assertEqual(page.seeds_in_words([one]), "1 seed")
         self.assertEqual(page.epochs_in_words([one]), "1 epoch")
@@ -651,6 +819,17 @@ class Provenance(unittest.TestCase):
             "(table_x.csv)",
         ):
             self.assertIn(words, text)
+
+    def test_other_data_and_fewer_seeds(self):
+        rows = [{"seed": seed, "elbo": 0.0, "dataset": "fashion"} for seed in (1, 2)]
+        commands = [command_with("x.py", {}, rows)]
+        text = page.provenance("table_x", commands)
+        self.assertIn("*Data: fashion. ", text)
+        self.assertNotIn("fewer", text)
+        commands.append(command_with("y.py", {}, rows[:1]))
+        self.assertIn(
+            "seeds 1 and 2 (some settings have fewer), ", page.provenance("table_x", commands)
+        )
 
     def test_without_training(self):
         """A check of a theorem has no epochs, so the line has no place for them."""
@@ -827,7 +1006,7 @@ class WholePage(small.InFolder):
             cells_of_row[-5:],
             [
                 "Yes. Along β the KL falls in 1 of 1 step.", "1 of 1", "-", "-",
-                "2 seeds, 5 epochs",
+                "2 seeds, 5 epochs, mnist",
             ],
         )
         widths = {len(cells_of_line) for cells_of_line in cells(self.table(summary))}
@@ -842,6 +1021,54 @@ class WholePage(small.InFolder):
         self.assertIn("figure_b and table_d", sentence)
         self.assertNotIn("table_a", sentence)
         self.assertNotIn("single seed", self.text(table_a=self.commands["table_a"]))
+
+    def test_results_with_a_single_seed_in_part(self):
+        """Both settings of table_a have two seeds, until one loses a seed."""
+        self.commands["table_a"][0].rows.pop()
+        text = self.text()
+        self.assertIn("rest on a single seed: figure_b and table_d. These results have some", text)
+        self.assertIn("some settings with a single seed: table_a.", text)
+        self.assertIn("1 to 2 seeds, 5 epochs", self.part(text, "Summary"))
+        text = self.text(table_a=self.commands["table_a"])
+        self.assertNotIn("rest on", text)
+        self.assertIn("some settings with a single seed: table_a.", text)
+
+    def test_results_of_an_earlier_state(self):
+        """Their rows have a headroom, but none with any encoder. Those without any do not count.
+
+        figure_b, whose rows are among those of table_a, has no row in the summary.
+        """
+        self.assertNotIn("earlier state", self.text())
+        for row in self.commands["table_a"][0].rows:
+            row |= {"headroom": 0.0, "headroom_any": 0.0, "dim_z": 4, "AU_kl": 4}
+        self.assertNotIn("earlier state", self.text())
+        for row in self.commands["table_d"][0].rows:
+            row |= {"headroom_2": 0.0, "d_2": 4, "AU_kl_2": 4}
+        [sentence] = re.findall(r"^.*earlier state.*$", self.text(), flags=re.M)
+        self.assertIn("programs: table_d. ", sentence)
+        del self.commands["table_a"][0].rows[1]["headroom_any"]
+        self.assertIn("programs: table_a and table_d. ", self.text())
+        # The summary does not count the causes of a result that is no sweep.
+        self.experiments["table_d"].is_sweep = False
+        self.assertIn("programs: table_a. ", self.text())
+
+    def test_a_repeated_sweep(self):
+        """The table has the numbers of another result on the page, with a link to it."""
+        line = "x.py --beta 1,2 --dataset fashion"
+        self.experiments["table_c"] = page.Experiment(
+            page.BEYOND, "And elsewhere?", [line], answers.directions,
+            repeated=(page.RepeatedSweep(line, "x.py --beta 1,2", "table_a"),),
+        )
+        fashion = sweep("kl", [1.0, 2.0], line)
+        fashion.rows = [{**row, "dataset": "fashion", "num_epochs": 7} for row in fashion.rows]
+        text = self.text(**self.commands, table_c=[fashion])
+        self.check_links(text)
+        part = self.part(text, "table_c")
+        self.assertIn("| x, beta, 7 epochs | 0 of 1 | 1 of 1 | ", part)
+        self.assertIn("| [table_a](#table_a), 2 seeds, 5 epochs |", part)
+        self.assertIn("*Data: fashion. ", part)
+        self.assertIn("| 1 seed, 7 epochs, fashion |", self.part(text, "Summary"))
+        self.check_links(self.text(table_c=[fashion]))
 
     def test_released_code(self):
         """Where the comparison is the answer, it is the answer of the summary, too."""

@@ -1,6 +1,7 @@
 """reproduce.py: what its files hold, that it makes nothing twice, and --page without any runs."""
 import contextlib
 import csv
+import io
 import json
 import re
 import shutil
@@ -12,11 +13,24 @@ from unittest import mock
 import measurements
 import numpy as np
 
+import datasets
+import files
 import headroom
+import page
 import report
 import reproduce
+from MNIST_HVAE_DCT import DCTVAE
+from MNIST_HVAE_DVP import DVPVAE
+from MNIST_HVAE_Ladder import LadderVAE
 from tests import small
 from tests.small import ROOT
+
+# The classes of the deep models that figure_deep_curves compares.
+DEEP_MODELS = {
+    "MNIST_HVAE_Ladder": LadderVAE,
+    "MNIST_HVAE_DCT": DCTVAE,
+    "MNIST_HVAE_DVP": DVPVAE,
+}
 
 # What a picture file starts with.
 PNG = b"\x89PNG"
@@ -206,6 +220,7 @@ class TableAndFigure(Reproduced):
         self.check_rows()
         self.check_page()
         self.check_seed_of_the_picture()
+        self.check_added_seed()
 
         # Again: everything is there.
         err = self.made("table_cvae", "--seed", "1,2")
@@ -276,6 +291,24 @@ class TableAndFigure(Reproduced):
         for seed in ("2", "1"):
             self.made("figure_cvae_beta", "--seed", seed)
             self.assertEqual(path.read_bytes() == picture, seed == "1")
+
+    def check_added_seed(self):
+        """Seed 2 joins seed 1. The rows are those of both seeds made at once, and none twice."""
+        commands = reproduce.EXPERIMENTS["figure_cvae_beta"].commands
+        both = [row for row in self.rows("table_cvae") if row["command"] in commands]
+        only_first = [row for row in both if row["seed"] == "1"]
+        self.assertEqual(self.rows("figure_cvae_beta"), only_first)
+        picture = (self.results / "figure_cvae_beta.png").read_bytes()
+
+        for _ in range(2):
+            self.made("figure_cvae_beta", "--seed", "2", "--add_seeds", "true")
+            rows = self.rows("figure_cvae_beta")
+            self.assertCountEqual(rows, both)
+            # The rows of a command stand together.
+            lines = [row["command"] for row in rows]
+            self.assertEqual(lines, sorted(lines, key=commands.index))
+            # The picture still shows the first seed.
+            self.assertEqual((self.results / "figure_cvae_beta.png").read_bytes(), picture)
 
 
 class Made(Reproduced):
@@ -348,6 +381,30 @@ class Made(Reproduced):
             cells.append(f"{float(row['kl']):.3f} ({row['AU_kl']})")
         self.assertIn(f"| 500 | {cells[0]} | {cells[1]} |", text)
         self.assertIn(f"| 1 | {float(first['kl']):.3f} ({first['AU_kl']}) | - |", text)
+
+    def test_a_repeated_sweep(self):
+        """A sweep on another data set has a row beside the same sweep of another result."""
+        small_model = "MNIST_HVAE_Relu.py --d_hidden 8 --beta_2 0.5,2,3 --num_samples 0"
+        repeated = (
+            page.RepeatedSweep(f"{small_model} --dataset digits", small_model, "table_hvae"),
+        )
+        experiments = experiments_with(
+            table_hvae=[small_model], table_fashion=[repeated[0].line]
+        )
+        experiment = reproduce.EXPERIMENTS["table_fashion"]
+        with experiments, mock.patch.object(experiment, "repeated", repeated):
+            self.made("table_hvae", "table_fashion")
+            for name, dataset in (("table_hvae", "mnist"), ("table_fashion", "digits")):
+                rows = self.rows(name)
+                self.assertEqual([row["dataset"] for row in rows], [dataset] * 3)
+                self.assertIn(f"*Data: {dataset}. ", self.part(name))
+            text = self.part("table_fashion")
+            steps = r"\d of 2(?:, \d unchanged)? \| "
+            self.assertRegex(text, rf"\| MNIST_HVAE_Relu, beta_2, 1 epoch \| {steps}{steps}z1 ")
+            self.assertIn("[table_hvae](#table_hvae), 1 seed, 1 epoch |", text)
+            _, out, _ = self.call()
+            self.assertRegex(out, r"table_fashion: .*\n    3 of 3 settings finished")
+            self.check_page_without_runs()
 
     def test_from_the_arrays_of_a_grid(self):
         """Pictures of what the scripts leave beside the pictures of their grids."""
@@ -441,6 +498,50 @@ class Made(Reproduced):
             name = row["command"].split(".py")[0]
             self.assertRegex(text, rf"\| {name} \| {', '.join(active)} \| .*{', '.join(causes)} \|")
         self.assertRegex(text, rf"\| MNIST_VAE_Delta \| {delta['AU_kl']} \| .*{delta['cause']} \|")
+
+    def test_curves_of_deep_models(self):
+        """One model has a single seed. Its row, its curve and its differences are of that seed."""
+        flags = "--side 14 --latents 3 --num_ch 4 --num_samples 0 --num_test 20 --test_curve true"
+        commands = [
+            f"MNIST_HVAE_Ladder.py {flags}",
+            f"MNIST_HVAE_DCT.py {flags} --context_size 2 --diffusion_ch 4",
+        ]
+        name = "figure_deep_curves"
+        with experiments_with(figure_deep_curves=commands):
+            self.made(name, "--seed", "1,2")
+            ladder_runs = self.runs / "MNIST_HVAE_Ladder"
+            for path in ladder_runs.glob("*seed=1*/result.json"):
+                path.unlink()
+            [f] = reproduce.common.parse_flags(reproduce.Flags, [
+                "--out_dir", str(self.runs), "--results_dir", str(self.results),
+                "--num_epochs", "1", "--device", "cpu", "--data_dir", str(self.folder / "data"),
+            ])
+            runs = [reproduce.Run(command, f, [1, 2]) for command in commands]
+            self.assertEqual([len(run.results) for run in runs], [1, 2])
+            with contextlib.redirect_stderr(io.StringIO()):
+                reproduce.write_result(f, name, runs)
+            self.check_curves(runs)
+            self.check_page_without_runs()
+
+    def check_curves(self, runs):
+        rows = self.rows("figure_deep_curves")
+        self.assertEqual([row["seed"] for row in rows], ["2", "1", "2"])
+        # One epoch is too few for a rise over the last ten.
+        self.assertNotIn(measurements.RISE_AT_THE_END, rows[0])
+        self.assertEqual([row["units from the top"] for row in rows], ["49, 49, 49"] * 3)
+
+        with np.load(self.results / "data" / "figure_deep_curves.npz") as arrays:
+            for run in runs:
+                curves = [result.curves["test_elbo"] for result in run.results]
+                np.testing.assert_array_equal(arrays[run.script], curves)
+
+        text = self.part("figure_deep_curves")
+        self.assertIn("seeds 1 and 2 (some settings have fewer)", text)
+        self.assertIn("| MNIST_HVAE_Ladder (1 seed) | ", text)
+        difference = float(rows[2]["elbo"]) - float(rows[0]["elbo"])
+        self.assertRegex(
+            text, rf"\| MNIST_HVAE_DCT \(only seed 2\) \| - \| {re.escape(f'{difference:+.2f}')} \|"
+        )
 
     def test_settings_that_diverged(self):
         """One setting of the first command diverged, and all of the second."""
@@ -886,6 +987,28 @@ class Columns(unittest.TestCase):
         self.assertEqual((columns["rho"], columns["rho_any"]), (1.5, 2.5))
         self.assertEqual(columns["parameters"], 123)
 
+    def test_units_of_the_learned_levels(self):
+        """Level 10 is above level 9. The context has no headroom, so it is not among them."""
+        levels = {}
+        for number in (9, 10, 8, 1, 2, 3, 4, 5, 6, 7):
+            levels[f"z{number}"] = level_with(collapsed=0, nats=0.0, nats_any=0.0)
+            levels[f"z{number}"].units = 10 * number
+        self.assertEqual(
+            self.columns(11, levels)["units from the top"],
+            "100, 90, 80, 70, 60, 50, 40, 30, 20, 10",
+        )
+
+    def test_rise_at_the_end(self):
+        """Over ten epochs, and only of the ELBO of the test images."""
+        result = deep_result(3, {})
+        self.assertNotIn(measurements.RISE_AT_THE_END, reproduce.result_columns(result))
+        result.curves = {"loss": [0.0] * 12, "test_elbo": [-50.0, -9.0, *[-7.0] * 9, -6.5]}
+        columns = reproduce.result_columns(result)
+        self.assertEqual(columns[measurements.RISE_AT_THE_END], 2.5)
+        self.assertEqual(columns["last epoch test_elbo"], -6.5)
+        result.curves = {"test_elbo": [-1.0] * 10}
+        self.assertNotIn(measurements.RISE_AT_THE_END, reproduce.result_columns(result))
+
     def test_levels_without_a_context(self):
         columns = self.columns(3, self.CAUSES)
         self.assertEqual(columns["AU_kl from the top"], "3, 2, 1")
@@ -946,7 +1069,135 @@ class Costs(small.InFolder):
         self.assertEqual(reproduce.expected_seconds(self.folder, runs), [20, 40])
 
 
+class DataSets(small.InFolder):
+    """The data sets of a command's results."""
+
+    def run_of(self, command):
+        return reproduce.Run(command, reproduce.Flags(out_dir=str(self.folder)), [1])
+
+    def save_result(self, f, dataset):
+        """Save a result of this setting on a data set."""
+        data = datasets.Data(dataset, None, None)
+        saved = result_with(None)
+        saved.settings = files.run_settings(f, data)
+        saved.dataset = dataset
+        saved.diverged = {"epoch": 1, "last_finite_loss": 0.0}
+        saved.write(f, data)
+
+    def test_auto(self):
+        """MNIST, or the embedded digits if more settings are finished there."""
+        command = "MNIST_CVAE_Relu.py --beta 1,2,3"
+        run = self.run_of(command)
+        self.assertEqual([data.name for data in run.data], ["mnist"] * 3)
+        self.save_result(run.settings[0], "mnist")
+        self.save_result(run.settings[1], "digits")
+        self.assertEqual([result.dataset for result in self.run_of(command).results], ["mnist"])
+        self.save_result(run.settings[2], "digits")
+        run = self.run_of(command)
+        self.assertEqual([result.dataset for result in run.results], ["digits"] * 2)
+        self.assertEqual([data.name for data in run.data], ["digits"] * 3)
+
+    def test_a_data_set_by_name(self):
+        """Results on other data sets do not count."""
+        command = "MNIST_CVAE_Relu.py --beta 1,2 --dataset fashion"
+        run = self.run_of(command)
+        for f in run.settings:
+            self.save_result(f, "digits")
+        self.save_result(run.settings[1], "fashion")
+        run = self.run_of(command)
+        self.assertEqual([result.dataset for result in run.results], ["fashion"])
+        self.assertEqual([data.name for data in run.data], ["fashion"] * 2)
+        self.assertEqual(run.varying_flags(), {"beta": [1.0, 2.0]})
+        self.assertIn("dataset=fashion", run.grid_dir().name)
+
+    def test_two_data_sets(self):
+        """The data set is one of the varying flags."""
+        command = "MNIST_CVAE_Relu.py --dataset mnist,fashion --beta 1,2"
+        run = self.run_of(command)
+        self.save_result(run.settings[-1], "fashion")
+        run = self.run_of(command)
+        self.assertEqual([result.settings["dataset"] for result in run.results], ["fashion"])
+        flags = {"beta": [1.0, 2.0], "dataset": ["mnist", "fashion"]}
+        self.assertEqual(run.varying_flags(), flags)
+        self.assertEqual(reproduce.varying_flags(command), flags)
+
+    def test_scripts_without_a_data_set(self):
+        run = self.run_of("Synthetic_CVAE_Relu_correlation.py")
+        self.assertEqual([data.name for data in run.data], ["synthetic"])
+        self.assertEqual(self.run_of("matrix_VAE.py --learnable_sigma true,false").data, [None] * 2)
+
+    def test_varying_flags(self):
+        """A data set that all settings share is none of them."""
+        for command, flags in (
+            ("MNIST_CVAE_Relu.py --beta 1,2 --dataset fashion", {"beta": [1.0, 2.0]}),
+            ("MNIST_CVAE_Relu.py --dataset fashion --seed 1,2", {}),
+            ("matrix_VAE.py --learnable_sigma true,false", {"learnable_sigma": [True, False]}),
+        ):
+            self.assertEqual(reproduce.varying_flags(command), flags)
+
+
 class Commands(unittest.TestCase):
+    def settings(self, line):
+        """The settings of a command line, each {flag: value}."""
+        run = reproduce.Run(line, reproduce.Flags(out_dir=tempfile.gettempdir()), [1])
+        return [files.run_settings(f, None) for f in run.settings]
+
+    def test_hvae_sweeps_are_shared(self):
+        """The pictures need the runs of the table alone, with the exact objective."""
+        table = reproduce.EXPERIMENTS["table_hvae"].commands
+        self.assertEqual(len(table), 3)
+        pictures = []
+        for flag in ("beta_1", "beta_2", "eta"):
+            experiment = reproduce.EXPERIMENTS[f"figure_hvae_{flag}"]
+            self.assertEqual(experiment.numbers_in, "table_hvae")
+            pictures += experiment.commands
+        self.assertEqual(pictures, table)
+        prediction = reproduce.EXPERIMENTS["figure_prediction"].commands
+        for line in (*table, *prediction):
+            if "HVAE" in line:
+                self.assertNotIn("released", line)
+        self.assertLessEqual(set(table), set(prediction))
+
+    def test_repeated_sweeps(self):
+        """They differ from the originals in the data, the epochs and the values of the flag."""
+        repeated = reproduce.EXPERIMENTS["table_fashion"].repeated
+        self.assertEqual(
+            [sweep.line for sweep in repeated],
+            reproduce.EXPERIMENTS["table_fashion"].commands,
+        )
+        for sweep in repeated:
+            with self.subTest(line=sweep.line):
+                self.assertIn(sweep.original, reproduce.EXPERIMENTS[sweep.result].commands)
+                flags = reproduce.varying_flags(sweep.line)
+                self.assertEqual(list(flags), list(reproduce.varying_flags(sweep.original)))
+                self.assertEqual(
+                    sweep.line.split(".py")[0], sweep.original.split(".py")[0]
+                )
+                first, original = self.settings(sweep.line)[0], self.settings(sweep.original)[0]
+                self.assertEqual(first["dataset"], "fashion")
+                different = {name for name in first if first[name] != original[name]}
+                self.assertLessEqual(
+                    different, {"dataset", "num_epochs", "num_samples", *flags}
+                )
+
+    def test_small_deep_models(self):
+        """Models of about one size, trained in one way on the same images."""
+        counts = []
+        settings = []
+        for line in reproduce.DEEP_SMALL:
+            run = reproduce.Run(line, reproduce.Flags(out_dir=tempfile.gettempdir()), [1])
+            [f] = run.settings
+            model = DEEP_MODELS[run.script](f)
+            counts.append(sum(weights.numel() for weights in model.parameters()))
+            settings.append(files.run_settings(f, None))
+        self.assertEqual((round(min(counts), -3), round(max(counts), -3)), (22000, 23000))
+        for name in (
+            "side", "num_train", "num_test", "latents", "test_curve", "num_epochs", "batch_size",
+            "num_samples", "optimizer", "lr", "lr_schedule", "lr_end", "warmup_epochs",
+            "weight_decay", "grad_clip", "ema", "beta_warmup",
+        ):
+            self.assertEqual(len({values[name] for values in settings}), 1, name)
+
     def test_every_command_is_a_scripts(self):
         """Each of them parses, and the flags that are passed to the script arrive."""
         f = reproduce.Flags(num_epochs=3, out_dir=tempfile.gettempdir())

@@ -269,6 +269,9 @@ class Comments(unittest.TestCase):
     def test_every_number_comes_from_the_tables(self):
         _, comments = page.read_comments(RESULTS / "comments.md")
         for name in reproduce.EXPERIMENTS:
+            # The page leaves out the comment of a result that has no rows.
+            if commands_of(name) is None:
+                continue
             values = NUMBERS.get(name, dict)()
             for text in numbers_in(comments.get(name, "")):
                 with self.subTest(result=name, number=text):
