@@ -188,6 +188,24 @@ def numbers_of_deep():
     }
 
 
+def numbers_of_deep_curves():
+    rows = {row["command"].split()[0]: row for row in rows_of("figure_deep_curves")}
+    ladder, dvp = rows["MNIST_HVAE_Ladder.py"], rows["MNIST_HVAE_DVP.py"]
+    context, *_ = measurements.values_of_levels(dvp["kl from the top"])
+    return {
+        "10,000": ladder["num_train"],
+        "22,000": round(min(row["parameters"] for row in rows.values()), -3),
+        "23,000": round(max(row["parameters"] for row in rows.values()), -3),
+        "15.4": context,
+        "8.6": ladder["kl"] - (dvp["kl"] - context),
+        "16": rows["MNIST_HVAE_DCT.py"]["context_size"]**2,
+        "14": ladder["side"],
+        # Pixels that become one, and the value of beta.
+        "2": 2,
+        "1": ladder["beta"],
+    }
+
+
 def numbers_of_ablation():
     name = "table_deep_ablation"
     ladder = log_px(name, grad_clip=5.0, linear_path=True, num_ch=16)
@@ -245,6 +263,7 @@ NUMBERS = {
     "figure_single_digit_cnn": numbers_of_single_digit_cnn,
     "table_correlation": numbers_of_correlation,
     "table_deep": numbers_of_deep,
+    "figure_deep_curves": numbers_of_deep_curves,
     "table_deep_ablation": numbers_of_ablation,
     "figure_bernoulli": numbers_of_bernoulli,
     "figure_delta": numbers_of_delta,
@@ -373,3 +392,29 @@ class Glance(unittest.TestCase):
             changes += answers.objective_changes(cases, has_headroom=True, name=name)
         lowered = sum(change < -0.01 for change in changes)
         self.assertIn(f"{lowered} of {len(changes)}", row)
+
+    def test_deep_models(self):
+        """The mean over the seeds of the units in use, and how far the others are behind."""
+        text = self.row("Do deep models keep")
+        log_px = {}
+        units = {}
+        for command in commands_of("figure_deep_curves"):
+            rows = command.rows
+            log_px[command.script] = sum(row["log_px"] for row in rows) / len(rows)
+            learned = 0
+            total = 0
+            for row in rows:
+                of_levels = measurements.values_of_levels(row["units from the top"])
+                active = measurements.values_of_levels(row["AU_kl from the top"])
+                # A context is the first level, and not among the learned ones.
+                learned += sum(active[len(active) - len(of_levels):])
+                total += sum(of_levels)
+            units[command.script] = (round(learned / len(rows)), round(total / len(rows)))
+
+        count, total = units["MNIST_HVAE_Ladder"]
+        self.assertIn(f"the Ladder VAE keeps {count} of {total} units", text)
+        self.assertIn(f"the DCT-VAE {units['MNIST_HVAE_DCT'][0]}", text)
+        self.assertIn(f"the DVP-VAE {units['MNIST_HVAE_DVP'][0]}", text)
+        ladder = log_px["MNIST_HVAE_Ladder"]
+        behind = (ladder - log_px["MNIST_HVAE_DCT"], ladder - log_px["MNIST_HVAE_DVP"])
+        self.assertIn("by {:.1f} and {:.1f} nats".format(*behind), text)
