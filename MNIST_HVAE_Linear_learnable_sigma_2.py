@@ -90,13 +90,13 @@ class HVAE(nn.Module):
         # The logarithm of sigma_2 / eta_enc. At 0, sigma_2 is the std of the prior p(z2).
         self.log_sigma_2 = nn.Parameter(torch.zeros(f.d_2))
 
-    # The four maps. All of them depend on the scale s of each unit of z1:
+    # The four maps. Each unit of z1 has a learned scale s:
     #
     #     W1 = s unscaled W1,   W2 = unscaled W2 / s,   U2 = s unscaled U2,   U1 = unscaled U1 / s
     #
-    # These are all linear maps, as they are without s. But the best scale grows without limit as
-    # beta_2 falls, and the loss tolerates only steps that change all four maps together. Adam
-    # makes such a step by changing s.
+    # With any s the maps can be any matrices, so that s adds nothing to the model. It helps
+    # training: the best scale of z1 grows as beta_2 falls, and the loss rises steeply unless all
+    # four maps change together. A change of s changes them together.
 
     @property
     def scale_1(self):
