@@ -5,8 +5,8 @@ Collapse in Conditional and Hierarchical Variational Autoencoders", ICLR 2024, a
 theorems 1, 2, 3 and 5. The theorems give singular values. From these follow the KL terms, the
 optimal losses and the thresholds of collapse, which this file adds.
 
-In this order: the spectra of data; quantities of one unit; the VAE (theorem 1); the CVAE
-(theorem 2); the two-level HVAE (theorems 3 and 5). Everything is computed in float64.
+In this order: the spectra of data; quantities of one unit; the loss of one unit; the VAE (theorem
+1); the CVAE (theorem 2); the two-level HVAE (theorems 3 and 5). Everything is computed in float64.
 
 The objective
 -------------
@@ -37,9 +37,10 @@ others are 0. "The std of a mode" is the root mean square of the data along it.
 
 What a closed form returns
 --------------------------
-A dict {name: float64 tensor}. The settings (beta, eta_enc, ...) may be numbers, or tensors (...,)
-of many settings, and then all shapes begin with (...,). The names of the HVAE, except theta and
-loss, end in their level, _1 or _2. A level has d units.
+An `Optimum`: a dict {name: float64 tensor} that also has the loss of each unit as a function. The
+settings (beta, eta_enc, ...) may be numbers, or tensors (...,) of many settings, and then all
+shapes begin with (...,). The names of the HVAE, except theta and loss, end in their level, _1 or
+_2. A level has d units.
 
     theta        (..., d)  modes of the data, see above; in the HVAE those of z1's units
     lambda       (..., d)  singular values of the encoder on whitened data, which are the stds of
@@ -194,6 +195,77 @@ def _leading(values, d):
     return torch.nn.functional.pad(values[..., :d], (0, max(0, d - values.shape[-1])))
 
 
+# --- The loss of one unit ---
+
+# At the optimum each unit describes one mode of the data. If all weights have the singular vectors
+# of the optimum, the loss is a sum over the units, plus a constant. The term of a unit depends on
+# few numbers of this unit: on singular values and stds. Its second derivatives show how well the
+# loss determines a singular value. Those of the whole loss do not show it, because a rotation of
+# the units can leave the loss as it is.
+
+
+class Optimum(dict):
+    """What a closed form returns: its quantities, {name: tensor}, and the loss of each unit.
+
+    unit_loss:   a function that gives the loss of each mode and its units, (..., d), in nats. Its
+                 argument is {name: (..., d)} with the quantities on which the loss depends. d is
+                 the number of units, in the HVAE of z1. None if the units depend on each other.
+    coordinates: the names of these quantities, a tuple: all singular values, and sigma where it is
+                 learnable
+    beta:        the weight of which "collapse" gives the threshold, (..., 1)
+    """
+
+    def __init__(self, quantities, unit_loss, coordinates, beta):
+        super().__init__(quantities)
+        self.unit_loss = unit_loss
+        self.coordinates = coordinates
+        self.beta = beta
+
+
+def vae_unit_loss(theta, lambda_, omega, sigma, beta, eta_enc, eta_dec):
+    """The part of the loss of a linear VAE that depends on one unit and its mode, in nats.
+
+    L_i = [(theta_i - omega_i lambda_i)^2 + omega_i^2 sigma_i^2] / (2 eta_dec^2) + beta KL_i
+
+    The bracket is the squared error of mode i: z_i has a mean with the std lambda_i and noise with
+    the std sigma_i, and omega_i decodes both. The sum over all units, the terms theta_j^2 /
+    (2 eta_dec^2) of the other modes and (D/2) log(2 pi eta_dec^2) is the loss of a model whose
+    singular vectors are those of the optimum. For the CVAE, theta is the square root of the theta_i
+    of theorem 2, and the weights of x are the best ones.
+
+    All arguments have shapes that broadcast to the result's.
+    """
+    squared_error = (theta - omega * lambda_)**2 + (omega * sigma)**2
+    return squared_error / (2 * eta_dec**2) + beta * expected_kl(lambda_, sigma, eta_enc)
+
+
+def hvae_unit_loss(
+    theta, lambda_1, lambda_2, omega_2, sigma_2, has_z2, sigma_1, beta_1, beta_2, eta_enc, eta_dec
+):
+    """The part of the loss of a linear two-level HVAE that depends on one mode, in nats.
+
+    With m_i = lambda_1i^2 + sigma_1^2, the variance of mode i of z1:
+        L_i  = theta_i^2 sigma_1^2 / (2 eta_dec^2 m_i) + beta_1 KL1_i + beta_2 KL2_i
+        KL1_i = ([(sqrt(m_i) - omega_2i lambda_2i)^2 + omega_2i^2 sigma_2i^2] / eta_dec^2 - 1) / 2
+                - log(sigma_1 / eta_dec)
+        KL2_i = ((lambda_2i^2 + sigma_2i^2) / eta_enc^2 - 1) / 2 - log(sigma_2i / eta_enc)
+
+    The first term belongs to the squared error of mode i of x with the best decoder U1. The bracket
+    is the squared error of mode i of z1, as in `vae_unit_loss`.
+
+    has_z2: whether z2 has a unit for the mode. Where it has none, lambda_2i, omega_2i and sigma_2i
+            do not matter, and KL2_i is left out.
+
+    All arguments have shapes that broadcast to the result's.
+    """
+    m = lambda_1**2 + sigma_1**2
+    omega_2 = omega_2 * has_z2
+    squared_error_1 = (m.sqrt() - omega_2 * lambda_2)**2 + (omega_2 * sigma_2)**2
+    kl_1 = (squared_error_1 / eta_dec**2 - 1) / 2 - (sigma_1 / eta_dec).log()
+    kl_2 = expected_kl(lambda_2, sigma_2, eta_enc) * has_z2
+    return (theta * sigma_1 / eta_dec)**2 / (2 * m) + beta_1 * kl_1 + beta_2 * kl_2
+
+
 # --- The VAE: theorem 1 ---
 
 
@@ -245,7 +317,7 @@ def vae_optimum(theta, d_1, beta, eta_enc, eta_dec):
 
     squared_error = (theta**2).sum(-1) - above.sum(-1)
     reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
-    return {
+    quantities = {
         "theta": theta_i,
         "lambda": lambda_,
         "omega": omega,
@@ -256,6 +328,19 @@ def vae_optimum(theta, d_1, beta, eta_enc, eta_dec):
         "collapse": theta_i**2 / eta_dec**2,
         "loss": reconstruction + (beta * kl).sum(-1),
     }
+
+    def unit_loss(units):
+        return vae_unit_loss(
+            theta=theta_i,
+            lambda_=units["lambda"],
+            omega=units["omega"],
+            sigma=units["sigma"],
+            beta=beta,
+            eta_enc=eta_enc,
+            eta_dec=eta_dec,
+        )
+
+    return Optimum(quantities, unit_loss, ("lambda", "omega", "sigma"), beta)
 
 
 def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
@@ -299,7 +384,7 @@ def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
     squared_error = (theta**2).sum(-1) - (gain**2).sum(-1)
     reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
     kl_of_dead_mean = expected_kl(0, sigma, eta_enc)
-    return {
+    quantities = {
         "theta": theta_i,
         "lambda": lambda_,
         "omega": omega,
@@ -309,6 +394,19 @@ def vae_optimum_fixed_sigma(theta, sigma, beta, eta_enc, eta_dec):
         "collapse": (theta_i * eta_enc / (eta_dec * sigma))**2,
         "loss": reconstruction + (beta * kl_of_dead_mean).sum(-1),
     }
+
+    def unit_loss(units):
+        return vae_unit_loss(
+            theta=theta_i,
+            lambda_=units["lambda"],
+            omega=units["omega"],
+            sigma=sigma,
+            beta=beta,
+            eta_enc=eta_enc,
+            eta_dec=eta_dec,
+        )
+
+    return Optimum(quantities, unit_loss, ("lambda", "omega"), beta)
 
 
 def vae_optimum_learned_eta_dec(theta, d_1, beta, eta_enc):
@@ -370,6 +468,8 @@ def vae_optimum_learned_eta_dec(theta, d_1, beta, eta_enc):
     loss = reconstruction + (beta * optimum["kl"]).sum(-1)
     optimum["loss"] = torch.where(bounded, loss, -math.inf)
     optimum["eta_dec"] = eta_dec
+    # A learned eta_dec changes with each unit, so the units depend on each other.
+    optimum.unit_loss = None
     return optimum
 
 
@@ -494,7 +594,7 @@ def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
 
     squared_error = (theta**2).sum(-1) - (theta_i**2 * (1 - sigma_1**2 / m)).sum(-1)
     reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
-    return {
+    quantities = {
         "theta": theta_i,
         "lambda_1": lambda_1,
         "kl_1": kl_1,
@@ -509,6 +609,23 @@ def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
         "collapse_2": _leading(collapse_2, d_2),
         "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
     }
+
+    def unit_loss(units):
+        return hvae_unit_loss(
+            theta=theta_i,
+            lambda_1=units["lambda_1"],
+            lambda_2=units["lambda_2"],
+            omega_2=units["omega_2"],
+            sigma_2=units["sigma_2"],
+            has_z2=has_z2,
+            sigma_1=sigma_1,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            eta_enc=eta_enc,
+            eta_dec=eta_dec,
+        )
+
+    return Optimum(quantities, unit_loss, ("lambda_1", "lambda_2", "omega_2", "sigma_2"), beta_2)
 
 
 def hvae_optimum_fixed_sigma_2(
@@ -594,7 +711,7 @@ def hvae_optimum_fixed_sigma_2(
 
     squared_error = (theta**2).sum(-1) - (theta_i**2 * (1 - sigma_1**2 / m)).sum(-1)
     reconstruction = _reconstruction(squared_error, theta.shape[-1], eta_dec[..., 0])
-    return {
+    quantities = {
         "theta": theta_i,
         "lambda_1": lambda_1,
         "kl_1": kl_1,
@@ -607,3 +724,20 @@ def hvae_optimum_fixed_sigma_2(
         "collapse_2": _leading(collapse_2, d_2),
         "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
     }
+
+    def unit_loss(units):
+        return hvae_unit_loss(
+            theta=theta_i,
+            lambda_1=units["lambda_1"],
+            lambda_2=units["lambda_2"],
+            omega_2=units["omega_2"],
+            sigma_2=sigma_2,
+            has_z2=has_z2,
+            sigma_1=sigma_1,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            eta_enc=eta_enc,
+            eta_dec=eta_dec,
+        )
+
+    return Optimum(quantities, unit_loss, ("lambda_1", "lambda_2", "omega_2"), beta_2)

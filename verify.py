@@ -3,6 +3,7 @@
 The file has these parts, in this order:
 
     Trained and predicted     `Comparison`, the record of a model and its closed form
+    What the loss determines  what an error of a singular value costs, and how curved the loss is
     Units of a linear model   its singular values, stds and KL terms, measured on its weights
     A trained linear model    its comparison with its own closed form
     The linear twin           the comparison of any other model with the closed form of its twin
@@ -28,9 +29,30 @@ import theory
 # Random starts from which `verify` minimises a loss.
 STARTS = 8
 
+# A trained model may differ from its closed form by this much. The first is an error of a singular
+# value, as a share of the largest predicted one. The second is the gap of the loss, in nats.
+ALLOWED_ERROR = 0.02
+ALLOWED_GAP = 0.05
+
+# A larger error of a singular value does not count if it costs at most this, in nats, because the
+# loss then hardly determines the value. In a unit far from its threshold, an error of 2 % of omega
+# costs about 0.02^2 beta = 4e-4 beta nats, and half of that in an HVAE. So for beta >= 1/4, or
+# beta_2 >= 1/2, it counts there.
+ALLOWED_COST = 1e-4
+
+# Such an error counts nevertheless if the gap of the loss is above this, in nats.
+ALLOWED_GAP_IF_FLAT = theory.ACTIVE
+
+# Units whose beta differs from their threshold by this share are at it, or near it.
+AT_THRESHOLD = 1e-6
+NEAR_THRESHOLD = 0.1
+
 # The largest error with which `verify` calls a theorem verified: of any singular value or std in
 # its own unit, of any KL term, information or loss in nats.
 TOLERANCE = 1e-6
+
+# Sums of a loss have rounding errors of about this share of it.
+ROUNDING = 32 * torch.finfo(torch.float64).eps
 
 # Predicted numbers above this have rounding errors larger than TOLERANCE.
 MAX_PREDICTED = TOLERANCE / torch.finfo(torch.float64).eps
@@ -49,6 +71,12 @@ MAX_PARAMETERS = 5_000
 # The largest amount of data of a setting, in numbers of 8 bytes. Drawing it takes three times this.
 MAX_DATA = 50_000_000
 
+# Newton's method takes a curvature below this share of the largest one for 0, as it is along
+# rotations of the units. It first uses the larger share. Steps along nearly flat directions would
+# be too long until it is near the minimum. Then it uses the smaller one, because the curvature is
+# small near a threshold of collapse, too. Rounding errors of a Hessian are still smaller.
+FLAT_CURVATURES = (1e-9, 1e-12)
+
 # The sentence above the tables of the matrix scripts.
 PAIRS = (
     'In a pair "theorem -> brute force", the theorem gives the first value, and the minimisation '
@@ -60,6 +88,55 @@ CHUNK_ROWS = 2048
 
 
 # --- Trained and predicted ---
+
+
+@dataclass
+class Limits:
+    """When an error of a singular value counts as a difference from the closed form.
+
+    An error up to `error`, in the unit of the singular value, does not count. A larger one does
+    not count either if two things hold: it costs at most `cost` nats, and the loss is at most `gap`
+    nats from the optimal loss.
+    """
+
+    error: float
+    cost: float
+    gap: float
+
+
+@dataclass
+class Deviation:
+    """A singular value whose error is above the limit.
+
+    name:      the quantity, such as "omega_2"
+    unit:      the number of the unit, from 1
+    error:     |trained - predicted|
+    cost:      the nats by which this error alone raises the loss: the least loss of the unit with
+               this singular value, minus its loss at the optimum. None if the units of the closed
+               form depend on each other.
+    curvature: the second derivative of this least loss at the predicted value, in nats per squared
+               unit of the singular value; None where the cost is None
+    to_threshold: |beta / threshold - 1|, where the threshold is the beta at which the unit
+               collapses; None if the unit collapses at every beta, or at none
+    """
+
+    name: str
+    unit: int
+    error: float
+    cost: float | None
+    curvature: float | None
+    to_threshold: float | None
+
+    @property
+    def level(self):
+        """The suffix of the level, "", "_1" or "_2"."""
+        return self.name.removeprefix("lambda").removeprefix("omega")
+
+    def place(self):
+        """Whether the unit is "at" its threshold, "near" it, or "far" from it."""
+        if self.to_threshold is None or self.to_threshold > NEAR_THRESHOLD:
+            return "far"
+        return "near" if self.to_threshold > AT_THRESHOLD else "at"
 
 
 @dataclass
@@ -77,6 +154,9 @@ class Comparison:
                    "mean_ratio" is the mean of the sampled p(x) / the exact p(x), whose expectation
                    is 1. "standard_error" is the standard error of this mean. "rounding" is the
                    part of the ratio that rounding can cause.
+    limits:        when an error of a singular value counts: a Limits. None, like the deviations, in
+                   files of earlier versions.
+    deviations:    the singular values whose errors are above limits.error, a list of Deviation
 
     dataclasses.asdict gives a dict that JSON can hold, and Comparison(**dict) reads it back.
     """
@@ -88,6 +168,18 @@ class Comparison:
     loss: float
     gap: float
     importance_sampling: dict | None = None
+    limits: Limits | None = None
+    deviations: list | None = None
+
+    def __post_init__(self):
+        # Files have dicts in place of the classes.
+        if isinstance(self.limits, dict):
+            self.limits = Limits(**self.limits)
+        if self.deviations is not None:
+            self.deviations = [
+                Deviation(**deviation) if isinstance(deviation, dict) else deviation
+                for deviation in self.deviations
+            ]
 
     def active_units(self, which="predicted"):
         """The number of active units of each level, {"_1": 5, "_2": 3}; {"": 5} for one level.
@@ -107,28 +199,51 @@ class Comparison:
         Singular values are the lambda and omega of all levels. If all predicted ones are 0, this
         is the largest error itself.
         """
-        names = [name for name in self.errors if name.startswith(("lambda", "omega"))]
-        error = max(self.errors[name] for name in names)
-        largest = max(max(self.predicted[name]) for name in names)
-        return error / largest if largest else error
+        names = singular_values_of(self.errors)
+        return max(self.errors[name] for name in names) / self._scale()
+
+    def _scale(self):
+        """The largest predicted singular value; 1 if all are 0."""
+        names = singular_values_of(self.errors)
+        return max(max(self.predicted[name]) for name in names) or 1.0
+
+    def flat_deviations(self):
+        """The deviations that do not count, because the loss does not determine these values."""
+        return [deviation for deviation in self.deviations or [] if not self._counts(deviation)]
+
+    def _counts(self, deviation):
+        """Whether a deviation is a difference between the model and the closed form."""
+        is_cheap = deviation.cost is not None and deviation.cost <= self.limits.cost
+        return not (is_cheap and abs(self.gap) <= self.limits.gap)
+
+    def determined_error(self):
+        """The largest error of any quantity, without the singular values of `flat_deviations`."""
+        flat = {(deviation.name, deviation.unit) for deviation in self.flat_deviations()}
+        largest = 0.0
+        for name in self.errors:
+            pairs = zip(self.predicted[name], self.trained[name])
+            for unit, (predicted, trained) in enumerate(pairs, 1):
+                if (name, unit) not in flat:
+                    largest = max(largest, abs(trained - predicted))
+        return largest
 
     def disagreements(self):
         """Sentences about how the model differs from the closed form; [] for a trained optimum."""
         sentences = []
-        if self.singular_value_error() > 0.02:
+        error = self._largest_error_that_counts()
+        if error > ALLOWED_ERROR:
             sentences.append(
-                "the largest error of a singular value is "
-                f"{self.singular_value_error():.1%} of the largest predicted one, and at most 2% "
-                "is allowed"
+                f"the largest error of a singular value is {error:.1%} of the largest predicted "
+                f"one, and at most {ALLOWED_ERROR:.0%} is allowed"
             )
         if not self.gap > -1e-6:
             sentences.append(
                 f"the loss is {-self.gap:.2g} nats below the optimal loss, which no model can reach"
             )
-        elif not self.gap < 0.05:
+        elif not self.gap < ALLOWED_GAP:
             sentences.append(
-                f"the loss is {self.gap:.3f} nats above the optimal loss, and at most 0.05 nats "
-                "are allowed"
+                f"the loss is {self.gap:.3f} nats above the optimal loss, and at most "
+                f"{ALLOWED_GAP} nats are allowed"
             )
         for level in theory.levels_of(self.predicted):
             sentences.extend(self._wrong_units_in_words(level))
@@ -139,6 +254,13 @@ class Comparison:
                 "posterior, and the draws are too few"
             )
         return sentences
+
+    def _largest_error_that_counts(self):
+        """The largest error of a singular value that counts, as a share of the largest one."""
+        if self.deviations is None:
+            return self.singular_value_error()
+        errors = [deviation.error for deviation in self.deviations if self._counts(deviation)]
+        return max(errors, default=0.0) / self._scale()
 
     def _wrong_units_in_words(self, level):
         """At most two sentences: which units are active although predicted to be collapsed.
@@ -154,10 +276,9 @@ class Comparison:
         for state, predicted in (("collapsed", "active"), ("active", "collapsed")):
             units = states[state]
             if units:
-                noun, verb = ("unit", "is") if len(units) == 1 else ("units", "are")
-                z = f"z{level.removeprefix('_')}"
+                verb = "is" if len(units) == 1 else "are"
                 sentences.append(
-                    f"{noun} {_ranges_in_words(units)} of {z} {verb} {state}, but predicted to be "
+                    f"{_units_in_words(units, level)} {verb} {state}, but predicted to be "
                     f"{predicted}"
                 )
         return sentences
@@ -185,8 +306,42 @@ class Comparison:
         allowed = 3 * sampling["standard_error"] + sampling["rounding"]
         return abs(sampling["mean_ratio"] - 1) > allowed
 
+    def flat_units_in_words(self):
+        """Sentences about the errors that do not count, see `flat_deviations`; [] without any.
+
+        A sentence has the units of one level that are at, near, or far from their thresholds.
+        """
+        groups = {}
+        for deviation in self.flat_deviations():
+            groups.setdefault((deviation.level, deviation.place()), []).append(deviation)
+
+        sentences = []
+        for (level, place), deviations in groups.items():
+            numbers = sorted({deviation.unit for deviation in deviations})
+            units = _units_in_words(numbers, level)
+            if place == "far":
+                beginning = f"the loss hardly depends on the singular values of {units}"
+            else:
+                verb, their = ("is", "its") if len(numbers) == 1 else ("are", "their")
+                beginning = (
+                    f"{units} {verb} {place} the threshold of collapse, so the loss hardly depends "
+                    f"on {their} singular values"
+                )
+            error = max(deviation.error for deviation in deviations)
+            cost = max(deviation.cost for deviation in deviations)
+            curvature = min(deviation.curvature for deviation in deviations) * self._scale()**2
+            sentences.append(
+                f"{beginning}: errors of up to {error:.2g} ({100 * error / self._scale():.2g}% of "
+                f"the largest one) cost at most {cost:.2g} nats (curvature {curvature:.2g} nats), "
+                "so they do not count"
+            )
+        return sentences
+
     def notes(self):
-        """Sentences about parts of the predicted optimum that are not unique, or surprising."""
+        """Sentences about parts of the predicted optimum that are not unique, or surprising.
+
+        The last ones are about errors that do not count, see `flat_units_in_words`.
+        """
         sentences = []
         theta = self.predicted["theta"]
         for i in range(len(theta) - 1):
@@ -206,7 +361,13 @@ class Comparison:
                 sentences.append(
                     "where lambda_1 = 0 < omega_2, z2 describes only the noise of z1"
                 )
-        return sentences
+        return sentences + self.flat_units_in_words()
+
+
+def _units_in_words(units, level):
+    """Units of a level as text, such as "unit 2 of z" or "units 1, 3-5 of z2"."""
+    noun = "unit" if len(units) == 1 else "units"
+    return f"{noun} {_ranges_in_words(units)} of z{level.removeprefix('_')}"
 
 
 def _ranges_in_words(numbers):
@@ -222,12 +383,18 @@ def _ranges_in_words(numbers):
     )
 
 
-def compare(predicted, trained, loss):
+def singular_values_of(names):
+    """Those of the names that are singular values: the lambda and omega of all levels."""
+    return [name for name in names if name.startswith(("lambda", "omega"))]
+
+
+def compare(predicted, trained, loss, limits=None):
     """The Comparison of a closed form with a model.
 
     predicted: {name: (d,)} and "loss", a 0-d tensor: a closed form of theory.py for one setting
     trained:   {name: (d,)}, the same quantities of the model, such as from `vae_units`
     loss:      the model's loss in nats, a number
+    limits:    when an error of a singular value counts, a Limits; those of a trained model if None
 
     Which unit of a model describes which mode is arbitrary. So each quantity's trained values are
     matched with its predicted ones by size: the largest with the largest, and so on.
@@ -243,7 +410,7 @@ def compare(predicted, trained, loss):
         errors[name] = (matched[name] - predicted[name]).abs().max().item()
 
     optimal_loss = predicted["loss"].item()
-    return Comparison(
+    comparison = Comparison(
         predicted=per_unit(predicted),
         trained={name: values.tolist() for name, values in matched.items()},
         errors=errors,
@@ -251,6 +418,16 @@ def compare(predicted, trained, loss):
         loss=loss,
         gap=loss - optimal_loss,
     )
+
+    if limits is None and singular_values_of(errors):
+        limits = Limits(
+            error=ALLOWED_ERROR * comparison._scale(),
+            cost=ALLOWED_COST,
+            gap=ALLOWED_GAP_IF_FLAT,
+        )
+    comparison.limits = limits
+    comparison.deviations = deviations_of(predicted, matched, limits)
+    return comparison
 
 
 def per_unit(predicted):
@@ -263,6 +440,190 @@ def per_unit(predicted):
         if name != "loss":
             lists[name] = [None if value == math.inf else value for value in values.tolist()]
     return lists
+
+
+# --- What the loss determines ---
+
+# The loss of a linear model with the singular values s_1, s_2, ... of one map, such as its decoder,
+# is at least the optimal loss plus the sum over the units of what their s_i cost. Here the cost of
+# s_i is the least loss of unit i with this singular value, minus the least loss of unit i. So an
+# error of a singular value shows in the gap of the loss if its cost does.
+
+
+def deviations_of(predicted, trained, limits):
+    """The singular values whose errors are above the limit, a list of Deviation.
+
+    predicted: as in `compare`. Without the loss of a unit, all costs are None.
+    trained:   {name: (d,)}, in the order of the units
+    limits:    a Limits
+    """
+    deviations = []
+    for name in singular_values_of(trained):
+        error = (trained[name] - predicted[name]).abs()
+        units = (error > limits.error).nonzero()[:, 0].tolist()
+        if not units:
+            continue
+
+        costs, curvatures = _costs_and_curvatures(predicted, name, trained[name])
+        for unit in units:
+            deviation = Deviation(
+                name=name,
+                unit=unit + 1,
+                error=error[unit].item(),
+                cost=costs[unit],
+                curvature=curvatures[unit],
+                to_threshold=None,
+            )
+            deviation.to_threshold = _distance_to_threshold(predicted, deviation)
+            deviations.append(deviation)
+    return deviations
+
+
+def _costs_and_curvatures(predicted, name, trained):
+    """What each trained value of a singular value costs, and the curvature at the predicted one.
+
+    Returns two lists with a number per unit. Both numbers are None where the closed form does not
+    have the loss of the unit, or where one of them is not finite.
+    """
+    unknown = [None] * len(trained), [None] * len(trained)
+    if name not in getattr(predicted, "coordinates", ()) or predicted.unit_loss is None:
+        return unknown
+
+    names, optimum = _coordinates(predicted)
+    held = names.index(name)
+    # Units of z2 beyond those of z1 describe no mode.
+    count = min(len(trained), optimum.shape[1])
+    values = optimum[held].clone()
+    values[:count] = trained[:count]
+
+    def loss(point):
+        return predicted.unit_loss(dict(zip(names, point)))
+
+    try:
+        least = least_unit_loss(loss, optimum, held, values)
+        curvature = unit_curvature(loss, optimum, held)
+    except torch.linalg.LinAlgError:
+        # Numbers so extreme that a Hessian has no eigenvectors.
+        return unknown
+    # The prediction of a wrong closed form is no minimum, so the difference can be negative.
+    cost = (least - loss(optimum)).abs()
+
+    costs, curvatures = unknown
+    for unit in range(count):
+        if cost[unit].isfinite() and curvature[unit].isfinite():
+            costs[unit] = cost[unit].item()
+            curvatures[unit] = curvature[unit].item()
+    return costs, curvatures
+
+
+def _coordinates(predicted):
+    """The coordinates of the units at a theory.Optimum: their names, and their values (k, d).
+
+    d is the number of modes. Where z2 has fewer units, ones fill the place of the others, whose
+    values do not matter.
+    """
+    names = list(predicted.coordinates)
+    d = len(predicted["theta"])
+    rows = []
+    for name in names:
+        values = predicted[name][:d]
+        rows.append(torch.nn.functional.pad(values, (0, d - len(values)), value=1.0))
+    return names, torch.stack(rows)
+
+
+def _distance_to_threshold(predicted, deviation):
+    """|beta / collapse - 1| of the unit of a deviation; None if it is unknown or not finite."""
+    beta = getattr(predicted, "beta", None)
+    if beta is None:
+        return None
+    collapse = predicted[f"collapse{deviation.level}"][deviation.unit - 1].item()
+    if not 0 < collapse < math.inf:
+        return None
+    return abs(beta.item() / collapse - 1)
+
+
+def least_unit_loss(loss, optimum, held, values, steps=30):
+    """The loss of each unit, (d,), minimised over all its coordinates except one, which is held.
+
+    loss:    a function of the coordinates (k, ..., d) of d units that gives their losses (..., d)
+    optimum: the coordinates (k, d) at which the minimisation starts
+    held:    the index of the coordinate that is held
+    values:  (d,), the values at which it is held
+
+    Newton's method runs for all units at once, as `newton` does for the weights of a whole model.
+    A result can lie above the minimum, but not below it.
+    """
+    k, d = optimum.shape
+    free = [i for i in range(k) if i != held]
+    # The loss is the same for both signs of a collapsed unit's singular values. So its slope at 0
+    # is 0, and the minimisation would not leave 0 where another value is better.
+    point = torch.where(optimum == 0, 1e-3, optimum)
+    point[held] = values
+
+    # The first length leaves a unit where it is.
+    lengths = torch.cat([torch.zeros(1), 0.5 ** torch.arange(0.0, 20.0, 2.0)]).double()
+    for _ in range(steps):
+        gradient, hessian = _unit_derivatives(loss, point)
+        step = torch.zeros_like(point)
+        step[free] = _unit_newton_step(gradient[:, free], hessian[:, free][:, :, free]).T
+        # The coordinates after each length of the step, (k, lengths, d).
+        trials = point[:, None] - lengths[:, None] * step[:, None]
+        best = loss(trials).nan_to_num(nan=math.inf).argmin(0)
+        point = trials[:, best, torch.arange(d)]
+        if not best.any():
+            break
+    return loss(point)
+
+
+def unit_curvature(loss, optimum, held):
+    """The second derivative of the least loss of each unit by one of its coordinates, (d,).
+
+    The other coordinates follow the minimum. With the Hessian H of a unit's loss, the coordinate s
+    and the other coordinates r, this is H_ss - H_sr H_rr^+ H_rs. For the singular values of a unit
+    at its threshold of collapse it is 0.
+
+    The arguments are those of `least_unit_loss`.
+    """
+    free = [i for i in range(len(optimum)) if i != held]
+    _, hessian = _unit_derivatives(loss, optimum)
+    mixed = hessian[:, free, held]
+    inverse = torch.linalg.pinv(hessian[:, free][:, :, free], hermitian=True)
+    response = (inverse @ mixed[:, :, None])[:, :, 0]
+    return hessian[:, held, held] - (mixed * response).sum(1)
+
+
+def _unit_derivatives(loss, point):
+    """The gradient (d, k) and the Hessian (d, k, k) of the loss of each of d units.
+
+    loss:  a function of the coordinates (k, d), whose results are the losses (d,)
+    point: the coordinates (k, d)
+    """
+    def total(point):
+        return loss(point).sum()
+
+    gradient_of = torch.func.grad(total)
+
+    def derivative(point, i):
+        return gradient_of(point)[i].sum()
+
+    # No unit's loss depends on another unit, so derivatives of sums over the units are enough.
+    rows = [torch.func.grad(derivative)(point, i) for i in range(len(point))]
+    return gradient_of(point).T, torch.stack(rows).permute(2, 0, 1)
+
+
+def _unit_newton_step(gradient, hessian):
+    """The steps (d, k) to subtract, from the gradients (d, k) and the Hessians (d, k, k).
+
+    0 where these are not finite. See `_newton_step`, which does the same for one minimisation.
+    """
+    finite = gradient.isfinite().all(1) & hessian.isfinite().all(2).all(1)
+    gradient = torch.where(finite[:, None], gradient, 0)
+    hessian = torch.where(finite[:, None, None], hessian, 0)
+    curvature, directions = torch.linalg.eigh(hessian)
+    curvature = curvature.abs()
+    curved = curvature > FLAT_CURVATURES[-1] * curvature.amax(1, keepdim=True)
+    along = (directions.mT @ gradient[:, :, None])[:, :, 0]
+    return (directions @ torch.where(curved, along / curvature, 0)[:, :, None])[:, :, 0]
 
 
 # --- Units of a linear model ---
@@ -576,7 +937,9 @@ def minimise(loss, starts, blocks=40):
 
     minima.sort(key=nan_last)
     parameters, _ = minima[0]
-    minima[0] = newton(loss, parameters)
+    for flat_curvature in FLAT_CURVATURES:
+        parameters, value = newton(loss, parameters, flat_curvature)
+    minima[0] = parameters, value
     return minima
 
 
@@ -612,8 +975,10 @@ def _lbfgs(loss, start, blocks):
     return {name: parameter.detach() for name, parameter in parameters.items()}, value
 
 
-def newton(loss, parameters, steps=40):
+def newton(loss, parameters, flat_curvature, steps=40):
     """Newton steps to the nearest minimum of a loss.
+
+    flat_curvature: the share of the largest curvature below which a direction counts as flat
 
     Each step has a line search, which ends when rounding errors hide differences of the loss.
     Directions in which the loss is flat stay as they are. So do parameters at which the derivatives
@@ -640,7 +1005,7 @@ def newton(loss, parameters, steps=40):
     value = flat_loss(flat)
     lengths = 0.5 ** torch.arange(10.0, dtype=flat.dtype, device=flat.device)
     for _ in range(steps):
-        step = _newton_step(gradient_of(flat), hessian_of(flat))
+        step = _newton_step(gradient_of(flat), hessian_of(flat), flat_curvature)
         if step is None:
             break
         values = torch.stack([flat_loss(flat - length * step) for length in lengths])
@@ -653,9 +1018,10 @@ def newton(loss, parameters, steps=40):
     return unflatten(flat), value.item()
 
 
-def _newton_step(gradient, hessian):
+def _newton_step(gradient, hessian, flat_curvature):
     """The step (n,) to subtract, from the gradient (n,) and the Hessian (n, n).
 
+    It is 0 along directions whose curvature is below a share of the largest one, flat_curvature.
     None if these are not finite, or so extreme that the Hessian's eigenvectors are not found.
     """
     if not (gradient.isfinite().all() and hessian.isfinite().all()):
@@ -666,7 +1032,7 @@ def _newton_step(gradient, hessian):
         return None
     # The absolute value makes the step go down where the loss curves down, too.
     curvature = curvature.abs()
-    curved = curvature > 1e-9 * curvature.max()
+    curved = curvature > flat_curvature * curvature.max()
     return directions @ torch.where(curved, directions.T @ gradient / curvature, 0)
 
 
@@ -710,10 +1076,14 @@ class Check:
     seconds: float
 
     def max_error(self):
-        """The largest error of any compared quantity, or of the loss; nan if it is not finite."""
+        """The largest error of any compared quantity, or of the loss; nan if it is not finite.
+
+        Singular values that the loss does not determine, see `Comparison.flat_deviations`, are left
+        out.
+        """
         if self.comparison is None:
             return math.nan
-        return max([*self.comparison.errors.values(), abs(self.comparison.gap)])
+        return max(self.comparison.determined_error(), abs(self.comparison.gap))
 
 
 def verify(Problem, settings):
@@ -721,7 +1091,9 @@ def verify(Problem, settings):
 
     For each setting, minimise the exact expected loss from several random starts. Then print the
     closed form and the minimum in pairs, and finally VERIFIED or FAILED. Each setting leaves a
-    result.json. Returns the exit status: 0 if each error is at most TOLERANCE, else 1.
+    result.json. Returns the exit status: 0 if each error is at most TOLERANCE, else 1. At a
+    threshold of collapse, rounding errors hide the singular values of a unit. Their errors do not
+    count if they change the loss by less than its rounding errors. A sentence then says so.
 
     Problem(f) is the model of one setting. It has
         data_flags           the flags whose sum is the width of a row of data, a tuple of names
@@ -859,8 +1231,10 @@ def _check_setting(Problem, f):
 
 def _finite_comparison(problem, parameters, loss):
     """The Comparison of a problem's closed form with these parameters; None if it is not finite."""
+    rounding = ROUNDING * max(1.0, abs(loss))
+    limits = Limits(error=TOLERANCE, cost=rounding, gap=rounding)
     try:
-        comparison = compare(problem.predicted(), problem.units(parameters), loss)
+        comparison = compare(problem.predicted(), problem.units(parameters), loss, limits)
     except torch.linalg.LinAlgError:
         # Matrices that are not finite, or extreme, have no singular values or Cholesky factor.
         return None
@@ -899,11 +1273,22 @@ def _print_report(checks):
         table.append([row.get(name, "-") for name in columns])
     common.print_table(table)
 
-    # 3. The verdict.
+    # 3. What to know about single settings. Those of a single one are printed with its units.
     for check in checks:
+        flags = {name: getattr(check.f, name) for name in (*varying, "seed")}
         if check.comparison is None:
-            flags = {name: getattr(check.f, name) for name in (*varying, "seed")}
             print(f"{files.spell(flags)}: the minimisation ended at numbers that are not finite")
+        elif len(checks) > 1:
+            for sentence in check.comparison.flat_units_in_words():
+                print(f"{files.spell(flags)}: {sentence}")
+
+    if any(check.comparison and check.comparison.flat_deviations() for check in checks):
+        print(
+            "Errors that do not count change the loss by less than its rounding errors in float64, "
+            f"about {ROUNDING:.0e} of the loss."
+        )
+
+    # 4. The verdict.
     # NumPy's maximum, unlike Python's, is nan if one of the errors is.
     max_error = np.max([check.max_error() for check in checks])
     if max_error <= TOLERANCE:

@@ -1,4 +1,6 @@
-"""theory.py: the closed forms against minimisation by brute force, and spectra of awkward data."""
+"""theory.py: the closed forms against minimisation by brute force, the losses of single units
+against the exact losses of whole models, and spectra of awkward data.
+"""
 import math
 import unittest
 
@@ -240,6 +242,174 @@ class BruteForce(unittest.TestCase):
             predicted = self.check(matrix_HVAE_learnable_sigma_1_2.HVAE, f)
             self.assertTrue((predicted["kl_2"] == 0).all())
             self.assertTrue((predicted["kl_1"] > 0).any())
+
+
+def diagonal(values, rows, columns):
+    """A matrix with these values on its diagonal, as many as fit, and zeros elsewhere."""
+    matrix = torch.zeros(rows, columns, dtype=torch.float64)
+    count = min(len(values), rows, columns)
+    matrix[range(count), range(count)] = values[:count]
+    return matrix
+
+
+def aligned(problem, units):
+    """Parameters of a matrix script's problem whose singular vectors are those of the optimum.
+
+    units: {name: (d,)}, the quantities that theory.Optimum.coordinates names, and sigma
+    """
+    if isinstance(problem, matrix_CVAE.CVAE):
+        return aligned_cvae(problem, units)
+    whitening = theory.whitening(problem.A)
+    directions = theory.modes(problem.A)[1]
+    if isinstance(problem, matrix_VAE.VAE):
+        d_0, d_1 = problem.f.d_0, problem.f.d_1
+        return {
+            "W": diagonal(units["lambda"], d_1, d_0) @ whitening.T,
+            "U": directions @ diagonal(units["omega"], d_0, d_1),
+            "log_sigma": units["sigma"].log(),
+        }
+
+    # The HVAE. U1 is the best decoder of the means lambda_1i with noise of the std sigma_1.
+    d_0, d_1, d_2 = problem.f.d_0, problem.f.d_1, problem.f.d_2
+    m = units["lambda_1"]**2 + problem.f.sigma_1**2
+    theta = problem.predicted()["theta"]
+    return {
+        "W1": diagonal(units["lambda_1"], d_1, d_0) @ whitening.T,
+        "U1": directions @ diagonal(theta * units["lambda_1"] / m, d_0, d_1),
+        "W2": diagonal(units["lambda_2"][:d_1] / m.sqrt()[:d_2], d_2, d_1),
+        "U2": diagonal(units["omega_2"], d_1, d_2),
+        "log_sigma_2": units["sigma_2"].log(),
+    }
+
+
+def aligned_cvae(problem, units):
+    """`aligned` for a CVAE: z describes what is left of y after its linear prediction from x."""
+    dim_x, dim_y, dim_z = problem.f.dim_x, problem.f.dim_y, problem.f.dim_z
+    E = theory.moment_given_x(problem.moment, dim_x)
+    predict_y = problem.moment[dim_x:, :dim_x] @ torch.linalg.pinv(problem.moment[:dim_x, :dim_x])
+    W2 = diagonal(units["lambda"], dim_z, dim_y) @ theory.whitening(E).T
+    return {
+        "W1": -W2 @ predict_y,
+        "W2": W2,
+        "U1": theory.modes(E)[1] @ diagonal(units["omega"], dim_y, dim_z),
+        "U2": predict_y,
+        "log_sigma": units["sigma"].log(),
+    }
+
+
+def problems():
+    """Problems of the matrix scripts that have thresholds, with active and collapsed units.
+
+    The stds of an encoder that differ by unit are in ascending order, as in the closed form.
+    """
+    shared = dict(beta_1=0.7, eta_enc=1.3, eta_dec=0.6, sigma_1=0.8)
+    learnable = matrix_HVAE_learnable_sigma_2
+    fixed = matrix_HVAE_nonlearnable_sigma_2
+    vae = dict(beta=1.7, eta_enc=1.3, eta_dec=0.6)
+    return [
+        matrix_VAE.VAE(matrix_VAE.Flags(**vae, d_0=5, d_1=4)),
+        matrix_VAE.VAE(matrix_VAE.Flags(**vae, d_0=4, d_1=4, learnable_sigma=False, sigma=0.8)),
+        matrix_VAE.VAE(
+            matrix_VAE.Flags(**vae, d_0=4, d_1=3, learnable_sigma=False, sigma="0.4/0.9/2")
+        ),
+        matrix_CVAE.CVAE(matrix_CVAE.Flags(**vae, dim_x=2, dim_y=4, dim_z=3)),
+        learnable.HVAE(learnable.Flags(**shared, beta_2=2.2, d_0=5, d_1=4, d_2=4)),
+        learnable.HVAE(learnable.Flags(**shared, beta_2=0.9, d_0=5, d_1=4, d_2=2)),
+        learnable.HVAE(learnable.Flags(**shared, beta_2=0.9, d_0=5, d_1=3, d_2=5)),
+        fixed.HVAE(fixed.Flags(**shared, beta_2=2.2, sigma_2=0.9, d_0=5, d_1=4, d_2=4)),
+        fixed.HVAE(fixed.Flags(**shared, beta_2=0.9, sigma_2=0.9, d_0=5, d_1=4, d_2=2)),
+    ]
+
+
+def loss_of_units(optimum, units):
+    """The loss of each unit, (d,), where quantities of z2 may have another length than those of z1.
+
+    units: {name: (d,)}, the quantities that optimum.coordinates names, and perhaps others
+    """
+    d = len(optimum["theta"])
+    padded = {}
+    for name in optimum.coordinates:
+        missing = max(0, d - len(units[name]))
+        padded[name] = torch.nn.functional.pad(units[name][:d], (0, missing), value=1.0)
+    return optimum.unit_loss(padded)
+
+
+class UnitLosses(unittest.TestCase):
+    """The loss of one unit against the exact loss of the whole model, and at the optimum."""
+
+    def random_units(self, optimum, random):
+        """The optimum with random values for the quantities on which the losses depend."""
+        units = {"sigma_2": torch.ones(5, dtype=torch.float64)} | optimum
+        for name in optimum.coordinates:
+            values = (optimum[name] + 0.3) * draw(random, len(optimum[name])).exp()
+            # Units of z2 beyond those of z1 have no mode, and keep their values.
+            has_mode = torch.arange(len(values)) < len(optimum["theta"])
+            units[name] = torch.where(has_mode, values, optimum[name])
+        return units
+
+    def constant(self, problem):
+        """What the loss has beside the units: squared error of other modes, and log(2 pi) terms."""
+        f = problem.f
+        if isinstance(problem, matrix_CVAE.CVAE):
+            variances = theory.spectrum(theory.moment_given_x(problem.moment, f.dim_x))
+        else:
+            variances = theory.spectrum(problem.A)
+        others = variances[len(problem.predicted()["theta"]):]
+        squared_error = others.sum().item() / (2 * f.eta_dec**2)
+        return squared_error + len(variances) / 2 * math.log(2 * math.pi * f.eta_dec**2)
+
+    def test_sum_over_the_units(self):
+        """With the singular vectors of the optimum, the loss is a sum over the units."""
+        random = torch.Generator().manual_seed(0)
+        for problem in problems():
+            optimum = problem.predicted()
+            with self.subTest(type(problem).__module__, f=problem.f):
+                for _ in range(3):
+                    units = self.random_units(optimum, random)
+                    exact = problem.loss(aligned(problem, units)).item()
+                    of_units = loss_of_units(optimum, units).sum().item()
+                    self.assertAlmostEqual(exact, of_units + self.constant(problem), places=9)
+
+    def test_the_optimum_is_a_minimum(self):
+        """There the gradient is 0, and no direction curves down."""
+        for problem in problems():
+            optimum = problem.predicted()
+            names = optimum.coordinates
+            units = [optimum[name] for name in names]
+
+            def loss(*values):
+                return loss_of_units(optimum, dict(zip(names, values))).sum()
+
+            arguments = tuple(range(len(names)))
+            gradient_of = torch.func.grad(loss, arguments)
+            gradients = gradient_of(*units)
+            blocks = torch.func.jacrev(gradient_of, arguments)(*units)
+            hessian = torch.cat([torch.cat(row, dim=1) for row in blocks])
+            with self.subTest(type(problem).__module__, f=problem.f):
+                self.assertLess(torch.cat(gradients).abs().max().item(), 1e-12)
+                curvatures = torch.linalg.eigvalsh(hessian)
+                self.assertGreater(curvatures.min().item(), -1e-12)
+                # Units without a mode of their own have no loss. No other unit is flat.
+                without_mode = sum(max(0, len(values) - len(optimum["theta"])) for values in units)
+                self.assertEqual((curvatures < 1e-3).sum().item(), without_mode)
+
+    def test_many_settings_at_once(self):
+        beta = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+        together = theory.vae_optimum(THETA, 4, beta, 0.7, 0.9)
+        losses = loss_of_units_of_settings(together)
+        self.assertEqual(losses.shape, (3, 4))
+        for k in range(3):
+            alone = theory.vae_optimum(THETA, 4, beta[k].item(), 0.7, 0.9)
+            torch.testing.assert_close(losses[k], loss_of_units(alone, alone))
+
+    def test_a_learned_eta_dec_has_none(self):
+        optimum = theory.vae_optimum_learned_eta_dec(THETA, 3, 1.0, 1.0)
+        self.assertIsNone(optimum.unit_loss)
+
+
+def loss_of_units_of_settings(optimum):
+    """The loss of each unit at an optimum of many settings, (settings, d)."""
+    return optimum.unit_loss({name: optimum[name] for name in optimum.coordinates})
 
 
 class LearnedVAE(matrix_VAE.VAE):
