@@ -532,8 +532,9 @@ class Made(Reproduced):
 
         with np.load(self.results / "data" / "figure_deep_curves.npz") as arrays:
             for run in runs:
-                curves = [result.curves["test_elbo"] for result in run.results]
-                np.testing.assert_array_equal(arrays[run.script], curves)
+                for result in run.results:
+                    curve = arrays[f"{run.script} seed {result.settings['seed']}"]
+                    np.testing.assert_array_equal(curve, result.curves["test_elbo"])
 
         text = self.part("figure_deep_curves")
         self.assertIn("seeds 1 and 2 (some settings have fewer)", text)
