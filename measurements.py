@@ -29,8 +29,8 @@ SMALLEST_CHANGE = 0.005
 # The columns of a row that do not determine its result.
 DESCRIPTIONS = ("command", "device", "torch", "seconds")
 
-# A training counts as converged if the ELBO of the test images hardly changes over its last epochs.
-# This is the number of these epochs, and the column that has the change.
+# By how much the ELBO of the test images changes over the last epochs of a training: the number of
+# these epochs, and the column that has the change.
 LAST_EPOCHS = 10
 RISE_AT_THE_END = "test_elbo, last ten epochs"
 
