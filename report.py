@@ -1029,11 +1029,16 @@ def print_theory(runs):
     # 2. One row per setting.
     flags = varying_flags(runs, with_seed=True)
     rows = []
+    flat = []
     differences = []
     for result in compared:
         values = flag_values(result, flags)
         rows.append(values | theory_row(result.theory))
         label = files.spell(values)
+        # Those of a single setting are among the notes above.
+        if len(runs) > 1:
+            for sentence in result.theory.flat_units_in_words():
+                flat.append(labelled(label, sentence))
         for disagreement in result.theory.disagreements():
             differences.append(labelled(label, disagreement))
 
@@ -1048,7 +1053,9 @@ def print_theory(runs):
         table.append([row.get(name, "-") for name in columns])
     common.print_table(table)
 
-    # 3. Where they differ.
+    # 3. Errors that do not count, and where the models differ.
+    for sentence in flat:
+        print(sentence)
     for difference in differences:
         print(f"DIFFERS {difference}")
     if not differences:

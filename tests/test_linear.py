@@ -492,6 +492,18 @@ class CommandLines(small.InFolder):
         self.assertIn("DIFFERS beta=0.5: ", out)
         self.assertNotIn("reached the predicted optimum", out)
 
+    def test_errors_that_do_not_count(self):
+        """Each setting of a grid has its own sentences. A single setting has them once."""
+        sentence = "unit 1 of z is near the threshold"
+        with mock.patch.object(
+            verify.Comparison, "flat_units_in_words", lambda comparison: [sentence]
+        ):
+            out = self.run_script(MNIST_CVAE_Linear, "--beta", "0.5,2", "--dim_z", 2)
+            alone = self.run_script(MNIST_CVAE_Linear, "--beta", "0.5", "--dim_z", 2)
+        for beta in ("0.5", "2.0"):
+            self.assertEqual(out.count(f"\nbeta={beta}: {sentence}\n"), 1)
+        self.assertEqual(alone.count(sentence), 1)
+
     def test_without_draws_in_one_setting(self):
         """That setting has no importance sampling. The estimate of the other one stays."""
         out = self.run_script(MNIST_CVAE_Linear, "--num_samples", "0,20", "--dim_z", 2)
