@@ -95,7 +95,7 @@ def plot_over_flag(ax, command, metric, ylabel):
 
     first_rows = next(iter(settings.values()))
     for level in measurements.levels_of_row(first_rows[0]):
-        plot_level(ax, x, list(settings.values()), metric, level)
+        plot_level(ax, x, list(settings.values()), metric=metric, level=level)
 
     if is_numeric:
         ax.set(xscale="log")
@@ -616,8 +616,9 @@ def against_prediction(path, commands, arrays):
             color = f"C{flags.index(flag)}"
             x, y = flag_points.T
             ax.plot(x, y, "o", color=color, markersize=4, label=flag)
-        low, high = ax.dataLim.intervalx[0], ax.dataLim.intervalx[1]
-        low, high = min(low, ax.dataLim.intervaly[0]), max(high, ax.dataLim.intervaly[1])
+        # Both axes have the limits of all predicted and trained values.
+        low = min(flag_points.min() for flag_points in points.values())
+        high = max(flag_points.max() for flag_points in points.values())
         margin = 0.06 * (high - low)
         limits = (low - margin, high + margin)
         ax.axline((0, 0), slope=1, color="0.7", linewidth=0.8, zorder=0)

@@ -69,8 +69,10 @@ statement. A solution with active units far from collapse is not excluded.
 The reason is the gain of a unit with small decoder weights w and the mean m(u), to second order:
 weight (E[w^T r m] - w^T H w / 2) - beta E[m^2] / 2. The best m is weight w^T r / beta.
 
-If all units are collapsed and the decoder gives each column its mean, the diagonal of
-H^(-1/2) F H^(-1/2) is 1, so that rho_1 of F is at least 1. Active units lower it.
+Let all units be collapsed, and let the decoder give each column its mean. For binary columns and
+for categories, H is then the covariance within each column, so that rho_1 of F is at least 1. For
+counts, rho_1 of F is at least the largest ratio of a column's variance to its mean. Active units
+lower rho_1.
 
 If the curvature psi'' is bounded above, the gain is bounded below. Let B be a matrix with
 psi'' <= B. Then k further units gain at least G_k of the eigenvalues of B^(-1/2) T B^(-1/2), with
@@ -357,8 +359,8 @@ def instability_ratios(part, fisher):
 
     Before training, at a decoder that gives each column its mean, T and F are the covariance of the
     statistics, and H is `mean_fisher` of their means. For binary data the matrix is then the
-    correlation matrix of x. For categories it is that of multiple
-    correspondence analysis, times the number of columns.
+    correlation matrix of x. For categories it is that of multiple correspondence analysis, times
+    the number of columns.
     """
     return theory.spectrum(whitened(part, fisher))
 
@@ -676,7 +678,7 @@ def held_out_parts(halves):
 def mean_ratios(pairs, information):
     """What M' has along the directions of M, both whitened: the mean over pairs (M, M'), (k,).
 
-    information is B of `whitened`. If M and M' are the same, the result are the eigenvalues of
+    information is B of `whitened`. If M and M' are the same, the result is the eigenvalues of
     B^(-1/2) M B^(-1/2), in descending order.
     """
     total = 0
@@ -697,7 +699,7 @@ class LevelHeadroom:
     headroom: the gain of k = collapsed further units with linear encoders, in nats per training
         example. It is G_k for a Gaussian decoder, and otherwise a lower bound.
     headroom_any: the same with any encoder.
-    level: the level that an eigenvalue exceeds if a further unit gains more than its KL costs. None
+    level: the threshold. A further unit with a larger eigenvalue gains more than its KL costs. None
         is infinity.
     tau: the largest eigenvalues of T in descending order, at most one per unit. For a decoder that
         is not Gaussian they are rho_i, those of H^(-1/2) T H^(-1/2). If they are measured on other
@@ -782,7 +784,9 @@ def _level_headroom(moments, kl, active):
         level = gain_threshold(beta, weight, std)
         [(T, _)], [(F, _)] = moments.second_moments
         taus = [theory.spectrum(T), theory.spectrum(F)]
-        gains = [gain_of_units(tau, collapsed, beta, weight, std) for tau in taus]
+        gains = []
+        for tau in taus:
+            gains.append(gain_of_units(tau, collapsed, beta=beta, weight=weight, std=std))
         theta = _equivalent_variances(kl, active, level)
     else:
         level = gain_threshold(beta, weight, 1)
@@ -828,7 +832,9 @@ def _natural_gain(residual, ratios, collapsed):
     if residual.sequence_factor == 1:
         return gain_of_ratios(ratios, collapsed, beta, weight)
     sequences = collapsed // residual.sequence_length
-    return gain_of_sequences(ratios, sequences, beta, weight, residual.sequence_factor)
+    return gain_of_sequences(
+        ratios, sequences, beta=beta, weight=weight, factor=residual.sequence_factor
+    )
 
 
 @dataclass

@@ -506,12 +506,15 @@ def active_units_in_words(prediction):
     """A sentence on the number of active units, as in "At beta 1, 12 of 32 units stay active;"."""
     f = prediction.f
     counts = []
-    for level in theory.levels_of(prediction.predicted):
+    verb = "stay"
+    levels = theory.levels_of(prediction.predicted)
+    for level in levels:
         information = prediction.predicted[f"information{level}"]
         active = int((information > 0).sum())
         noun = "unit" if len(information) == 1 else "units"
         counts.append(f"{active} of {len(information)} {noun}{of_level(level)}")
-    verb = "stays" if len(counts) == 1 and 1 in (active, len(information)) else "stay"
+        if len(levels) == 1 and (active == 1 or len(information) == 1):
+            verb = "stays"
     beta = beta_in_words(f, getattr(f, SWEPT_FLAGS[f.model]))
     return f"At {beta}, {' and '.join(counts)} {verb} active;"
 
@@ -536,8 +539,8 @@ def advice_in_words(f, collapse):
     """A sentence on the beta, and the eta_dec, that keep at least --active units active.
 
     collapse (d,) are the betas at which the units collapse. In a VAE or CVAE only beta eta_dec^2
-    decides which units collapse. In an HVAE eta_dec stands in two places, and a learned one cannot
-    be chosen.
+    decides which units collapse. In an HVAE eta_dec is the std of two distributions, and a learned
+    one cannot be chosen.
     """
     units = of_level(swept_level(f))
     limit = sorted(collapse.tolist(), reverse=True)[f.active - 1]

@@ -480,11 +480,8 @@ def format_seeds(values, decimals=2):
         decimals = 1
     # Adding 0 turns "-0.00" into "0.00".
     mean = f"{round(float(np.mean(values)), decimals) + 0.0:.{decimals}f}"
-    if len(values) > 1:
-        deviation = f"{np.std(values, ddof=1):.{decimals}f}"
-        if float(deviation) > 0:
-            return f"{mean} ± {deviation}"
-    return mean
+    spread = f"{deviation(values):.{decimals}f}"
+    return f"{mean} ± {spread}" if float(spread) > 0 else mean
 
 
 def format_change(values, decimals=2):

@@ -62,9 +62,13 @@ def measure(encode, decode, loader, likelihood, conditional, draws, device):
             for half, places in enumerate(sums.split(len(x))):
                 if not len(places):
                     continue
-                rows = [t[places.to(t.device)] for t in (x, mean, log_var, *conditions)]
-                statistics, residuals, fisher = decoder.residuals(*rows[:3], rows[3:])
-                inputs = [statistics, *(_as_rows(condition) for condition in rows[3:])]
+                half_x, half_mean, half_log_var, *half_conditions = [
+                    t[places.to(t.device)] for t in (x, mean, log_var, *conditions)
+                ]
+                statistics, residuals, fisher = decoder.residuals(
+                    half_x, half_mean, half_log_var, half_conditions
+                )
+                inputs = [statistics, *(_as_rows(condition) for condition in half_conditions)]
                 sums.add(half, inputs, residuals, fisher)
 
     if posterior.count < 2:
@@ -153,8 +157,8 @@ def _posterior(encoded, x):
     return mean, log_var
 
 
-def _decoder_mean(decoded, x, likelihood):
-    """What decode returned as rows (B, D), or as (B, L, K) for categories, float64."""
+def _check_shape(decoded, x, likelihood):
+    """Raise ValueError if what decode returned is no tensor, or has no shape that fits x."""
     if not torch.is_tensor(decoded):
         raise ValueError(f"decode returned a {type(decoded).__name__}, wants a tensor")
     categories = 1
@@ -178,6 +182,11 @@ def _decoder_mean(decoded, x, likelihood):
         raise ValueError(
             f"decode returned a tensor of the shape {tuple(decoded.shape)}, wants {wanted}"
         )
+
+
+def _decoder_mean(decoded, x, likelihood):
+    """What decode returned as rows (B, D), or as (B, L, K) for categories, float64."""
+    _check_shape(decoded, x, likelihood)
     _check_finite("what decode returned", decoded)
     p = _as_rows(decoded)
     if likelihood == "gaussian":
@@ -187,7 +196,7 @@ def _decoder_mean(decoded, x, likelihood):
     if likelihood == "bernoulli":
         is_wrong |= p.max() > 1
     if likelihood == "categorical":
-        p = p.reshape(len(p), -1, categories)
+        p = p.reshape(len(p), -1, decoded.shape[-1])
         total = p.sum(-1, keepdim=True)
         is_wrong |= (total - 1).abs().max() > 0.01
         # Float32 has sums of 1 with an error, which H would count as a direction of its own.

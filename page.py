@@ -314,7 +314,7 @@ def remedy_tables(commands):
 
 
 def no_tables(commands):
-    """No table of its own, for a result whose numbers stand beside the released code's."""
+    """No table of its own, for a result whose numbers are beside the released code's."""
     return []
 
 
@@ -863,8 +863,8 @@ def write_page(folder, experiments, commands_by_name):
 
     experiments {name: Experiment} are in the order of the page. commands_by_name {name: [Command]}
     has the rows of those that have a .csv file. The page opens with the part of comments.md before
-    its first heading. The comment "Summary" stands below the summary, and comments whose heading is
-    no result close the page.
+    its first heading. The comment "Summary" is below the summary, and comments whose heading is no
+    result close the page.
     """
     introduction, comments = read_comments(Path(folder, "comments.md"))
     results = []
@@ -873,8 +873,15 @@ def write_page(folder, experiments, commands_by_name):
             commands = commands_by_name[name]
             released = read_released_values(folder, name)
             comparison = compare_with_released_code(released, commands)
-            comment = comments.get(name, "")
-            results.append(Measured(name, experiment, commands, comparison, comment))
+            results.append(
+                Measured(
+                    name=name,
+                    experiment=experiment,
+                    commands=commands,
+                    comparison=comparison,
+                    comment=comments.get(name, ""),
+                )
+            )
 
     used = {result.experiment.section for result in results}
     sections = [section for section in SECTIONS if section in used]

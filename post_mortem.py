@@ -46,8 +46,9 @@ def check_flags(settings):
         common.stop(f, "--residual: also wants --x, a file with the inputs of the encoder")
     _check_model(settings)
     _check_units(settings)
+    decoder = decoder_flag(f)
     if f.likelihood == "gaussian":
-        refuse_flags(settings, ("fisher",), "--likelihood gaussian, whose information is known")
+        refuse_flags(settings, ("fisher",), f"{decoder}, whose information is known")
         if any(g.eta_dec == "learned" for g in settings):
             common.stop(f, "--eta_dec: got learned, wants the number that the model has learned")
         return
@@ -55,18 +56,26 @@ def check_flags(settings):
     if f.likelihood == "categorical":
         common.stop(
             f,
-            "--likelihood: got categorical, wants gaussian, bernoulli or poisson for --residual; "
-            "headroom.post_mortem, which is for a training loop, has a post-mortem of categories",
+            f"--residual: cannot be combined with {decoder}; headroom.post_mortem, which is for a "
+            "training loop, has a post-mortem of categories",
         )
     # The KL that --mean and --log_var give does depend on the prior.
     names = [name for name in GAUSSIAN_FLAGS if not (name == "eta_enc" and f.mean)]
-    refuse_flags(settings, names, f"--likelihood {f.likelihood}, which has no such number")
+    refuse_flags(settings, names, f"{decoder}, which has no such number")
     if not f.fisher:
         common.stop(
             f,
-            f"--residual: also wants --fisher for --likelihood {f.likelihood}, a file with the "
-            "Fisher information of each column",
+            f"--residual: also wants --fisher for {decoder}, a file with the Fisher information of "
+            "each column",
         )
+
+
+def decoder_flag(f):
+    """The flag that has chosen the decoder, as text: "--likelihood bernoulli" or "--loss bce_sum".
+
+    A --loss determines the likelihood. Without both flags the decoder is --likelihood gaussian.
+    """
+    return f"--likelihood {f.likelihood}" if f.loss == "none" else f"--loss {f.loss}"
 
 
 def refuse_flags(settings, names, reason):
@@ -239,7 +248,7 @@ def _check_sizes(f, sources):
         common.stop(
             f,
             f"--residual: got {columns:,} columns, wants at most {arrays.MAX_COLUMNS:,} for "
-            f"--likelihood {f.likelihood}; average neighbouring pixels",
+            f"{decoder_flag(f)}; average neighbouring pixels",
         )
     if "y" in sources:
         joined = sources["x"].columns + sources["y"].columns
@@ -268,6 +277,23 @@ def _warn_of_reconstructions(total, moments, count):
         arrays.warn(
             f"the squared mean of --residual is {share:.0%} of its mean square; a residual is the "
             "target minus the reconstruction; is this the reconstruction itself?"
+        )
+
+
+def _warn_of_many_collapsed(settings, columns):
+    """Warn if --collapsed exceeds the number of columns of --residual and cannot be checked.
+
+    More units than columns are possible, but such a number may also be a typing error. With --d_1,
+    `_check_units` has compared the two numbers.
+    """
+    unchecked = [f.collapsed for f in settings if not f.d_1]
+    largest = max(unchecked, default=0)
+    if largest > columns:
+        noun = "column" if columns == 1 else "columns"
+        arrays.warn(
+            f"--collapsed is {largest:,}, but --residual has {columns:,} {noun}, so at most "
+            f"{columns:,} of these units can lower the loss; with --d_1, the number of all units, "
+            "--collapsed is checked"
         )
 
 
@@ -322,14 +348,15 @@ class Examined:
 def examine(settings):
     """The result of each setting: a list of Examined. Ends the program if one is not finite."""
     measurement = _measure(settings[0])
+    _warn_of_many_collapsed(settings, measurement.columns)
     return [Examined(f, _examine_setting(f, measurement), measurement.columns) for f in settings]
 
 
 def _examine_setting(f, measurement):
     """The headroom.PostMortem of one setting."""
-    units = {"collapsed": f.collapsed, "units": f.d_1 or None}
+    unit_arguments = {"collapsed": f.collapsed, "units": f.d_1 or None}
     if measurement.posterior:
-        units = _count_units(f, measurement.posterior)
+        unit_arguments = _count_units(f, measurement.posterior)
     if f.likelihood != "gaussian":
         _check_fisher(f, headroom.join_halves(measurement.halves, measurement.sizes))
     try:
@@ -339,7 +366,7 @@ def _examine_setting(f, measurement):
             beta=f.beta,
             likelihood=f.likelihood,
             eta_dec=f.eta_dec,
-            **units,
+            **unit_arguments,
         )
     except ValueError as error:
         common.stop(f, f"--residual: {error}")

@@ -265,26 +265,22 @@ def check_prediction_flags(settings):
 def check_likelihood_flags(settings):
     """End the program if flags of a prediction do not go with a decoder that is not Gaussian."""
     f = settings[0]
-    chosen = f"--likelihood {f.likelihood}" if f.loss == "none" else f"--loss {f.loss}"
+    decoder = post_mortem.decoder_flag(f)
     other_models = [g.model for g in settings if g.model != "vae"]
     if other_models:
-        common.stop(
-            f, f"--model: got {other_models[0]}, wants vae for {chosen}"
-        )
+        common.stop(f, f"--model: got {other_models[0]}, wants vae for {decoder}")
     post_mortem.refuse_flags(
-        settings,
-        post_mortem.GAUSSIAN_FLAGS,
-        f"{chosen}, which has no such number",
+        settings, post_mortem.GAUSSIAN_FLAGS, f"{decoder}, which has no such number"
     )
     post_mortem.refuse_flags(
-        settings, ("active", "center"), f"{chosen}, only with a Gaussian decoder"
+        settings, ("active", "center"), f"{decoder}, only with a Gaussian decoder"
     )
     if f.likelihood != "bernoulli":
-        post_mortem.refuse_flags(settings, ("scale",), chosen)
+        post_mortem.refuse_flags(settings, ("scale",), decoder)
     if f.dataset != "none" and f.likelihood != "bernoulli":
         common.stop(
             f,
-            f"--dataset: cannot be combined with {chosen}; images are for gaussian or bernoulli",
+            f"--dataset: cannot be combined with {decoder}; images are for gaussian or bernoulli",
         )
 
 

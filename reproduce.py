@@ -507,7 +507,7 @@ EXPERIMENTS = {
 
 @dataclass
 class TheoremResult:
-    """The part that tables need of result.json of a matrix script, which checks a theorem.
+    """What the tables need from the result.json of a matrix script, which checks a theorem.
 
     settings    the flags that determine the result, {name: value}
     dataset     "synthetic"
@@ -974,7 +974,8 @@ def recorded_times(folder, name):
 def expected_seconds(folder, runs):
     """The seconds that the unfinished settings of each run may take, from the tables in a folder.
 
-    A command that is in no table counts with the mean over all commands.
+    A command that is in no table counts with a mean: that of 60 seconds and of the times of all
+    commands in the tables.
     """
     seconds_by_command = {}
     for name in EXPERIMENTS:
@@ -1063,7 +1064,7 @@ def parse_command_line(argv):
                 f"got {name!r}, wants names of tables and figures: {', '.join(EXPERIMENTS)}",
             )
     if f.page and (names or f.all):
-        common.stop(f, "--page takes no names, since it writes the whole page")
+        common.stop(f, "--page takes no names and no --all, since it writes the whole page")
     if f.all:
         names = list(EXPERIMENTS)
     if names or f.page:

@@ -266,6 +266,17 @@ def hvae_unit_loss(
     return (theta * sigma_1 / eta_dec)**2 / (2 * m) + beta_1 * kl_1 + beta_2 * kl_2
 
 
+def _hvae_loss_of_units(**settings):
+    """The `unit_loss` of an Optimum of the HVAE.
+
+    settings: the arguments of `hvae_unit_loss` that are not coordinates of the units
+    """
+    def unit_loss(units):
+        return hvae_unit_loss(**units, **settings)
+
+    return unit_loss
+
+
 # --- The VAE: theorem 1 ---
 
 
@@ -460,7 +471,11 @@ def vae_optimum_learned_eta_dec(theta, d_1, beta, eta_enc):
     eta_dec = (rest[active] / (dim - active * beta[..., 0])).sqrt()
     bounded = eta_dec > 0
     optimum = vae_optimum(
-        theta, d_1, beta[..., 0], eta_enc[..., 0], torch.where(bounded, eta_dec, math.nan)
+        theta,
+        d_1,
+        beta=beta[..., 0],
+        eta_enc=eta_enc[..., 0],
+        eta_dec=torch.where(bounded, eta_dec, math.nan),
     )
     optimum["collapse"] = collapse.expand_as(optimum["kl"])
     # The loss of `vae_optimum` has large rounding errors where eta_dec is far below theta_1.
@@ -507,7 +522,7 @@ def cvae_optimum(theta, dim_z, beta, eta_enc, eta_dec):
     (...,). See the top of this file.
     """
     # The equations are those of theorem 1 for modes with the stds sqrt(theta_i).
-    optimum = vae_optimum(theta.sqrt(), dim_z, beta, eta_enc, eta_dec)
+    optimum = vae_optimum(theta.sqrt(), dim_z, beta=beta, eta_enc=eta_enc, eta_dec=eta_dec)
     optimum["theta"] = _leading(theta, dim_z)
     return optimum
 
@@ -610,21 +625,15 @@ def hvae_optimum(theta, d_1, d_2, sigma_1, beta_1, beta_2, eta_enc, eta_dec):
         "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
     }
 
-    def unit_loss(units):
-        return hvae_unit_loss(
-            theta=theta_i,
-            lambda_1=units["lambda_1"],
-            lambda_2=units["lambda_2"],
-            omega_2=units["omega_2"],
-            sigma_2=units["sigma_2"],
-            has_z2=has_z2,
-            sigma_1=sigma_1,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            eta_enc=eta_enc,
-            eta_dec=eta_dec,
-        )
-
+    unit_loss = _hvae_loss_of_units(
+        theta=theta_i,
+        has_z2=has_z2,
+        sigma_1=sigma_1,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        eta_enc=eta_enc,
+        eta_dec=eta_dec,
+    )
     return Optimum(quantities, unit_loss, ("lambda_1", "lambda_2", "omega_2", "sigma_2"), beta_2)
 
 
@@ -725,19 +734,14 @@ def hvae_optimum_fixed_sigma_2(
         "loss": reconstruction + (beta_1 * kl_1).sum(-1) + (beta_2 * kl_2).sum(-1),
     }
 
-    def unit_loss(units):
-        return hvae_unit_loss(
-            theta=theta_i,
-            lambda_1=units["lambda_1"],
-            lambda_2=units["lambda_2"],
-            omega_2=units["omega_2"],
-            sigma_2=sigma_2,
-            has_z2=has_z2,
-            sigma_1=sigma_1,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            eta_enc=eta_enc,
-            eta_dec=eta_dec,
-        )
-
+    unit_loss = _hvae_loss_of_units(
+        theta=theta_i,
+        sigma_2=sigma_2,
+        has_z2=has_z2,
+        sigma_1=sigma_1,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        eta_enc=eta_enc,
+        eta_dec=eta_dec,
+    )
     return Optimum(quantities, unit_loss, ("lambda_1", "lambda_2", "omega_2"), beta_2)

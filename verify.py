@@ -485,9 +485,10 @@ def _costs_and_curvatures(predicted, name, trained):
     Returns two lists with a number per unit. Both numbers are None where the closed form does not
     have the loss of the unit, or where one of them is not finite.
     """
-    unknown = [None] * len(trained), [None] * len(trained)
+    costs = [None] * len(trained)
+    curvatures = [None] * len(trained)
     if name not in getattr(predicted, "coordinates", ()) or predicted.unit_loss is None:
-        return unknown
+        return costs, curvatures
 
     names, optimum = _coordinates(predicted)
     held = names.index(name)
@@ -504,11 +505,10 @@ def _costs_and_curvatures(predicted, name, trained):
         curvature = unit_curvature(loss, optimum, held)
     except torch.linalg.LinAlgError:
         # Numbers so extreme that a Hessian has no eigenvectors.
-        return unknown
+        return costs, curvatures
     # The prediction of a wrong closed form is no minimum, so the difference can be negative.
     cost = (least - loss(optimum)).abs()
 
-    costs, curvatures = unknown
     for unit in range(count):
         if cost[unit].isfinite() and curvature[unit].isfinite():
             costs[unit] = cost[unit].item()

@@ -370,7 +370,8 @@ class PostMortems(Case):
         self.refuse_in_one_line(
             [*argv[:-1], "gaussian", "--fisher", h], "--fisher: cannot be combined")
         self.refuse_in_one_line(
-            [*argv[:-1], "categorical", "--fisher", h], "--likelihood: got categorical, wants")
+            [*argv[:-1], "categorical", "--fisher", h],
+            "--residual: cannot be combined with --likelihood categorical")
         for flag, value in (("--eta_dec", 0.5), ("--eta_dec", "learned"), ("--eta_enc", 2)):
             self.refuse_in_one_line([*argv, "--fisher", h, flag, value], f"{flag}: cannot be")
 
@@ -631,6 +632,48 @@ class PostMortems(Case):
         self.refuse_in_one_line(argv, "--residual: also wants --mean and --log_var", "--collapsed")
         _, out = self.examine(*argv, "--collapsed", 4, "--d_1", 4)
         self.assertIn("4 of 4 units collapsed", out)
+
+    def test_more_collapsed_units_than_columns(self):
+        """Only as many units as the residual has columns can lower the loss.
+
+        A larger number is allowed, with a warning if no --d_1 confirms it.
+        """
+        argv = ["--x", self.save("u.npy", self.x), "--residual", self.save("r.npy", self.y)]
+        columns = self.y.shape[1]
+        fewest, _ = self.examine(*argv, "--collapsed", columns)
+        many, out = self.examine(*argv, "--collapsed", 9999)
+        self.assertIn("9999 units collapsed", out)
+        for name in ("headroom", "headroom_any", "held_out", "held_out_any", "tau"):
+            self.assertEqual(many[name], fewest[name], name)
+
+        for flags, is_warned in (
+            ([columns], False),
+            ([columns + 1], True),
+            ([f"1,{columns + 1}"], True),
+            ([9999, "--d_1", 9999], False),
+            # The first setting of the list has no --d_1.
+            ([columns + 1, "--d_1", f"0,{columns + 1}"], True),
+        ):
+            with self.subTest(flags=flags):
+                status, _, err = self.call(*argv, "--collapsed", *flags)
+                self.assertEqual(status, 0, err)
+                self.assertEqual(err.count("warning: --collapsed is"), int(is_warned), err)
+                self.assertEqual(f"--residual has {columns} columns" in err, is_warned, err)
+
+    def test_messages_name_the_flag_that_chose_the_decoder(self):
+        argv = ["--x", self.save("u.npy", self.x), "--residual", self.save("r.npy", self.y / 30),
+                "--collapsed", 2]
+        h = self.save("h.npy", np.full(4, 0.2))
+        self.refuse_in_one_line(
+            [*argv, "--loss", "ce_sum"], "--residual: cannot be combined with --loss ce_sum")
+        self.refuse_in_one_line(
+            [*argv, "--loss", "bce_sum"], "--residual: also wants --fisher for --loss bce_sum")
+        self.refuse_in_one_line(
+            [*argv, "--loss", "bce_sum", "--fisher", h, "--eta_enc", 2],
+            "--eta_enc: cannot be combined with --loss bce_sum")
+        self.refuse_in_one_line(
+            [*argv, "--loss", "mse_sum", "--fisher", h],
+            "--fisher: cannot be combined with --loss mse_sum")
 
     def test_models_that_are_refused(self):
         argv = ["--x", self.save("u.npy", self.x), "--residual", self.save("r.npy", self.y),
