@@ -81,8 +81,9 @@ class CVAE(nn.Module):
     The network f_y sees y as an image (1x28x28) whose lower left quarter is 0. The networks g_x and
     g_z return images (1x28x28), whose lower left quarter is not used.
 
-    The methods below take the setting f as an argument, so that settings can be trained as a batch.
-    It is an instance of Flags whose scalars, such as f.beta, are 0-d tensors.
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    linear_optimum.
     """
 
     # The number of values of one image in the widest layer, which has 32 channels of side 14. From
@@ -168,7 +169,7 @@ class CVAE(nn.Module):
         """Describe y minus its expected reconstruction, for headroom.py.
 
         headroom.py asks whether one more unit of z would lower the loss. The expectation over z is
-        a mean over `draws` draws.
+        estimated twice, each time by the mean over `draws` draws.
         """
         z = self.q_z(x, y, f).sample((2, draws))
         residual = headroom.Residual(

@@ -10,12 +10,13 @@ learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's gradi
 norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
-form. Let theta_i be the i-th eigenvalue of the matrix
+form. Let theta_i be the i-th largest eigenvalue of the matrix
 
     E = E[y y^T] - E[y x^T] E[x x^T]^+ E[x y^T]
 
-E is the second moment of the part of y that no linear map can predict from x. Unit i collapses if
-and only if
+Here E[...] is the mean over the training images, and ^+ is the pseudoinverse. The matrix E is the
+second moment of the part of y that no linear map can predict from x. Unit i collapses if and only
+if
 
     theta_i <= beta eta_dec^2
 
@@ -53,6 +54,10 @@ class CVAE(nn.Module):
         p(y|x,z) = N(U1 z + U2 x, eta_dec^2 I)
 
     All images share sigma, which is learned.
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    predicted.
     """
 
     def __init__(self, f):

@@ -9,11 +9,12 @@ The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's g
 to a norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
-form. Let theta_i be the i-th eigenvalue of the matrix
+form. Let theta_i be the i-th largest eigenvalue of the matrix
 
     E = E[y y^T] - E[y x^T] E[x x^T]^+ E[x y^T]
 
-computed from the images of this digit. Unit i collapses if and only if
+Here E[...] is the mean over the training images of this digit, and ^+ is the pseudoinverse. Unit i
+collapses if and only if
 
     theta_i <= beta eta_dec^2
 
@@ -64,6 +65,10 @@ class CVAE(nn.Module):
         p(y|x,z) = N(G_z z + G_x x, eta_dec^2 I)
 
     F_x, F_y, G_x and G_z are the matrices of self.f_x, self.f_y, self.g_x and self.g_z.
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    predicted.
     """
 
     def __init__(self, f):
@@ -155,7 +160,8 @@ class CVAE(nn.Module):
     def units(self, f, data):
         """The quantities of `predicted`, measured on this model's weights in float64.
 
-        The std of q(z|x,y) depends on x and y. sigma is its root mean square over the training set.
+        The std of q(z|x,y) depends on x and y. sigma is its root mean square over the training set,
+        and kl is the mean KL of each unit.
         """
         x, y = data.train
         q_z = self.q_z(x.cpu().double(), y.cpu().double(), f)

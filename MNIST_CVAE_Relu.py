@@ -12,11 +12,12 @@ with one draw of z per image. The learning rate is 1e-3 throughout. Each setting
 clipped to a norm of 0.01. The training step is the first function of training.py.
 
 What the theory says: theorem 2 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
-CVAE, MNIST_CVAE_Linear.py. Let theta_i be the i-th eigenvalue of the matrix
+CVAE, MNIST_CVAE_Linear.py. Let theta_i be the i-th largest eigenvalue of the matrix
 
     E = E[y y^T] - E[y x^T] E[x x^T]^+ E[x y^T]
 
-Unit i of a linear CVAE collapses if and only if
+Here E[...] is the mean over the training images, and ^+ is the pseudoinverse. Unit i of a linear
+CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
@@ -74,6 +75,10 @@ class CVAE(nn.Module):
         p(y|x,z) = N(g_x(x) + g_z(z), eta_dec^2 I)
 
     The networks f_x and f_y have 2 dim_z outputs each. The second half of their sum gives s(x, y).
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    linear_optimum.
     """
 
     def __init__(self, f):
@@ -132,7 +137,7 @@ class CVAE(nn.Module):
     def residuals(self, x, y, f, draws):
         """Describe y minus its expected reconstruction, as headroom.py needs it.
 
-        The expectation over z is a mean over `draws` draws.
+        The expectation over z is estimated twice, each time by the mean over `draws` draws.
         """
         x = nn.functional.dropout(x, f.dropout)
         z = self.q_z(x, y, f).sample((2, draws))

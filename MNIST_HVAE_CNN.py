@@ -64,6 +64,10 @@ class HVAE(nn.Module):
 
     x_to_z1 and z1_to_x are convolutional networks. z1_to_z2 and z2_to_z1 are MLPs with one ReLU
     layer. The two halves of z1_to_z2's outputs give m(z1) and s(z1).
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta_1, are 0-d tensors, except in __init__ and
+    linear_optimum.
     """
 
     # The number of values of one image in the widest layer, which has 64 channels of side 14. From
@@ -165,7 +169,8 @@ class HVAE(nn.Module):
     def residuals(self, x, f, draws):
         """Describe z1 minus its expected reconstruction from z2, as headroom.py needs it.
 
-        One draw of z1 is the target. The expectation over z2 is a mean over `draws` draws.
+        One draw of z1 is the target. The expectation over z2 is estimated twice, each time by the
+        mean over `draws` draws.
         """
         z1 = self.q_z1(x, f).sample()
         z2 = self.q_z2(z1, f).sample((2, draws))

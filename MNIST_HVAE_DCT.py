@@ -3,20 +3,21 @@
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DCT.py
     CUDA_VISIBLE_DEVICES=0 python MNIST_HVAE_DCT.py --dataset cifar10 --bits 5 --latents 2,2,2
 
+The context is the top latent of the model of Kuzina & Tomczak (2023, arXiv 2302.09976). It is the
+corner of low frequencies of the image's discrete cosine transform, scaled and quantised. Its
+posterior is a point mass, so that its KL is -log p(c). A diffusion model is that prior p(c).
+
+Below the context lies a ladder VAE. It has levels of latents, and a state that goes through them
+from the top down. With `--decoder state`, the published one, the context is added to the state at
+each new scale, and the decoder reads the last state. With `--decoder aggregate` the context is
+added to the state at its start only, and each prior reads the context. The rest is then the model
+of MNIST_HVAE_Ladder.py.
+
 How it is trained: AdamW minimises the negative beta-ELBO in batches of 128 images for 600 epochs,
 with one draw of the latents and one step of the diffusion model per image. The learning rate is
 1e-3 throughout and the weight decay is 1e-2. Gradients are clipped to a norm of 543. The last
 weights are evaluated, not an average. `train` below makes the steps. The loop around them is
 `training.Training`, which also writes checkpoints.
-
-The context is the top latent of the model of Kuzina & Tomczak (2023, arXiv 2302.09976). It is the
-corner of low frequencies of the image's discrete cosine transform, scaled and quantised. Its
-posterior is a point mass, so that its KL is -log p(c). A diffusion model is that prior p(c).
-
-A ladder VAE lies below the context. With `--decoder state`, the published one, the context is added
-to the state at each new scale, and the decoder reads the last state. With `--decoder aggregate` the
-rest is the model of MNIST_HVAE_Ladder.py: each prior reads the context, and so does the start of
-the state.
 """
 import math
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ class Flags(deep.HierarchyFlags):
     latents: str = common.flag(
         "3,4",
         "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
-        "the side of the image, or with cifar10 the whole side; 3,4 means 3 maps of 7x7 and 4 of "
-        "14x14",
+        "the side of the image, or the whole side with cifar10 and where the side is odd; for "
+        "images of 28x28, 3,4 means 3 maps of 7x7 and 4 of 14x14",
     )
     d_z: int = common.flag(
         0, "channels of each latent map; 0 stands for 1, and for 8 with cifar10", low=0, high=4096
@@ -584,15 +585,17 @@ class DCTVAE(nn.Module):
         p(x, z, c) = p(x|z_1..z_L) prod_l p(z_l|z_>l, c) p(c)
         q(z, c|x)  = [c = DCT(x)] prod_l q(z_l|z_>l, c, x)
 
-    p(c) is a Diffusion. Both go from the top down, along a state s that starts as ones:
+    Level 1 is next to the image, level L is the top learned level, and z_>l are the latents above
+    level l. p(c) is a Diffusion. p and q go from the top down and share a state s, which starts as
+    ones:
 
         s <- upsample(s) + conv(image of c)                 at each new scale
         p(z_l|z_>l, c), h = prior block(s)
         q(z_l|z_>l, c, x) = posterior block((e + s) / sqrt 2)
         s <- s + h + conv z_l
 
-    The image of c is pooled to this scale. e is the encoder's feature of this scale. The last
-    state, upsampled, gives the pixels:
+    The image of c is pooled to the side of level l. e is the encoder's feature of that side. The
+    last state, upsampled, gives the pixels:
 
         p(x|z) = Bernoulli(conv silu (s + block(s)))
 
@@ -657,8 +660,9 @@ class DCTVAE(nn.Module):
         """All latents below contexts c (n, c_x, k, k), and what p(x|z) reads.
 
         The first is a list of p(z_l|z_>l, c), q(z_l|z_>l, c, x) and z_l for l = L, ..., 1, each
-        (n, c_z, side, side). z_l = choose(l, p, q). features come from the encoder; without them
-        (None) q is None. The second is the argument of `p_x`: the last state, or all latents.
+        (n, c_z, side, side). z_l is choose(l, p, q), such as a draw of q. features are the result
+        of the encoder. If they are None, q is None. The second is the argument of `p_x`: the last
+        state, or all latents.
         """
         image = self.dct.image(c)
         s = self.s_start.expand(len(c), -1, -1, -1)
@@ -755,7 +759,8 @@ class DCTVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
 
-        --free_bits of the KL of every learned unit cost nothing. The context is not learned.
+        The first --free_bits nats of each learned unit's KL cost nothing. The context has no free
+        bits, since it is not learned.
         """
         *learned, context = common.levels(terms)
         context_kl = terms[f"kl{context}"].sum(-1)
@@ -839,7 +844,8 @@ class DCTVAE(nn.Module):
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs.
 
-    Returns the model with the average of the weights, which is evaluated.
+    loop is a training.Training. Returns the model with the average of the weights, which is
+    evaluated.
     """
     images = data.train[0]
     model.dct.fit(images)
@@ -848,7 +854,7 @@ def train(model, f, data, loop):
     average = deep.WeightAverage(model, f)
     parallel = processes.data_parallel(model)
 
-    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    # The factor of beta in its warm-up. It is a tensor, which a captured CUDA graph reads anew.
     share = None
     if training.beta_share(f, 0) < 1:
         share = torch.ones_like(images[0, 0, 0, 0])
@@ -873,6 +879,7 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
+    # What --test_curve measures after each epoch.
     def test():
         return {"test_elbo": deep.test_elbo(average.module, f, data)}
 

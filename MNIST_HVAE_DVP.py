@@ -85,8 +85,8 @@ class Flags(deep.HierarchyFlags):
     latents: str = common.flag(
         "4,4",
         "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
-        "the side of the image, or with cifar10 the whole side; 4,4 means 4 maps of 7x7 and 4 of "
-        "14x14",
+        "the side of the image, or the whole side with cifar10 and where the side is odd; for "
+        "images of 28x28, 4,4 means 4 maps of 7x7 and 4 of 14x14",
     )
     d_z: int = common.flag(
         0, "channels of each latent map; 0 stands for 1, and for 3 with cifar10", low=0, high=4096
@@ -224,8 +224,9 @@ class Context(nn.Module):
         the image of u = A^+ (centre + extent u)
 
     --context chooses A. dct: the k x k lowest frequencies of the orthonormal discrete cosine
-    transform. downsample: means over k x k squares. linear: the k^2 principal components of the
-    training images about 0. No other linear map to k^2 numbers keeps more of the images.
+    transform. downsample: the means over a grid of k x k squares. linear: the first k^2 principal
+    components of the training images, not centred. No other linear map to k^2 numbers keeps more of
+    the images.
 
     u is in [-1, 1] for the training images, since `extent` is the largest magnitude of each number
     of A x (1/2 for downsample). It can be a little beyond for their binary draws.

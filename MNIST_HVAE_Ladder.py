@@ -43,8 +43,8 @@ class Flags(deep.HierarchyFlags):
     latents: str = common.flag(
         "4,4",
         "number of latent maps at each scale, the coarsest scale first; the finest scale has half "
-        "the side of the image, or with cifar10 the whole side; 4,4 means 4 maps of 7x7 and 4 of "
-        "14x14",
+        "the side of the image, or the whole side with cifar10 and where the side is odd; for "
+        "images of 28x28, 4,4 means 4 maps of 7x7 and 4 of 14x14",
     )
     d_z: int = common.flag(
         0, "channels of each latent map; 0 stands for 1, and for 3 with cifar10", low=0, high=4096
@@ -179,13 +179,14 @@ class LadderVAE(nn.Module):
         p(x, z) = p(x|z_1..z_L) p(z_L) prod_{l < L} p(z_l|z_>l)
         q(z|x)  = q(z_L|x) prod_{l < L} q(z_l|z_>l, x)
 
-    Both go from the top down, along a state s that starts as ones:
+    z_>l are the latents above level l. p and q go from the top down and share a state s, which
+    starts as ones:
 
         p(z_l|z_>l), h = prior block(s)
         q(z_l|z_>l, x) = posterior block((e + s) / sqrt 2)
         s <- block(s + h + conv z_l)
 
-    e is the encoder's feature of this scale. All latents together give the pixels:
+    e is the encoder's feature of the side of level l. All latents together give the pixels:
 
         p(x|z) = Bernoulli(conv silu conv sum_l upsample(z_l) / sqrt L)
 
@@ -226,7 +227,8 @@ class LadderVAE(nn.Module):
     def top_down(self, n, features, choose):
         """Yield p(z_l|z_>l), q(z_l|z_>l, x) and z_l for l = L, ..., 1, each (n, c_z, side, side).
 
-        z_l = choose(l, p, q). features come from the encoder; without them (None) q is None.
+        z_l is choose(l, p, q), such as a draw of q. features are the result of the encoder. If they
+        are None, q is None.
         """
         s = self.s_start.expand(n, -1, -1, -1)
         for l, latent in zip(range(self.levels, 0, -1), self.latents):
@@ -288,7 +290,7 @@ class LadderVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO per image, -log p(x|z) + beta sum_l KL_l, in nats, (B,).
 
-        --free_bits of the KL of every unit cost nothing.
+        The first --free_bits nats of each unit's KL cost nothing.
         """
         loss = -terms["log_px_z"]
         for level in common.levels(terms):
@@ -354,7 +356,8 @@ class LadderVAE(nn.Module):
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta sum_l KL_l over --num_epochs.
 
-    Returns the model with the average of the weights, which is evaluated.
+    loop is a training.Training. Returns the model with the average of the weights, which is
+    evaluated.
     """
     images = data.train[0]
     optimizer = deep.make_optimizer(model, f, f.weight_decay)
@@ -362,7 +365,7 @@ def train(model, f, data, loop):
     average = deep.WeightAverage(model, f)
     parallel = processes.data_parallel(model)
 
-    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    # The factor of beta in its warm-up. It is a tensor, which a captured CUDA graph reads anew.
     share = None
     if training.beta_share(f, 0) < 1:
         share = torch.ones_like(images[0, 0, 0, 0])
@@ -387,6 +390,7 @@ def train(model, f, data, loop):
         average.update(model)
         loop.record(means)
 
+    # What --test_curve measures after each epoch.
     def test():
         return {"test_elbo": deep.test_elbo(average.module, f, data)}
 

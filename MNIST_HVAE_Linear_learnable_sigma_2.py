@@ -74,8 +74,9 @@ class HVAE(nn.Module):
 
     All images share sigma_2, which is learned.
 
-    The methods below take the setting f as an argument, so that settings can be trained as a batch.
-    It is an instance of Flags whose scalars, such as f.beta_1, are 0-d tensors.
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta_1, are 0-d tensors, except in __init__ and
+    predicted.
     """
 
     def __init__(self, f):
@@ -90,7 +91,7 @@ class HVAE(nn.Module):
         # The logarithm of sigma_2 / eta_enc. At 0, sigma_2 is the std of the prior p(z2).
         self.log_sigma_2 = nn.Parameter(torch.zeros(f.d_2))
 
-    # The four maps. Each unit of z1 has a learned scale s:
+    # The four maps. Each unit of z1 has a learned scale, its element of s = exp(log_scale_1):
     #
     #     W1 = s unscaled W1,   W2 = unscaled W2 / s,   U2 = s unscaled U2,   U1 = unscaled U1 / s
     #

@@ -3,21 +3,34 @@
     python MNIST_HVAE_Linear_nonlearnable_sigma_2.py --beta_1 1.0 --beta_2 1.0
     python MNIST_HVAE_Linear_nonlearnable_sigma_2.py --beta_2 0.1:7.0:0.1
 
-How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 50 epochs.
-The learning rate starts at 1e-2 and falls to 0 along a cosine. Each setting's gradient is clipped
-to a norm of 100. The training step is the first function of training.py.
+The second command trains one model for each value of beta_2. Each value is called a setting.
+
+The model: an image x is encoded to a latent vector z1, and z1 to a second latent vector z2. The
+components of z1 and z2 are called units. The class HVAE below defines the distributions with their
+standard deviations sigma_1, sigma_2, eta_enc and eta_dec. The loss is the negative beta-ELBO,
+
+    E_q[-log p(x|z1) + beta_1 (log q(z1|x) - log p(z1|z2)) + beta_2 KL(q(z2|z1) || p(z2))]
+
+where E_q is the expectation over q(z1|x) and q(z2|z1). A unit carries no information if the mean of
+its posterior is the same for every value of the encoder's input.
+
+How it is trained: Adam minimises the loss in batches of 128 images for 50 epochs. The learning
+rate starts at 1e-2 and falls to 0 along a cosine. Each setting's gradient is clipped to a norm of
+100. The training step is the first function of training.py.
 
 What the theory says: theorem 5 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
-form. Let theta_i be the square root of the i-th eigenvalue of E[x x^T], and let d_1 = d_2. Let
-s = sigma_2 eta_dec / eta_enc. The mean of unit i of z1 is 0 for all images if and only if
+form. Let theta_i be the square root of the i-th largest eigenvalue of E[x x^T], where E is the mean
+over the training images. Let z1 and z2 have the same number of units, and let
+tau = sigma_2 eta_dec / eta_enc. The mean of unit i of z1 is 0 for all images if and only if
 
-    theta_i <= sqrt(beta_1) sigma_1   and   theta_i^2 <= sqrt(beta_1 beta_2) sigma_1 s
+    theta_i <= sqrt(beta_1) sigma_1   and   theta_i^2 <= sqrt(beta_1 beta_2) sigma_1 tau
 
 The mean of unit i of z2 is 0 for all images if and only if
 
-    max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1)) <= (beta_2 / beta_1) s^2
+    max(sigma_1^2, sigma_1 theta_i / sqrt(beta_1)) <= (beta_2 / beta_1) tau^2
 
-The script prints the trained units next to the predicted ones.
+The KL of such a unit of z2 is still positive, unless sigma_2 = eta_enc. The script prints the
+trained units next to the predicted ones.
 
 MNIST_HVAE_Linear_learnable_sigma_2.py learns the variance of q(z2|z1).
 """
@@ -61,6 +74,10 @@ class HVAE(nn.Module):
         p(x|z1)  = N(U1 z1, eta_dec^2 I)
 
     Both encoder variances are fixed.
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta_1, are 0-d tensors, except in __init__ and
+    predicted.
     """
 
     def __init__(self, f):
@@ -73,7 +90,7 @@ class HVAE(nn.Module):
         # The logarithm of the scale of each unit of z1.
         self.log_scale_1 = nn.Parameter(torch.zeros(f.d_1))
 
-    # The four maps. Each unit of z1 has a learned scale s:
+    # The four maps. Each unit of z1 has a learned scale, its element of s = exp(log_scale_1):
     #
     #     W1 = s unscaled W1,   W2 = unscaled W2 / s,   U2 = s unscaled U2,   U1 = unscaled U1 / s
     #
@@ -121,7 +138,8 @@ class HVAE(nn.Module):
     def forward(self, x, f, sample_shape=()):
         """The terms of the ELBO for images x (B, 784), in nats. Their shapes are in report.py.
 
-        The noise of z1 and z2 is integrated out, so that training needs no draws.
+        All maps are linear and all distributions Gaussian. The expectations over z1 and z2
+        therefore have a closed form, and training needs no draws. B is the number of images.
         """
         q_z1 = self.q_z1(x, f)
         terms = {
@@ -130,7 +148,8 @@ class HVAE(nn.Module):
             "kl_2": self.expected_kl_2(q_z1, f),
         }
 
-        # Only the evaluation needs draws, for the importance weights p(x, z1, z2) / q(z1, z2|x).
+        # The evaluation also needs draws, for the importance weights p(x, z1, z2) / q(z1, z2|x).
+        # The means are in standard deviations of the prior.
         if not self.training:
             z1 = q_z1.sample(sample_shape)
             q_z2 = self.q_z2(z1, f)
@@ -161,9 +180,12 @@ class HVAE(nn.Module):
     def expected_kl_1(self, q_z1, f):
         """E[log q(z1|x) - log p(z1|z2)] over q(z1, z2|x), in nats per unit, (B, d_1).
 
-        z2 is inferred from the same z1, so this is no divergence and can be negative:
+        p(z1|z2) is evaluated at a z2 that was drawn given this very z1. The result is therefore no
+        KL divergence and can be negative. Insert z2 = W2 z1 + sigma_2 noise into log p(z1|z2):
 
             z1 - U2 z2 = R z1 - U2 (sigma_2 noise)   with   R = I - U2 W2
+
+        The noise of z1 and z2 only adds its variance to the square of the mean R E[z1].
         """
         R = self.remainder_matrix()
         U2 = self.U2
@@ -174,7 +196,7 @@ class HVAE(nn.Module):
         return -q_z1.entropy() - log_p_at_mean + noise_variance / (2 * f.eta_dec**2)
 
     def remainder_matrix(self):
-        """R = I - U2 W2, (d_1, d_1). R z1 is z1 minus U2 E[z2|z1]."""
+        """R = I - U2 W2, (d_1, d_1). R z1 is z1 minus its expected reconstruction from z2."""
         U2, W2 = self.U2, self.W2
         return torch.eye(len(U2), dtype=U2.dtype, device=U2.device) - U2 @ W2
 
@@ -190,15 +212,18 @@ class HVAE(nn.Module):
     def divergence_of_z1(self, q_z1, f):
         """E[KL(q(z1|x) || p(z1|z2'))] in nats per unit, (B, d_1).
 
-        z2' is inferred from another draw of z1, so this is a divergence and never negative. It
-        depends on z1 and z2' only through z1 - U2 z2'.
+        z2' is drawn given another draw of z1. The result is therefore a KL divergence and never
+        negative. Unlike `expected_kl_1`, it shows which units of z1 have collapsed.
+
+        The KL does not change if U2 E[z2'] is subtracted from z1 and from the prior's mean U2 z2'.
+        What remains of the prior's mean is noise, which only adds its variance.
         """
         U2, W2 = self.U2, self.W2
         noise_variance = f.sigma_1**2 * ((U2 @ W2)**2).sum(1) + f.sigma_2**2 * (U2**2).sum(1)
 
-        difference = Normal(q_z1.mean @ self.remainder_matrix().T, f.sigma_1)
-        prior = Normal(torch.zeros_like(f.eta_dec), f.eta_dec)
-        return kl_divergence(difference, prior) + noise_variance / (2 * f.eta_dec**2)
+        shifted_q_z1 = Normal(q_z1.mean @ self.remainder_matrix().T, f.sigma_1)
+        shifted_prior = Normal(torch.zeros_like(f.eta_dec), f.eta_dec)
+        return kl_divergence(shifted_q_z1, shifted_prior) + noise_variance / (2 * f.eta_dec**2)
 
     def loss(self, terms, f):
         """The negative beta-ELBO, -log p(x|z1) + beta_1 KL_1 + beta_2 KL_2, in nats, (B,)."""
@@ -224,7 +249,11 @@ class HVAE(nn.Module):
         )
 
     def units(self, f, data):
-        """The quantities of `predicted`, measured on this model's weights in float64."""
+        """The quantities of `predicted`, measured on this model's weights.
+
+        The caller has converted the model and f to float64.
+        """
+        # V1 is the encoder of z1 for x in coordinates whose second moment is I.
         return verify.hvae_units(
             V1=self.W1 @ theory.root(data.moment),
             W2=self.W2,
@@ -239,6 +268,8 @@ class HVAE(nn.Module):
         """log p(x) in nats, (B,). x is Gaussian with mean 0 and covariance
 
             U1 (eta_enc^2 U2 U2^T + eta_dec^2 I) U1^T + eta_dec^2 I
+
+        The matrix in parentheses, the covariance of z1, is z1_factor z1_factor^T.
         """
         U1, U2 = self.U1, self.U2
         identity = torch.eye(len(U2), dtype=U2.dtype, device=U2.device)

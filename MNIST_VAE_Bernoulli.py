@@ -73,7 +73,10 @@ class VAE(nn.Module):
         p(x|z) = Bernoulli(sigmoid g(z))
 
     The first half of the outputs of f is mean(x), and the second half gives the standard deviation
-    s(x). The argument f of the methods is a setting, not the encoder self.f.
+    s(x).
+
+    The argument f of the methods is a setting, not the encoder self.f. It is an instance of Flags
+    whose scalars, such as f.beta, are 0-d tensors, except in __init__ and before_training.
     """
 
     def __init__(self, f):
@@ -123,7 +126,7 @@ class VAE(nn.Module):
     def residuals(self, x, f, draws):
         """Describe x minus its expected probabilities, as headroom.py needs it.
 
-        The expectation over z is estimated twice from `draws` draws.
+        The expectation over z is estimated twice, each time by the mean over `draws` draws.
         """
         z = self.q_z(x, f).sample((2, draws))
         residual = headroom.bernoulli_residual(x, self.g(z), encoder_input=(x,), beta=f.beta)
@@ -177,14 +180,14 @@ def print_threshold(settings, data):
     rank, _ = processes.rank_and_count()
     if rank > 0:
         return
-    settings_by_data = {}
-    for f, images in zip(settings, data):
-        settings_by_data.setdefault(id(images), (images, []))[1].append(f)
-
-    for images, group in settings_by_data.values():
+    # Several settings may share one data set.
+    distinct = {id(images): images for images in data}
+    for images in distinct.values():
+        betas = [f.beta for f, own_images in zip(settings, data) if own_images is images]
         rho = collapsed_ratios(images)
         counts = []
-        for beta in dict.fromkeys(f.beta for f in group):
+        # A beta that several settings share counts once.
+        for beta in dict.fromkeys(betas):
             counts.append(f"{(rho > beta).sum()} at beta = {beta:g}")
         print(
             f"With every unit collapsed, rho_1 = {rho[0]:.2f}: collapse is stable from beta = "

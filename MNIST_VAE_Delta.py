@@ -3,23 +3,26 @@
     CUDA_VISIBLE_DEVICES=0 python MNIST_VAE_Delta.py --delta 5.0
     CUDA_VISIBLE_DEVICES=0 python MNIST_VAE_Delta.py --prior ar1,standard
 
-How it is trained: Adamax minimises the negative beta-ELBO in batches of 250 images for 50 epochs,
-with one draw of the latents per image. The learning rate rises to 0.01 in two epochs and then falls
-to 1e-5 as a cosine. The weight decay is 1e-6, and gradients are clipped to a norm of 5. An
-exponential average of the weights (0.999) is evaluated. In ten further epochs an auxiliary prior is
-fitted to the posterior, everything else frozen, at the same learning rate and without weight decay.
-`train` below makes the steps. The loop around them is `training.Training`, which also writes
-checkpoints.
-
 The model comes from Razavi, van den Oord, Poole & Vinyals (2019, arXiv 1901.03416). The prior of a
-sequence of latents is an AR(1) process. No posterior that is independent over time can match it:
-the KL between them is at least δ nats, and the user chooses δ.
+sequence of latents is an AR(1) process. No posterior that is independent over time can match it.
+The rate, which is the KL between posterior and prior, is at least δ nats, and the user chooses δ.
 
 The decoder is autoregressive over pixels (gated masked convolutions, van den Oord et al. 2016,
 arXiv 1606.05328). It can do without latents, and does so with `--prior standard`, where p(z) is
-N(0, I). The metric `rate_auxiliary` is the KL from the auxiliary prior, in nats. This prior is
-autoregressive and fitted to the posterior, so it is the rate of a code that suits the latents. The
-metric `smallest_rate` is δ, or 0 with --prior standard.
+N(0, I).
+
+How it is trained: Adamax minimises the negative beta-ELBO in batches of 250 images for 50 epochs,
+with one draw of the latents per image. The learning rate rises to 0.01 in two epochs and then falls
+to 1e-5 as a cosine. The weight decay is 1e-6, and gradients are clipped to a norm of 5. An
+exponential average of the weights (0.999) is evaluated.
+
+In ten further epochs an auxiliary prior, which is autoregressive, is fitted to the posterior.
+Everything else is then frozen. The learning rate follows the same curve within these epochs, and
+there is no weight decay. `train` below makes the steps of both parts. The loop around them is
+`training.Training`, which also writes checkpoints.
+
+The metric `rate_auxiliary` is the KL from the auxiliary prior, in nats. It is the rate of a code
+that suits the latents. The metric `smallest_rate` is δ, or 0 with --prior standard.
 """
 import math
 from dataclasses import dataclass
@@ -312,7 +315,7 @@ class DeltaVAE(nn.Module):
 
     def q_z(self, x):
         """q(z|x), (B, n, d)."""
-        # Autocast would make a cuDNN GRU compute in float16. It reads from the last row up.
+        # The GRU reads from the last row up. Autocast would make cuDNN compute it in float16.
         with torch.autocast(x.device.type, enabled=False):
             h, _ = self.rows_to_h(x.squeeze(1).flip(1))
         mean, raw_std = self.h_to_z(h.flip(1)).to(x.dtype).chunk(2, dim=-1)
@@ -359,7 +362,7 @@ class DeltaVAE(nn.Module):
     def loss(self, terms, f):
         """The negative beta-ELBO per image, -log p(x|z) + beta KL, in nats, (B,).
 
-        --free_bits of the KL of every unit cost nothing.
+        The first --free_bits nats of each unit's KL cost nothing.
         """
         return -terms["log_px_z"] + f.beta * common.free_bits(terms["kl"], f.free_bits).sum(-1)
 
@@ -419,7 +422,8 @@ def draw(q_z, sample_shape=()):
 def train(model, f, data, loop):
     """Minimise -log p(x|z) + beta KL over --num_epochs, then fit the auxiliary prior.
 
-    Returns the model with the average of the weights, which is evaluated.
+    loop is a training.Training. Returns the model with the average of the weights, which is
+    evaluated.
     """
     images = data.train[0]
     optimizer = deep.make_optimizer(model, f, f.weight_decay)
@@ -427,7 +431,7 @@ def train(model, f, data, loop):
     average = deep.WeightAverage(model, f)
     parallel = processes.data_parallel(model)
 
-    # Where beta rises, its share is a tensor: a captured CUDA graph of the step reads it anew.
+    # The factor of beta in its warm-up. It is a tensor, which a captured CUDA graph reads anew.
     share = None
     if training.beta_share(f, 0) < 1:
         share = torch.ones_like(images[0, 0, 0, 0])
@@ -460,7 +464,10 @@ def train(model, f, data, loop):
 
 
 def fit_auxiliary_prior(model, f, images, loop):
-    """Minimise E_q[log q(z|x) - log p_aux(z)] over --auxiliary_epochs, everything else frozen."""
+    """Minimise E_q[log q(z|x) - log p_aux(z)] over --auxiliary_epochs, everything else frozen.
+
+    images (n, 1, 28, 28) are those of training, and loop is a training.Training.
+    """
     auxiliary = model.auxiliary.requires_grad_()
     optimizer = deep.make_optimizer(auxiliary, f)
     steps = loop.steps // f.num_epochs * f.auxiliary_epochs

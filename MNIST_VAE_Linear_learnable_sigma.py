@@ -8,8 +8,8 @@ The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's g
 to a norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
-form. Let theta_i be the square root of the i-th eigenvalue of E[x x^T]. Unit i collapses if and
-only if
+form. Let theta_i be the square root of the i-th largest eigenvalue of E[x x^T]. Unit i collapses if
+and only if
 
     theta_i <= sqrt(beta) eta_dec
 
@@ -55,6 +55,10 @@ class VAE(nn.Module):
         p(x|z) = N(U z, eta_dec^2 I)
 
     All images share sigma, which is learned.
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    predicted. If --sigma gives one number per unit, f.sigma is (d_1,).
     """
 
     def __init__(self, f):

@@ -8,8 +8,8 @@ The learning rate starts at 3e-3 and falls to 0 along a cosine. Each setting's g
 to a norm of 100. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) gives the optimum in closed
-form. Let theta_i be the square root of the i-th eigenvalue of E[x x^T]. The units are ordered such
-that sigma_1 is the smallest. The mean of q(z_i|x) is 0 for all images if and only if
+form. Let theta_i be the square root of the i-th largest eigenvalue of E[x x^T]. The units are
+ordered such that sigma_1 is the smallest. The mean of q(z_i|x) is 0 for all images if and only if
 
     theta_i <= sqrt(beta) sigma_i eta_dec / eta_enc
 
@@ -55,6 +55,10 @@ class VAE(nn.Module):
         p(x|z) = N(U z, eta_dec^2 I)
 
     The encoder variance is fixed. --sigma gives one std for all units, or one per unit.
+
+    The methods take the setting f as an argument, so that settings can be trained as a batch. It is
+    an instance of Flags whose scalars, such as f.beta, are 0-d tensors, except in __init__ and
+    predicted. If --sigma gives one number per unit, f.sigma is (d_1,).
     """
 
     def __init__(self, f):

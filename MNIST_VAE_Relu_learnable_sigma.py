@@ -8,8 +8,8 @@ with one draw of z per image. The learning rate is 1e-4 throughout. Each setting
 clipped to a norm of 0.1. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) covers only the linear VAE,
-MNIST_VAE_Linear_learnable_sigma.py. Let theta_i be the square root of the i-th eigenvalue of
-E[x x^T]. Unit i of a linear VAE collapses if and only if
+MNIST_VAE_Linear_learnable_sigma.py. Let theta_i be the square root of the i-th largest eigenvalue
+of E[x x^T]. Unit i of a linear VAE collapses if and only if
 
     theta_i <= sqrt(beta) eta_dec
 
@@ -63,7 +63,10 @@ class VAE(nn.Module):
         p(x|z) = N(g(z), eta_dec^2 I)
 
     The output of f passes through a ReLU, too, as in the published model. All images share sigma,
-    which is learned. The argument f of the methods is a setting, not the encoder self.f.
+    which is learned.
+
+    The argument f of the methods is a setting, not the encoder self.f. It is an instance of Flags
+    whose scalars, such as f.beta, are 0-d tensors, except in __init__ and linear_optimum.
     """
 
     def __init__(self, f):
@@ -109,7 +112,7 @@ class VAE(nn.Module):
     def residuals(self, x, f, draws):
         """Describe x minus its expected reconstruction, as headroom.py needs it.
 
-        The expectation over z is a mean over `draws` draws.
+        The expectation over z is estimated twice, each time by the mean over `draws` draws.
         """
         z = self.q_z(x, f).sample((2, draws))
         residual = headroom.Residual(

@@ -8,8 +8,8 @@ with one draw of z per image. The learning rate is 1e-4 throughout. Each setting
 clipped to a norm of 0.1. The training step is the first function of training.py.
 
 What the theory says: theorem 1 of Dang et al. (2024, arXiv 2306.05023) covers only the linear VAE,
-MNIST_VAE_Linear_nonlearnable_sigma.py. Let theta_i be the square root of the i-th eigenvalue of
-E[x x^T]. The mean of q(z_i|x) of a linear VAE is 0 for all images if and only if
+MNIST_VAE_Linear_nonlearnable_sigma.py. Let theta_i be the square root of the i-th largest
+eigenvalue of E[x x^T]. The mean of q(z_i|x) of a linear VAE is 0 for all images if and only if
 
     theta_i <= sqrt(beta) sigma eta_dec / eta_enc
 
@@ -63,7 +63,10 @@ class VAE(nn.Module):
         p(x|z) = N(g(z), eta_dec^2 I)
 
     The output of f passes through a ReLU, too, as in the published model. The encoder variance is
-    fixed. The argument f of the methods is a setting, not the encoder self.f.
+    fixed.
+
+    The argument f of the methods is a setting, not the encoder self.f. It is an instance of Flags
+    whose scalars, such as f.beta, are 0-d tensors, except in __init__ and linear_optimum.
     """
 
     def __init__(self, f):

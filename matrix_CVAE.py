@@ -4,8 +4,9 @@ closed form?
     python matrix_CVAE.py
     python matrix_CVAE.py --seed 0:9 --beta 0.5,1,2
 
-Dang et al. (2024, arXiv 2306.05023, theorem 2): let theta_i be the i-th eigenvalue of the second
-moment of y minus its best linear prediction from x. Unit i collapses if theta_i <= beta eta_dec^2.
+Dang et al. (2024, arXiv 2306.05023, theorem 2): subtract from y its best linear prediction from x.
+Let theta_i be the i-th largest eigenvalue of the second moment of what remains. Unit i collapses if
+theta_i <= beta eta_dec^2.
 
 The loss depends only on the weights and on the second moment of (x, y), so nothing is sampled.
 L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
@@ -61,6 +62,7 @@ class CVAE:
         self.moment = theory.second_moment(x, y)  # E[(x, y) (x, y)^T]
 
     def start(self, draw):
+        """Random parameters, {name: tensor}. draw(*shape) gives a tensor of normal numbers."""
         f = self.f
         return {
             "W1": draw(f.dim_z, f.dim_x),

@@ -1,11 +1,12 @@
-"""A linear MHVAE with both encoder variances learnable, a case that the paper leaves open. Does z2
+"""A linear HVAE with both encoder variances learnable, a case that the paper leaves open. Does z2
 collapse?
 
     python matrix_HVAE_learnable_sigma_1_2.py --beta_2 0.5,1,2
 
-Dang et al. (2024, arXiv 2306.05023, theorem 3) keep Sigma1 fixed. Here it is learnable, too. Let m
-be the variance of a mode of z1, and minimise the loss over everything else. The loss is then
-(beta_2 - beta_1) log(m) / 2 + const for m above b = beta_2 eta_dec^2 / beta_1. Three cases follow:
+Dang et al. (2024, arXiv 2306.05023, theorem 3) keep Sigma1, the variance of q(z1|x), fixed. Here it
+is learnable, too. Let m be the variance of a mode of z1, and minimise the loss over everything
+else. The loss is then (beta_2 - beta_1) log(m) / 2 + const for m above
+b = beta_2 eta_dec^2 / beta_1. Three cases follow:
 
     beta_2 > beta_1    Every unit of z2 collapses, and z1 is the z of a VAE (theorem 1) whose prior
                        has the std eta_dec. The script prints VERIFIED.
@@ -71,6 +72,7 @@ class HVAE:
         self.A = theory.second_moment(x * stds @ rotation)  # E[x x^T]
 
     def start(self, draw):
+        """Random parameters, {name: tensor}. draw(*shape) gives a tensor of normal numbers."""
         f = self.f
         return {
             "W1": draw(f.d_1, f.d_0),

@@ -1,5 +1,5 @@
-"""Theorem 3 on synthetic data: does the least exact expected loss of a linear MHVAE with a
-learnable Sigma2 agree with the closed form?
+"""Theorem 3 on synthetic data: does the least exact expected loss of a linear HVAE with a
+learnable variance of q(z2|z1) agree with the closed form?
 
     python matrix_HVAE_learnable_sigma_2.py
     python matrix_HVAE_learnable_sigma_2.py --seed 0:9 --beta_1 0.5,1 --sigma_1 0.5,1,2
@@ -60,6 +60,7 @@ class HVAE:
         self.A = theory.second_moment(x * stds @ rotation)  # E[x x^T]
 
     def start(self, draw):
+        """Random parameters, {name: tensor}. draw(*shape) gives a tensor of normal numbers."""
         f = self.f
         return {
             "W1": draw(f.d_1, f.d_0),

@@ -1,12 +1,12 @@
-"""Theorem 5 on synthetic data: does the least exact expected loss of a linear MHVAE with both
-Sigmas fixed agree with the closed form?
+"""Theorem 5 on synthetic data: does the least exact expected loss of a linear HVAE with both
+encoder variances fixed agree with the closed form?
 
     python matrix_HVAE_nonlearnable_sigma_2.py
     python matrix_HVAE_nonlearnable_sigma_2.py --seed 0:9 --beta_1 0.5,1 --sigma_2 0.5,1,2
 
 Dang et al. (2024, arXiv 2306.05023, theorem 5): z2 describes the strong modes of the data, as with
-a learnable Sigma2 (matrix_HVAE_learnable_sigma_2.py). Here z1 has less variance in a mode that z2
-describes. A unit of z2 whose mean is constant still has a KL, unless sigma_2 = eta_enc.
+a learnable variance of q(z2|z1) (matrix_HVAE_learnable_sigma_2.py). In the strongest modes z1 has
+less variance here. A unit of z2 whose mean is constant still has a KL, unless sigma_2 = eta_enc.
 
 The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
 L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
@@ -60,6 +60,7 @@ class HVAE:
         self.A = theory.second_moment(x * stds @ rotation)  # E[x x^T]
 
     def start(self, draw):
+        """Random parameters, {name: tensor}. draw(*shape) gives a tensor of normal numbers."""
         f = self.f
         return {
             "W1": draw(f.d_1, f.d_0),

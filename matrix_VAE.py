@@ -4,9 +4,10 @@ closed form?
     python matrix_VAE.py
     python matrix_VAE.py --learnable_sigma true,false --seed 0:9 --beta 0.5,1,2
 
-Dang et al. (2024, arXiv 2306.05023, theorem 1): let theta_i be the i-th singular value of the data.
-With a learnable Sigma, unit i collapses if theta_i <= sqrt(beta) eta_dec. With a fixed Sigma, its
-mean is constant if theta_i <= sqrt(beta) sigma_i eta_dec / eta_enc.
+Dang et al. (2024, arXiv 2306.05023, theorem 1): let theta_i be the square root of the i-th largest
+eigenvalue of E[x x^T]. If the standard deviation of the encoder is learned, unit i collapses if
+theta_i <= sqrt(beta) eta_dec. If it is fixed, and sigma_i is its i-th smallest value, the mean of
+unit i is constant if theta_i <= sqrt(beta) sigma_i eta_dec / eta_enc.
 
 The loss depends only on the weights and on the second moment of the data, so nothing is sampled.
 L-BFGS minimises it in float64 from 8 random starts, and Newton's method continues from the best
@@ -44,7 +45,8 @@ class VAE:
     p(x|z) = N(U z, eta_dec^2 I)
     p(z)   = N(0, eta_enc^2 I)
 
-    The parameters are W (d_1, d_0), U (d_0, d_1) and, if Sigma is learnable, log_sigma (d_1,).
+    The parameters are W (d_1, d_0), U (d_0, d_1) and, if --learnable_sigma is true, log_sigma
+    (d_1,).
     """
 
     data_flags = ("d_0",)
@@ -62,6 +64,7 @@ class VAE:
         self.fixed_sigma = sigma.expand(f.d_1)
 
     def start(self, draw):
+        """Random parameters, {name: tensor}. draw(*shape) gives a tensor of normal numbers."""
         f = self.f
         parameters = {"W": draw(f.d_1, f.d_0), "U": draw(f.d_0, f.d_1)}
         if f.learnable_sigma:
