@@ -654,6 +654,8 @@ def prediction_panels(commands):
             points = {}
             for command in script_commands:
                 own = measurements.predicted_and_trained([command], metric)
+                if len(own) == 0:
+                    continue
                 flag = ", ".join(command.flags)
                 points[flag] = np.concatenate([points[flag], own]) if flag in points else own
             panels[f"{script}{latent}"] = points

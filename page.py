@@ -96,6 +96,8 @@ class Experiment:
     repeated    the RepeatedSweep of each command, if its table shows their originals, too
     numbers_in  the name of another result whose table has the numbers of this one; "" for none
     is_sweep    whether the summary counts its steps, correlations and causes of collapse
+    collected   whether its rows are those that other results have of the same commands, so that it
+                has no .csv file of its own
     """
 
     section: str
@@ -108,6 +110,7 @@ class Experiment:
     repeated: tuple = ()
     numbers_in: str = ""
     is_sweep: bool = True
+    collected: bool = False
 
     def tables_of(self, commands, commands_by_name):
         """The tables of this result as Markdown paragraphs.
@@ -585,11 +588,11 @@ class ReleasedComparison:
         if not outside:
             return (
                 f"All {total} numbers of the released code are within two standard deviations of "
-                "ours."
+                "ours, up to rounding."
             )
         within = (
             f"{total - len(outside)} of {total} numbers of the released code are within two "
-            "standard deviations of ours."
+            "standard deviations of ours, up to rounding."
         )
         if len(outside) > MOST_DIFFERENCES:
             return f"{within} A star marks the others."
@@ -802,8 +805,9 @@ def all_rows(commands):
 
 # ----------------------------------------------------------------------------------------- the page
 
-def provenance(name, commands):
-    """What a result was made of, in one line, with the link to its .csv file."""
+def provenance(result):
+    """What one Measured was made of, in one line, with the link to its .csv file."""
+    commands = result.commands
     rows = all_rows(commands)
     seeds = sorted({row["seed"] for row in rows})
     seeds_text = measurements.seeds_as_text(seeds)
@@ -817,10 +821,12 @@ def provenance(name, commands):
         different_values(rows, "device"),
         f"torch {different_values(rows, 'torch')}",
     ]
+    source = f"All columns: [{result.name}.csv]({result.name}.csv)."
+    if result.experiment.collected:
+        source = "The rows are those of the same commands in the other results."
     return (
         f"*Data: {different_values(rows, 'dataset')}. "
-        f"{', '.join(part for part in parts if part)}. "
-        f"All columns: [{name}.csv]({name}.csv).*"
+        f"{', '.join(part for part in parts if part)}. {source}*"
     )
 
 
@@ -855,7 +861,7 @@ def result_paragraphs(result, commands_by_name, has_picture):
         if experiment.answer:
             paragraphs.append(result.comparison.sentence)
     measured = [command for command in commands if command.rows]
-    return [*paragraphs, result.comment, provenance(name, commands), command_lines(measured)]
+    return [*paragraphs, result.comment, provenance(result), command_lines(measured)]
 
 
 def write_page(folder, experiments, commands_by_name):
@@ -933,7 +939,7 @@ def earlier_state_sentence(results):
     names = []
     for result in results_in_summary(results):
         rows = all_rows(result.commands)
-        if result.experiment.is_sweep and any(has_earlier_headroom(row) for row in rows):
+        if any(has_earlier_headroom(row) for row in rows):
             names.append(result.name)
     if not names:
         return ""

@@ -429,6 +429,7 @@ EXPERIMENTS = {
         picture=figures.against_prediction,
         tables=page.prediction_tables,
         is_sweep=False,
+        collected=True,
     ),
     "table_fashion": page.Experiment(
         section=page.PREDICTION,
@@ -858,6 +859,65 @@ def varying_flags(line):
 COMMON_COLUMNS = ("command", "dataset", "device", "torch", "seconds", "seed")
 
 
+def read_all_commands(f):
+    """The results in --results_dir: {name: the measurements.Command of each of its commands}."""
+    commands_by_name = {}
+    for name, experiment in EXPERIMENTS.items():
+        if not experiment.collected:
+            commands = read_commands(f, name)
+            if commands is not None:
+                commands_by_name[name] = commands
+
+    collected = {}
+    for name, experiment in EXPERIMENTS.items():
+        if experiment.collected:
+            commands = collect_commands(experiment, commands_by_name)
+            if any(command.rows for command in commands):
+                collected[name] = commands
+    return commands_by_name | collected
+
+
+def collect_commands(experiment, commands_by_name):
+    """The measurements.Command of each command of a collected result, from the other results.
+
+    If several results have a command, its rows are those of the first one. A command that no result
+    has gets no rows.
+    """
+    commands = []
+    for line in experiment.commands:
+        matching = []
+        for other_commands in commands_by_name.values():
+            matching += [command for command in other_commands if command.line == line]
+        with_rows = [command for command in matching if command.rows]
+        if with_rows:
+            commands.append(with_rows[0])
+        else:
+            commands.append(measurements.Command(line, varying_flags(line), []))
+    return commands
+
+
+def with_sources(names):
+    """The names of results to make, with each collected one preceded by those that have its rows.
+
+    Each name appears once.
+    """
+    all_names = []
+    for name in names:
+        if EXPERIMENTS[name].collected:
+            for line in EXPERIMENTS[name].commands:
+                all_names.append(first_with_command(line))
+        all_names.append(name)
+    return list(dict.fromkeys(all_names))
+
+
+def first_with_command(line):
+    """The name of the first result with this command that has rows of its own."""
+    for name, experiment in EXPERIMENTS.items():
+        if line in experiment.commands and not experiment.collected:
+            return name
+    raise ValueError(f"no result has rows of its own for the command {line!r}")
+
+
 def read_commands(f, name):
     """The measurements.Command of each command of a result, from its .csv file.
 
@@ -916,13 +976,9 @@ def draw_picture(f, name, commands):
 
 def write_page(f, names_to_draw):
     """Draw the pictures of these results, and write the page, all from the files in a folder."""
-    commands_by_name = {}
+    commands_by_name = read_all_commands(f)
     without_arrays = []
-    for name in EXPERIMENTS:
-        commands = read_commands(f, name)
-        if commands is None:
-            continue
-        commands_by_name[name] = commands
+    for name, commands in commands_by_name.items():
         if name in names_to_draw and not draw_picture(f, name, commands):
             without_arrays.append(name)
     page.write_page(f.results_dir, EXPERIMENTS, commands_by_name)
@@ -952,8 +1008,17 @@ def write_result(f, name, runs):
             Path(f.results_dir, "data", f"{name}.npz"),
             lambda file: np.savez_compressed(file, **arrays),
         )
-    write_page(f, [name])
+    write_page(f, [name, *collected_from(experiment)])
     print(f"written: {Path(f.results_dir, name)}.csv", file=sys.stderr)
+
+
+def collected_from(experiment):
+    """The names of the collected results that may show rows of this experiment."""
+    names = []
+    for name, other in EXPERIMENTS.items():
+        if other.collected and set(other.commands) & set(experiment.commands):
+            names.append(name)
+    return names
 
 
 # ----------------------------------------------------------------------------------------- progress
@@ -1134,8 +1199,10 @@ def main(argv=None):
 
     # 1. What there is to do.
     runs_by_name = {}
-    for name in names:
-        runs_by_name[name] = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
+    for name in with_sources(names):
+        # The page with a collected result is written when the results that have its rows are made.
+        if not EXPERIMENTS[name].collected:
+            runs_by_name[name] = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
     # Several results may need the same command.
     all_runs = list({run.command: run for runs in runs_by_name.values() for run in runs}.values())
     costs = expected_seconds(f.results_dir, all_runs)

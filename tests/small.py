@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,7 @@ import tempfile
 import unittest
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import common
 import torch
@@ -33,6 +35,9 @@ def folder_with_mnist():
 
 REAL_MNIST = folder_with_mnist()
 
+# What a picture file starts with.
+PNG = b"\x89PNG"
+
 
 # ------------------------------------------------------------------------- other processes
 
@@ -53,11 +58,16 @@ def child_context():
 CHILDREN = child_context()
 
 
-def as_command(script, argv, folder, out, err):
+def as_command(script, argv, folder, out, err, draws_pictures=True):
     """Do in a child process what `python script argv` does in a folder.
 
-    The child uses one thread. Its output goes to the files out and err.
+    The child uses one thread. Its output goes to the files out and err. The pictures of runs and
+    grids take most of the time of a short command, and can be left out.
     """
+    if not draws_pictures:
+        import pictures
+        pictures.draw_run = lambda *args: None
+        pictures.draw_grid = lambda *args: None
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "a", encoding="utf-8") as file:
             os.dup2(file.fileno(), descriptor)
@@ -67,15 +77,16 @@ def as_command(script, argv, folder, out, err):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start_command(script, argv, folder, out, err):
+def start_command(script, argv, folder, out, err, draws_pictures=True):
     """Start `as_command` in a child process, which is returned."""
-    process = CHILDREN.Process(target=as_command, args=(script, argv, folder, out, err))
+    arguments = (script, argv, folder, out, err, draws_pictures)
+    process = CHILDREN.Process(target=as_command, args=arguments)
     process.start()
     return process
 
 
 def as_one_of_two(rank, port, script, argv, folder, out, err):
-    """`as_command` as one of torchrun's two processes. It draws no pictures of single runs."""
+    """`as_command` without pictures, as one of torchrun's two processes."""
     os.environ.update({
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -84,9 +95,14 @@ def as_one_of_two(rank, port, script, argv, folder, out, err):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     })
-    import pictures
-    pictures.draw_run = lambda *args: None
-    as_command(script, argv, folder, out, err)
+    as_command(script, argv, folder, out, err, draws_pictures=False)
+
+
+def free_port():
+    """The number of a port at which no program of this computer listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def two_processes(test, script, argv, folder, name):
@@ -94,9 +110,7 @@ def two_processes(test, script, argv, folder, name):
 
     Returns (the processes, their output files, their error files); the files lie in `folder`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     outs = [folder / f"{name}.{rank}.out" for rank in (0, 1)]
     errs = [folder / f"{name}.{rank}.err" for rank in (0, 1)]
     pair = []
@@ -188,6 +202,33 @@ class LinearHVAE(nn.Module):
         covariance = U1 @ level_1 @ U1.T + noise
         mean = torch.zeros(f.width, dtype=torch.float64)
         return MultivariateNormal(mean, covariance).log_prob(x.double())
+
+
+@dataclass
+class ModelCase:
+    """The model of a script, away from its start.
+
+    script:   the imported script
+    model:    its model
+    f:        the setting
+    scalars:  the setting with its scalars on the device
+    data:     the data of the setting
+    """
+
+    script: object
+    model: nn.Module
+    f: object
+    scalars: object
+    data: datasets.Data
+
+
+def moved(module, spread):
+    """The module with random weights added, `spread` times standard normal ones."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += spread * torch.randn(p.shape, generator=random, dtype=p.dtype)
+    return module
 
 
 def check_shapes_of_terms(test, model, x, f, units, log_ws=("log_w",), shared=()):
@@ -305,6 +346,11 @@ class InFolder(unittest.TestCase):
         self.folder = Path(folder.name)
 
 
+def read_json(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 class WithMnist(unittest.TestCase):
     """Tests that share a folder whose data/ holds a few drawn digits as MNIST."""
 
@@ -326,6 +372,16 @@ def gaussian_data(n_train=256, n_test=64, width=6, dtype=torch.float64, seed=0):
         splits.append(rows.to(dtype))
     labels = [torch.zeros(n, dtype=torch.long) for n in (n_train, n_test)]
     return datasets.Data("gaussian", (splits[0],), (splits[1],), *labels)
+
+
+def few_digits():
+    """Within this context, the embedded data set of digits has one image in 200.
+
+    Drawing all of them takes seconds.
+    """
+    draw_digits = datasets.draw_digits
+    return mock.patch.object(
+        datasets, "draw_digits", lambda n, seed: draw_digits(n // 200, seed))
 
 
 def digit_data(n_train=256, n_test=64, dtype=torch.float64):

@@ -804,6 +804,13 @@ class SummaryCells(unittest.TestCase):
 
 
 class Provenance(unittest.TestCase):
+    def provenance(self, commands, collected=False):
+        """The line of a result of the name table_x."""
+        experiment = page.Experiment(
+            page.BEYOND, "What?", [], answers.directions, collected=collected
+        )
+        return page.provenance(page.Measured("table_x", experiment, commands, None, ""))
+
     def test_line(self):
         """The times of a shared setting count once: 60 + 240 seconds."""
         row = {"num_epochs": 30, "elbo": 0.0, "beta": 1.0}
@@ -813,7 +820,7 @@ class Provenance(unittest.TestCase):
                 row, {**row, "beta": 2.0, "seed": 3, "seconds": 240.0, "torch": "2.1"},
             ]),
         ]
-        text = page.provenance("table_x", commands)
+        text = self.provenance(commands)
         for words in (
             "mnist", "30 epochs", "seeds 1 and 3", "5 minutes", "cpu", "torch 2.0 and 2.1",
             "(table_x.csv)",
@@ -823,18 +830,21 @@ class Provenance(unittest.TestCase):
     def test_other_data_and_fewer_seeds(self):
         rows = [{"seed": seed, "elbo": 0.0, "dataset": "fashion"} for seed in (1, 2)]
         commands = [command_with("x.py", {}, rows)]
-        text = page.provenance("table_x", commands)
+        text = self.provenance(commands)
         self.assertIn("*Data: fashion. ", text)
         self.assertNotIn("fewer", text)
         commands.append(command_with("y.py", {}, rows[:1]))
-        self.assertIn(
-            "seeds 1 and 2 (some settings have fewer), ", page.provenance("table_x", commands)
-        )
+        self.assertIn("seeds 1 and 2 (some settings have fewer), ", self.provenance(commands))
+
+    def test_collected(self):
+        """A result whose rows are those of others has no .csv file."""
+        commands = [command_with("x.py", {}, [{"elbo": 0.0}])]
+        self.assertNotIn(".csv", self.provenance(commands, collected=True))
 
     def test_without_training(self):
         """A check of a theorem has no epochs, so the line has no place for them."""
         check = command_with("matrix_VAE.py", {}, [{"max error": 0.0}])
-        text = page.provenance("table_theorems", [check])
+        text = self.provenance([check])
         self.assertIn(" seed 1, ", text)
         self.assertNotIn("-,", text)
 
@@ -1048,9 +1058,9 @@ class WholePage(small.InFolder):
         self.assertIn("programs: table_d. ", sentence)
         del self.commands["table_a"][0].rows[1]["headroom_any"]
         self.assertIn("programs: table_a and table_d. ", self.text())
-        # The summary does not count the causes of a result that is no sweep.
+        # A result that is no sweep may speak of causes, too.
         self.experiments["table_d"].is_sweep = False
-        self.assertIn("programs: table_a. ", self.text())
+        self.assertIn("programs: table_a and table_d. ", self.text())
 
     def test_a_repeated_sweep(self):
         """The table has the numbers of another result on the page, with a link to it."""

@@ -23,7 +23,7 @@ from MNIST_HVAE_DCT import DCTVAE
 from MNIST_HVAE_DVP import DVPVAE
 from MNIST_HVAE_Ladder import LadderVAE
 from tests import small
-from tests.small import ROOT
+from tests.small import PNG, ROOT
 
 # The classes of the deep models that figure_deep_curves compares.
 DEEP_MODELS = {
@@ -31,9 +31,6 @@ DEEP_MODELS = {
     "MNIST_HVAE_DCT": DCTVAE,
     "MNIST_HVAE_DVP": DVPVAE,
 }
-
-# What a picture file starts with.
-PNG = b"\x89PNG"
 
 
 def result_with(metrics):
@@ -321,39 +318,39 @@ class Made(Reproduced):
             ],
             table_theorems=[
                 "matrix_VAE.py --d_0 3 --d_1 2",
-                "MNIST_VAE_Linear_learnable_sigma.py",
+                "MNIST_VAE_Linear_learnable_sigma.py --num_samples 0",
             ],
             figure_vae_sigma=[
-                "MNIST_VAE_Linear_learnable_sigma.py",
-                "MNIST_VAE_Linear_nonlearnable_sigma.py",
+                "MNIST_VAE_Linear_learnable_sigma.py --num_samples 0",
+                "MNIST_VAE_Linear_nonlearnable_sigma.py --num_samples 0",
             ],
             table_correlation=[
                 "Synthetic_CVAE_Relu_correlation.py --dim_x 4 --dim_y 4 "
                 "--corr_type Identical,Random --num_draws 0",
             ],
-            figure_prediction=[
-                "MNIST_HVAE_Relu.py --d_hidden 8 --num_samples 0",
-                "MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0",
-            ],
+            figure_prediction=["MNIST_CVAE_Relu_single_digit.py --digit 0:2 --num_samples 0"],
             figure_bernoulli=[
                 "MNIST_VAE_Bernoulli.py --linear true --start_std 1 --beta 1,500 --num_samples 0",
                 "MNIST_VAE_Bernoulli.py --linear true --beta_warmup 8 --beta 500 --num_samples 0",
             ],
         )
-        names = [
-            "figure_single_digit", "table_theorems", "table_correlation", "figure_vae_sigma",
-            "figure_prediction", "figure_bernoulli",
-        ]
+        names = ["table_theorems", "table_correlation", "figure_vae_sigma", "figure_bernoulli"]
         with experiments:
-            self.made(*names)
-            self.check_files(names)
+            # The prediction is collected from the digits, which are therefore made.
+            self.made(*names, "figure_prediction")
+            self.check_files([*names, "figure_single_digit"], collected="figure_prediction")
             self.check_tables()
             self.check_list()
             self.check_page_without_runs()
 
-    def check_files(self, names):
-        """A .csv for each, a picture for all except the theorems, and one page."""
+    def check_files(self, names, collected=""):
+        """A .csv for each, a picture for all except the theorems, and one page.
+
+        A collected result has a picture and no .csv.
+        """
         pictures = {f"{name}.png" for name in names if name != "table_theorems"}
+        if collected:
+            pictures.add(f"{collected}.png")
         tables = {f"{name}.csv" for name in names}
         self.assertEqual(self.written(), {*pictures, *tables, "README.md"})
         for picture in self.pictures().values():
@@ -367,8 +364,18 @@ class Made(Reproduced):
         self.assertIn("| corr_type = Identical | ", self.part("table_correlation"))
         digits = self.part("figure_single_digit")
         self.assertIn("| MNIST_CVAE_Relu_single_digit, digit = 2 | ", digits)
-        self.assertEqual(len(self.rows("figure_prediction")), 4)
+        self.check_prediction()
         self.check_threshold()
+
+    def check_prediction(self):
+        """Its rows are those of the ReLU digits."""
+        f = reproduce.Flags(results_dir=str(self.results))
+        commands = reproduce.read_all_commands(f)
+        _, relu = commands["figure_single_digit"]
+        [collected] = commands["figure_prediction"]
+        self.assertEqual(len(collected.rows), 3)
+        self.assertEqual(collected.rows, relu.rows)
+        self.assertIn("those of the same commands", self.part("figure_prediction"))
 
     def check_threshold(self):
         """The table and the answer have the numbers of the rows."""
@@ -392,7 +399,8 @@ class Made(Reproduced):
             table_hvae=[small_model], table_fashion=[repeated[0].line]
         )
         experiment = reproduce.EXPERIMENTS["table_fashion"]
-        with experiments, mock.patch.object(experiment, "repeated", repeated):
+        repeating = mock.patch.object(experiment, "repeated", repeated)
+        with experiments, repeating, small.few_digits():
             self.made("table_hvae", "table_fashion")
             for name, dataset in (("table_hvae", "mnist"), ("table_fashion", "digits")):
                 rows = self.rows(name)
@@ -442,10 +450,11 @@ class Made(Reproduced):
             "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 1 "
             "--num_samples 0 --num_test 20"
         )
-        ladder_flags = "--latents 1,2 --num_ch 4 --num_samples 0 --num_test 20"
+        ladder_flags = "--side 14 --latents 3 --num_ch 4 --num_samples 0 --num_test 20"
+        dct_flags = f"{ladder_flags} --context_size 2 --diffusion_ch 4"
         why = [
             f"MNIST_HVAE_Ladder.py {ladder_flags}",
-            f"MNIST_HVAE_DCT.py {ladder_flags}",
+            f"MNIST_HVAE_DCT.py {dct_flags}",
             f"MNIST_VAE_Delta.py --prior standard {delta_flags}",
         ]
         experiments = experiments_with(
@@ -456,7 +465,7 @@ class Made(Reproduced):
             ],
             table_deep=[
                 f"MNIST_HVAE_Ladder.py {ladder_flags}",
-                f"MNIST_HVAE_DCT.py {ladder_flags}",
+                f"MNIST_HVAE_DCT.py {dct_flags}",
             ],
         )
         with experiments:
@@ -477,7 +486,7 @@ class Made(Reproduced):
 
     def check_deep_models(self):
         """The KL of each level from the top, for models in one table."""
-        [result] = self.saved_results("MNIST_HVAE_Ladder/latents*/result.json")
+        [result] = self.saved_results("MNIST_HVAE_Ladder/*/result.json")
         kls = [f"{result['metrics'][f'kl_{level}']:.2f}" for level in (3, 2, 1)]
         text = self.part("table_deep")
         self.assertIn(f"| {', '.join(kls)} | ", text)
@@ -584,7 +593,9 @@ class Made(Reproduced):
                 mock.patch("reproduce.write_result") as write:
             err = self.made("--all")
         made = [call.args[1] for call in write.call_args_list]
-        self.assertEqual(made, list(reproduce.EXPERIMENTS))
+        with_rows = list(reproduce.EXPERIMENTS)
+        with_rows.remove("figure_prediction")
+        self.assertEqual(made, with_rows)
         commands = set()
         for experiment in reproduce.EXPERIMENTS.values():
             commands.update(experiment.commands)
@@ -682,7 +693,7 @@ class Refused(Reproduced):
 
     def test_no_such_experiment(self):
         self.check_refused(["table_nothing"], "'table_nothing'", "table_theorems")
-        # An experiment of before.
+        # Earlier versions had an experiment of this name.
         self.check_refused(["table_vae_sigma"], "'table_vae_sigma'")
 
     def test_no_such_flag(self):
@@ -729,7 +740,8 @@ class Page(Reproduced):
 
         wanted = []
         for name, experiment in reproduce.EXPERIMENTS.items():
-            has_rows = (self.results / f"{name}.csv").exists()
+            # The rows of a collected result are those of other results.
+            has_rows = experiment.collected or (self.results / f"{name}.csv").exists()
             has_arrays = (self.results / "data" / f"{name}.npz").exists()
             if has_rows and experiment.picture and (has_arrays or not experiment.arrays):
                 wanted.append(f"{name}.png")
@@ -823,7 +835,8 @@ class Broken(Reproduced):
 
     def test_results_of_runs(self):
         """They are made again: that of a theorem's check, and that of a trained model."""
-        with experiments_with(table_theorems=self.COMMANDS):
+        # Two random starts are enough here.
+        with experiments_with(table_theorems=self.COMMANDS), mock.patch("verify.STARTS", 2):
             status, _, err = self.call("table_theorems")
             self.assertEqual(status, 0, err)
             results = self.saved_without_seconds()
@@ -862,13 +875,6 @@ class Broken(Reproduced):
         self.assertNotIn("table_hvae", page)
 
 
-def as_command_without_pictures(*args):
-    """`small.as_command`, which draws no pictures of single runs."""
-    import pictures
-    pictures.draw_run = lambda *args: None
-    small.as_command(*args)
-
-
 class Dealt(small.InFolder):
     """Several processes share the commands."""
 
@@ -893,9 +899,14 @@ class Dealt(small.InFolder):
 
     def start(self):
         """Start reproduce.py in one process. Its messages are added to the file "err"."""
-        args = ("reproduce.py", self.argv("killed"), self.folder, self.folder / "out", self.err)
-        process = small.CHILDREN.Process(target=as_command_without_pictures, args=args)
-        process.start()
+        process = small.start_command(
+            "reproduce.py",
+            self.argv("killed"),
+            self.folder,
+            self.folder / "out",
+            self.err,
+            draws_pictures=False,
+        )
         self.addCleanup(process.kill)
         return process
 
@@ -904,7 +915,7 @@ class Dealt(small.InFolder):
 
     def test_over_two_processes_and_after_a_kill(self):
         """Two processes, and one that is killed and started again, get the same numbers."""
-        small.write_mnist(self.folder / "data")
+        small.write_mnist(self.folder / "data", n_train=64, n_test=16)
         self.err = self.folder / "err"
         self.check_two_processes()
         self.check_killed()
@@ -1158,6 +1169,20 @@ class Commands(unittest.TestCase):
             if "HVAE" in line:
                 self.assertNotIn("released", line)
         self.assertLessEqual(set(table), set(prediction))
+
+    def test_collected_commands(self):
+        """Each command of a collected result is that of another one, which is made before it."""
+        collected = [
+            name for name, experiment in reproduce.EXPERIMENTS.items() if experiment.collected
+        ]
+        self.assertEqual(collected, ["figure_prediction"])
+        *sources, last = reproduce.with_sources(["figure_prediction"])
+        self.assertEqual(last, "figure_prediction")
+        commands = set()
+        for name in sources:
+            self.assertFalse(reproduce.EXPERIMENTS[name].collected)
+            commands.update(reproduce.EXPERIMENTS[name].commands)
+        self.assertLessEqual(set(reproduce.EXPERIMENTS[last].commands), commands)
 
     def test_repeated_sweeps(self):
         """They differ from the originals in the data, the epochs and the values of the flag."""

@@ -182,7 +182,7 @@ class Imports(unittest.TestCase):
                     self.assertNotIn(name.split(".")[0], ("matplotlib", "torchvision"))
 
     def test_only_the_allowed_packages_are_imported(self):
-        allowed = {"torch", "torchvision", "numpy", "matplotlib", "tests"}
+        allowed = {"torch", "torchvision", "numpy", "matplotlib", "tests", "examples"}
         allowed |= set(sys.stdlib_module_names) - {"argparse"}
         allowed |= {path.stem for path in programs_and_modules()}
         for path in python_files():
