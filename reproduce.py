@@ -861,20 +861,24 @@ COMMON_COLUMNS = ("command", "dataset", "device", "torch", "seconds", "seed")
 
 def read_all_commands(f):
     """The results in --results_dir: {name: the measurements.Command of each of its commands}."""
-    commands_by_name = {}
+    # 1. The results that have rows of their own.
+    with_rows = {}
     for name, experiment in EXPERIMENTS.items():
         if not experiment.collected:
             commands = read_commands(f, name)
             if commands is not None:
-                commands_by_name[name] = commands
+                with_rows[name] = commands
 
-    collected = {}
+    # 2. All results, in the order of the page.
+    commands_by_name = {}
     for name, experiment in EXPERIMENTS.items():
-        if experiment.collected:
-            commands = collect_commands(experiment, commands_by_name)
+        if name in with_rows:
+            commands_by_name[name] = with_rows[name]
+        elif experiment.collected:
+            commands = collect_commands(experiment, with_rows)
             if any(command.rows for command in commands):
-                collected[name] = commands
-    return commands_by_name | collected
+                commands_by_name[name] = commands
+    return commands_by_name
 
 
 def collect_commands(experiment, commands_by_name):
