@@ -791,8 +791,8 @@ def _gets_remarks(f, source):
 def _extend(f, source, rows):
     """Extend the Extent of a source by the numbers in a chunk of rows.
 
-    This takes little time for most data: no remark applies to numbers below 0 or above 255, or to
-    numbers above 1 that are not whole, so that the first chunk with such numbers is the last one.
+    No remark applies to numbers below 0 or above 255, or to numbers above 1 that are not whole.
+    After the first chunk with such numbers, the rest is not examined. Most data have some early.
     """
     extent = source.extent
     if not extent.is_open or not _gets_remarks(f, source):
@@ -965,9 +965,9 @@ def check_finite(settings, results):
 
 
 def _changed_scalars(settings):
-    """The flags for scalars of the objective that are not at their default in all settings.
+    """The flags for scalars of the objective that at least one setting has changed.
 
-    They are those flags whose default is a number that need not be whole.
+    A flag counts as such a scalar if its default is a number that need not be whole.
     """
     flags = []
     for field in dataclasses.fields(settings[0]):

@@ -5,10 +5,10 @@ module of this project would fail with a confusing error, so this module checks 
 And importing torch takes seconds. This module makes Ctrl-C during that time print one line instead
 of a traceback.
 
-This file has the order in which a script meets its parts: the start of the program, flags, the
-command line, the device, random numbers, the objective's scalars, densities, the terms of a model,
-progress and tables, and `run`. Data, files, theory, training and evaluation have modules of their
-own.
+The parts of this file are in the order in which a script meets them: the start of the program,
+flags, the command line, the device, random numbers, the objective's scalars, densities, the terms
+of a model, progress and tables, and `run`. Data, files, theory, training and evaluation have
+modules of their own.
 """
 import sys
 
@@ -486,10 +486,16 @@ def _read_values(parser, fields, options):
             wanted = _allowed(field)
             if ":" in part and type(field.default) in (int, float):
                 wanted = f"first:last:step with first <= last and step > 0, each value {wanted}"
+            if isinstance(error, _LongRange):
+                wanted += f", and at most {MAX_SETTINGS:,} values"
             parser.error(f"--{name}: got {part!r}, wants {wanted}")
         if field.metadata["single"] and len(values[name]) > 1:
             parser.error(f"--{name}: got {text!r}, wants a single value, {_allowed(field)}")
     return values
+
+
+class _LongRange(ValueError):
+    """A range has more values than a command line may have settings."""
 
 
 def _parse_values(field, text):
@@ -502,6 +508,8 @@ def _parse_values(field, text):
     for part in text.split(","):
         try:
             values.extend(_parse_part(field, part))
+        except _LongRange:
+            raise _LongRange(part) from None
         except (ValueError, ArithmeticError):
             raise ValueError(part) from None
     # A value that is listed twice counts once.
@@ -541,7 +549,7 @@ def _parse_range(field, text):
     if not step.is_finite() or step <= 0 or last < first:
         raise ValueError
     if (last - first) / step > MAX_SETTINGS:
-        raise ValueError
+        raise _LongRange
 
     kind = type(field.default)
     count = int((last - first) / step) + 1
@@ -727,7 +735,8 @@ def objective_scalars(group, like):
 def on_device(f, like):
     """The setting as a model's methods take it: the objective's scalars are 0-d tensors.
 
-    They have the device and dtype of the tensor `like`.
+    The tensor of a vector flag is (d,) if the setting gives d numbers. All tensors have the device
+    and dtype of the tensor `like`.
     """
     scalars = {name: values[0] for name, values in objective_scalars([f], like).items()}
     return dataclasses.replace(f, **scalars)
@@ -779,9 +788,11 @@ def log_normal_low_rank(x, factor, std):
 
 
 def std_head(raw, prior_std, start=torch.ones(()), floor=1e-3):
-    """A positive standard deviation from a network's output `raw`: a softplus with a floor.
+    """A positive standard deviation from a network's output: a softplus with a floor.
 
-    At raw = 0, where training starts, it is `start` (a 0-d tensor) times the prior's.
+    raw: (..., d), the output. prior_std: the prior's standard deviation. Both prior_std and start
+    broadcast to (..., d), which is the shape of the result. At raw = 0, where training starts, the
+    result is `start` times prior_std. It is never below `floor` times prior_std.
     """
     softplus = torch.nn.functional.softplus(raw + (start * math.log(2)).expm1().log())
     return prior_std * (softplus / math.log(2)).clamp(min=floor)
@@ -911,7 +922,7 @@ CLOSED_OUTPUT_STATUS = 141
 # Errors of the system that mean that a file could not be written for lack of space.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Errors of the system that mean that a folder has the place of a file, or a file that of a folder.
+# Errors of the system that mean that a folder is where a file should be, or the other way round.
 WRONG_KIND_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 

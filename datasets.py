@@ -71,9 +71,9 @@ class Data:
         mean = torch.cat(means).cpu()
         one = torch.ones(1, dtype=torch.float64)
 
-        upper_left = torch.cat([self.moment, mean[None, :]])
+        first_columns = torch.cat([self.moment, mean[None, :]])
         last_column = torch.cat([mean, one])[:, None]
-        return torch.cat([upper_left, last_column], dim=1)
+        return torch.cat([first_columns, last_column], dim=1)
 
 
 # -------------------------------------------------------------------------------- what scripts call
@@ -805,6 +805,7 @@ def _ink(x, y, pen, gain):
     kernel_x = torch.exp(-(pixel - x[:, :, None]) ** 2 / spread)
     kernel_y = torch.exp(-(pixel - y[:, :, None]) ** 2 / spread)
 
-    spacing = ((x.diff(dim=1) ** 2 + y.diff(dim=1) ** 2).sqrt()).median(dim=1).values
+    distances = (x.diff(dim=1) ** 2 + y.diff(dim=1) ** 2).sqrt()
+    spacing = distances.median(dim=1).values
     scale = spacing * gain / (pen * math.sqrt(2 * math.pi))
     return (kernel_y.transpose(1, 2) @ kernel_x) * scale[:, None, None]

@@ -661,6 +661,7 @@ class Compression:
         return labels
 
     def show(self):
+        """Print the rate and the distortion for each k as a table."""
         print("KL (bits per image) and squared error per pixel if only the top levels are sent")
         rows = [["top levels", "KL (bits)", "squared error"]]
         for k, (bits, error) in enumerate(zip(self.bits, self.squared_error)):
@@ -778,6 +779,7 @@ class Attack:
         )
 
     def show(self):
+        """Print one row per radius as a table."""
         print(
             f"an attack on the top {self.levels} learned levels, compared with a random change of "
             "the same radius: the symmetric KL of the posteriors (nats) and the L2 distance of the "

@@ -361,8 +361,8 @@ def draw_headroom(path, levels, caption):
 def plot_headroom(ax, title, measured):
     """Plot what the units of a level describe, and what further units could describe.
 
-    measured is a headroom.LevelHeadroom. The dashed line is the level above which a unit lowers the
-    loss: it gains more than its KL costs. For a Gaussian decoder the points are variances. For
+    measured is a headroom.LevelHeadroom. The dashed line is the threshold above which a unit lowers
+    the loss: it gains more than its KL costs. For a Gaussian decoder the points are variances. For
     another one they are the eigenvalues rho_i.
     """
     quantity = "variance" if measured.likelihood == "gaussian" else "eigenvalue ρ"
@@ -446,8 +446,8 @@ class Grid:
     def is_dense(self):
         """Whether the closed form can also be computed between the settings.
 
-        It can if all flags are numbers. A flag that may be a vector does not count as a number,
-        because the closed forms take no tensor of vectors.
+        It can if all flags are scalars of the objective and all their values are numbers. A flag
+        that may be a vector is no such scalar, because the closed forms take no tensor of vectors.
         """
         run = first_value(self.cells)
         fields = {field.name: field for field in dataclasses.fields(run.f)}
@@ -972,22 +972,33 @@ def label_points(ax, points, labels, obstacles):
         text = "; ".join(group)
         width = character * len(text)
         x, y = point * scale
+        boxes = []
         for is_left, lines in itertools.product((False, True), (0, 1, -1, 2, -2, 3, -3)):
             left = x - width - radius - 2 if is_left else x + radius + 2
             middle = y + lines * line
-            box = (left, middle - line / 2, left + width, middle + line / 2)
-            is_inside = box[0] > lowest * scale and box[2] < highest * scale
-            if is_inside and not any(overlap(box, other) for other in taken):
-                break
+            boxes.append((left, middle - line / 2, left + width, middle + line / 2))
+        box = first_free_box(boxes, taken, lowest * scale, highest * scale)
         taken.append(box)
         ax.annotate(
             text,
             point,
-            xytext=(box[0] - x, lines * line),
+            xytext=(box[0] - x, (box[1] + box[3]) / 2 - y),
             textcoords="offset points",
             va="center_baseline",
             fontsize=7,
         )
+
+
+def first_free_box(boxes, taken, left, right):
+    """The first of the boxes between left and right that overlaps none of `taken`.
+
+    If there is no such box, it is the last one.
+    """
+    for box in boxes:
+        is_inside = box[0] > left and box[2] < right
+        if is_inside and not any(overlap(box, other) for other in taken):
+            return box
+    return boxes[-1]
 
 
 def close_points(points, labels, distance):

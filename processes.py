@@ -1,7 +1,8 @@
 """Training by several processes, which torchrun starts: who does what, and what they do together.
 
 torchrun describes each process in environment variables (RANK, WORLD_SIZE, ...). Without torchrun
-there is one process, and every function here then does the obvious thing for it.
+there is one process. Nothing is communicated then: a mean or a maximum over all processes is the
+value of this process.
 
 `barrier`, `largest`, `gather` and `mean_` are collective: each process must call them, in the same
 order, or the others wait for it.

@@ -12,8 +12,9 @@ flags. The shortest script to copy is MNIST_VAE_Relu_nonlearnable_sigma.py.
 
 In the methods below, `batch` is a tuple of tensors with one row per example: (x,) for a VAE, (x, y)
 for a CVAE. The scalars of f (beta, eta, sigma: every flag made by `common.scalar`) are 0-d tensors
-on the model's device. B is the number of examples, S = sample_shape is the number of draws of the
-latent variables per example, and d is the number of latent units of a level. Terms are in nats.
+on the model's device. B is the number of examples, and d is the number of latent units of a level.
+sample_shape is (S,) for S draws of the latent variables per example. In training it is (): there is
+one draw, and the terms lack the dimension S. Terms are in nats.
 
 Every model has these two methods:
 
@@ -45,7 +46,7 @@ A model may also have these methods and attributes:
 
     context_arguments(*batch, f)
         Returns further arguments of forward, {name: value}, which all draws of a batch share. It is
-        called only where the log-likelihood is estimated.
+        called only where the log-likelihood is estimated, and by `deep.Compression`.
     reconstructions(*batch, f)
         Returns {caption: images}, each (B, 784) or (B, C, H, W), for pictures.
     samples(n, f)
@@ -80,6 +81,9 @@ A model may also have these methods and attributes:
     dimensions
         The number of values in an image, if p(x|z) is a probability of discrete values. Adds the
         metric bits_per_dim.
+    levels, learned_levels
+        The number of levels, and the number of those that are learned, for a model whose top level
+        is a context that is computed from x. Titles and captions then name the context.
     elbo_draws
         The number of draws per example where no log-likelihood is estimated.
 """
@@ -385,7 +389,9 @@ def sample_terms(model, f, inputs, draws, with_context):
     start = 0
     while start < len(like):
         batch = [tensor[start:start + max_examples] for tensor in inputs]
-        means = chunk_terms(model, batch, scalars, draws, max_pairs, with_context)
+        means = chunk_terms(
+            model, batch, scalars, draws=draws, max_pairs=max_pairs, with_context=with_context
+        )
         if means is None:
             torch.cuda.empty_cache()
             max_examples = max(1, max_examples // 2)
@@ -419,7 +425,9 @@ def chunk_terms(model, batch, f, draws, max_pairs, with_context):
         context = {}
         if with_context and hasattr(model, "context_arguments"):
             context = model.context_arguments(*batch, f)
-        return mean_over_draws(model, batch, f, draws, max_pairs, context)
+        return mean_over_draws(
+            model, batch, f, draws=draws, max_pairs=max_pairs, context=context
+        )
     except torch.OutOfMemoryError:
         # No chunk is smaller than this.
         if max_pairs == 1:
@@ -572,7 +580,7 @@ def evaluated_run(run):
     examples = None
     if run.model is not None:
         examples = measure(run, result)
-    evaluated = EvaluatedRun(run.f, run.data, run.model, result, examples)
+    evaluated = EvaluatedRun(run.f, run.data, run.model, result, loaded_examples=examples)
 
     # result.json is written last: where it exists, the other files are complete.
     folder = files.run_dir(run.f, run.data)
@@ -605,7 +613,7 @@ def read_run(run):
             file=sys.stderr,
         )
         return None
-    return EvaluatedRun(run.f, run.data, run.model, result, examples)
+    return EvaluatedRun(run.f, run.data, run.model, result, loaded_examples=examples)
 
 
 def has_all_parts(result, run):
@@ -683,7 +691,7 @@ def measure(run, result):
     # 3. Why units collapsed.
     if hasattr(model, "residuals"):
         start = time.monotonic()
-        result.headroom = headroom.measure(model, f, data, metrics, examples)
+        result.headroom = headroom.measure(model, f, data, metrics=metrics, examples=examples)
         for latent, level in result.headroom.items():
             metrics.update(headroom_metrics(latent, level))
         result.dead_units = headroom.dead_units(model, f, data)

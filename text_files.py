@@ -249,6 +249,7 @@ def _is_number(text):
 
 
 def _is_missing(cell):
+    """Whether a cell says that its number is missing, see MISSING."""
     return cell.strip().lower() in MISSING
 
 

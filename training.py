@@ -680,6 +680,7 @@ class Training:
         phase.batches_done = 0
 
     def _end_phase(self, parts):
+        """Finish the current phase, and note the state from which a later command goes on."""
         self.phase.seconds = time.monotonic() - self.start
         # A copy, because further phases may change the parts.
         self.phase.restart = copy.deepcopy(self._restart_point(self.order.get_state(), parts))
@@ -762,7 +763,7 @@ def train_with_adam(models, group, data, loop):
     # 1. The factor of beta in its warm-up. It lies on the device, where a captured step reads it.
     share = None
     if beta_share(first, 0) < 1:
-        share = torch.zeros_like(like[0, 0])
+        share = torch.zeros((), dtype=like.dtype, device=like.device)
 
     # 2. The model or the stack of models, its optimiser and its schedule.
     is_grid = len(group) > 1
@@ -780,7 +781,7 @@ def train_with_adam(models, group, data, loop):
         if is_grid:
             means = grid_step(trained, optimizer, batch, first.grad_clip)
         else:
-            means = training_step(trained, optimizer, batch, f, share)
+            means = training_step(trained, optimizer, batch, f, share=share)
         loop.record(means)
 
     replayed_step = loop.replayed(step)
@@ -904,7 +905,7 @@ def groups_of_settings(settings, data, side_by_side):
     """The indices of this process's settings, in lists of those that train side by side."""
     groups = {}
     for i in processes.own_indices(len(settings)):
-        # Settings with equal keys form a group. By default each setting is alone.
+        # Settings with equal keys form a group. Without side_by_side each setting is alone.
         key = i
         if side_by_side:
             fixed = [
@@ -1159,6 +1160,7 @@ class Checkpoint:
         self.written = time.monotonic()
 
     def _read(self, device):
+        """The state in the file, or None if there is no file or if it is refused."""
         try:
             saved = torch.load(self.path, weights_only=True, map_location=device)
             differing = []

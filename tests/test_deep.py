@@ -31,15 +31,15 @@ import processes
 import report
 import training
 from tests import small
+from tests.small import read_json
 
 # The flags with which each script trains in no time.
 SMALL = {
     MNIST_HVAE_Ladder: "--latents 1,2 --num_ch 4",
-    MNIST_HVAE_DCT: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
-    MNIST_HVAE_DVP: "--latents 1,1 --num_ch 4 --diffusion_ch 2",
+    MNIST_HVAE_DCT: "--side 14 --latents 2 --num_ch 4 --diffusion_ch 2 --context_size 3",
+    MNIST_HVAE_DVP: "--side 14 --latents 2 --num_ch 4 --diffusion_ch 2 --context_size 3",
     MNIST_VAE_Delta: "--num_ch 4 --dim_z 2 --num_layers 2 --d_hidden 8 --auxiliary_epochs 2",
 }
-
 
 # The scripts with a hierarchy of latent maps, which have --side, --num_train and --test_curve.
 HIERARCHIES = [script for script in SMALL if script is not MNIST_VAE_Delta]
@@ -51,10 +51,6 @@ CURVES = (
     ("dvp", MNIST_HVAE_DVP, {"latents": "1", "context_size": 3}),
     ("vamp", MNIST_HVAE_DVP, {"latents": "2", "prior": "vamp", "pseudoinputs": 5}),
 )
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # No model has a headroom while this is in force.
@@ -110,7 +106,7 @@ class Tables(WithScripts):
             "runs",
             num_epochs=1,
             batch_size=128,
-            latents="2,1",
+            latents="3",
             prior="vamp,diffusion",
             pseudoinputs=5,
         )
@@ -213,7 +209,7 @@ class Tables(WithScripts):
         fewer = ["--num_test", 10, "--num_samples", 3]
         if script is MNIST_HVAE_DVP:
             fewer += ["--num_steps", 3]
-        with mock.patch.object(pictures, "draw_run"):
+        with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
             status, out, err = small.call(script.main, *argv, *fewer)
         self.assertEqual(status, 0, err)
         self.assertIn("already trained", err)
@@ -668,23 +664,23 @@ class ManyProcesses(WithScripts):
         Each script makes five steps. All run in one program, so that the processes start once.
         """
         # There are more test images than one process or two take in a step.
-        small.write_mnist(self.folder / "data", n_test=300)
+        small.write_mnist(self.folder / "data", n_train=64, n_test=80)
         flags = {}
         for script in SMALL:
             flags[script] = {"num_epochs": 5}
             if script in HIERARCHIES:
-                flags[script] |= {"test_curve": True, "num_test": 300}
+                flags[script] |= {"test_curve": True, "num_test": 80}
 
         # 1. Two processes.
         commands = {}
         for script in SMALL:
-            commands[script.__name__] = self.argv(script, "two", batch_size=128, **flags[script])
+            commands[script.__name__] = self.argv(script, "two", batch_size=32, **flags[script])
         program = self.folder / "all_scripts.py"
         code = (
             "import importlib\n"
             "import common\n"
             "import headroom\n"
-            "headroom.measure = lambda *args: {}\n"
+            "headroom.measure = lambda *args, **kwargs: {}\n"
             f"commands = {commands!r}\n"
             "def main():\n"
             "    statuses = []\n"
@@ -700,7 +696,7 @@ class ManyProcesses(WithScripts):
 
         # 2. One process.
         for script in SMALL:
-            argv = self.argv(script, "one", batch_size=256, **flags[script])
+            argv = self.argv(script, "one", batch_size=64, **flags[script])
             with mock.patch.object(pictures, "draw_run"), WITHOUT_HEADROOM:
                 status, _, err = small.call(script.main, *argv)
             self.assertEqual(status, 0, err)
@@ -731,6 +727,7 @@ class Stopped(WithScripts):
         numbers of an undisturbed run.
         """
         small.write_mnist(self.folder / "data")
+        self.write_slow_program()
 
         # 1. An undisturbed run.
         pair, logs = self.start("undisturbed", 0)
@@ -764,18 +761,42 @@ class Stopped(WithScripts):
         self.assertEqual(record_again, record)
         self.assert_equal_weights(weights_again, weights)
 
+    def write_slow_program(self):
+        """Write a program that trains a Ladder VAE and sleeps for 30 ms after each step.
+
+        So the training of a small model is long enough to be stopped four times.
+        """
+        self.program = self.folder / "slow_ladder.py"
+        self.program.write_text(
+            "import time\n"
+            "import common\n"
+            "import headroom\n"
+            "import MNIST_HVAE_Ladder\n"
+            "import training\n"
+            "headroom.measure = lambda *args, **kwargs: {}\n"
+            "record = training.Training.record\n"
+            "def record_slowly(loop, means):\n"
+            "    record(loop, means)\n"
+            "    time.sleep(0.03)\n"
+            "training.Training.record = record_slowly\n"
+            "common.run(MNIST_HVAE_Ladder.main)\n",
+            encoding="utf-8",
+        )
+
     def start(self, out_dir, number):
         """Start two processes. Returns them and their error files."""
         argv = self.argv(
             MNIST_HVAE_Ladder,
             out_dir,
+            side=7,
+            latents="1",
             num_epochs=20,
             batch_size=24,
             checkpoint_seconds=1000,
             test_curve=True,
         )
         pair, _, logs = small.two_processes(
-            self, "MNIST_HVAE_Ladder.py", argv, self.folder, f"{out_dir}{number}")
+            self, self.program, argv, self.folder, f"{out_dir}{number}")
         return pair, logs
 
     def wait_for_training(self, logs):
@@ -1075,7 +1096,7 @@ class Measurements(small.InFolder):
         self.assertEqual((err, err_again), ("", ""))
         self.assertIn("seed=0, 6 test images: ", out)
         picture = path.with_suffix(".png").read_bytes()
-        self.assertTrue(picture.startswith(b"\x89PNG"))
+        self.assertTrue(picture.startswith(small.PNG))
         return read_json(path)
 
     def test_attack_finds_the_corner(self):
