@@ -861,7 +861,20 @@ def result_paragraphs(result, commands_by_name, has_picture):
         if experiment.answer:
             paragraphs.append(result.comparison.sentence)
     measured = [command for command in commands if command.rows]
-    return [*paragraphs, result.comment, provenance(result), command_lines(measured)]
+    return [
+        *paragraphs,
+        result.comment,
+        provenance(result),
+        reproducing_line(result),
+        command_lines(measured),
+    ]
+
+
+def reproducing_line(result):
+    """The command that makes a Measured with its seeds, in a sentence."""
+    seeds = sorted({row["seed"] for row in all_rows(result.commands)})
+    seeds_text = ",".join(str(seed) for seed in seeds)
+    return f"`python reproduce.py {result.name} --seed {seeds_text}` runs these commands:"
 
 
 def write_page(folder, experiments, commands_by_name):

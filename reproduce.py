@@ -973,8 +973,14 @@ def draw_picture(f, name, commands):
     try:
         experiment.picture(Path(f.results_dir, f"{name}.png"), commands, arrays)
     except (KeyError, IndexError, ValueError) as error:
-        path = Path(f.results_dir, "data", f"{name}.npz")
-        print(f"{path} does not fit its picture, which is not drawn ({error!r})", file=sys.stderr)
+        source = f"the rows of {name}"
+        if experiment.arrays:
+            source = Path(f.results_dir, "data", f"{name}.npz")
+        print(
+            f"{name}: the picture is not drawn, because figures.{experiment.picture.__name__} "
+            f"cannot show {source} ({error!r})",
+            file=sys.stderr,
+        )
     return True
 
 
@@ -1179,6 +1185,36 @@ def print_list(f, seeds):
             print(f"    python {command}")
 
 
+def warn_of_smaller_tables(f, runs_by_name):
+    """Warn of the tables in --results_dir that this command replaces with less.
+
+    That is a table with more seeds or more epochs than the new one has. runs_by_name has the runs
+    of each result.
+    """
+    for name, runs in runs_by_name.items():
+        path = Path(f.results_dir, f"{name}.csv")
+        try:
+            rows = measurements.read_rows(path) if path.exists() else []
+            old = {
+                "seeds": len({row["seed"] for row in rows}),
+                "epochs": max((row.get("num_epochs", 0) for row in rows), default=0),
+            }
+        except (OSError, KeyError, TypeError, ValueError, csv.Error):
+            continue  # A table that cannot be read is named when the page is written.
+        settings = [setting for run in runs for setting in run.settings]
+        new = {
+            "seeds": len({setting.seed for setting in settings}),
+            "epochs": max(getattr(setting, "num_epochs", 0) for setting in settings),
+        }
+        for noun, count in new.items():
+            if count < old[noun]:
+                print(
+                    f"warning: {path} has {old[noun]} {noun}, and this command replaces it with a "
+                    f"table of {count}; --results_dir with another folder keeps it",
+                    file=sys.stderr,
+                )
+
+
 def make_own_share(runs, costs):
     """Make the runs that are dealt to this process, then wait for the other processes."""
     rank, count = processes.rank_and_count()
@@ -1207,6 +1243,8 @@ def main(argv=None):
         # The page with a collected result is written when the results that have its rows are made.
         if not EXPERIMENTS[name].collected:
             runs_by_name[name] = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
+    if not f.add_seeds:
+        warn_of_smaller_tables(f, runs_by_name)
     # Several results may need the same command.
     all_runs = list({run.command: run for runs in runs_by_name.values() for run in runs}.values())
     costs = expected_seconds(f.results_dir, all_runs)

@@ -963,7 +963,8 @@ def fit_group(Model, group, data, train):
                 if g in missing:
                     runs[g] = run
                     if rank == 0:
-                        leave(run, files.description(run.f, data))
+                        digest = {"script_digest": script_digest(run.f)}
+                        leave(run, files.description(run.f, data) | digest)
         if rank == 0:
             checkpoint.remove()
 
@@ -1075,10 +1076,22 @@ def read_model(Model, f, data, path):
     return model
 
 
+def script_digest(f):
+    """A digest of the text of a setting's script, by which a changed script is noticed."""
+    return hashlib.sha256(Path(inspect.getfile(type(f))).read_bytes()).hexdigest()
+
+
 def take_over(finished):
     """Print that a run is finished. Write its files into its own folder if they were elsewhere."""
-    print(f"already trained: {finished.folder} (--overwrite trains it again)", file=sys.stderr)
     run = finished.run
+    remark = ""
+    # Runs of earlier versions of this project have no digest.
+    if finished.saved.get("script_digest", script_digest(run.f)) != script_digest(run.f):
+        remark = f" by another version of {common.script_name(run.f)}.py"
+    print(
+        f"already trained{remark}: {finished.folder} (--overwrite trains it again)",
+        file=sys.stderr,
+    )
     if finished.folder != files.run_dir(run.f, run.data):
         settings = files.run_settings(run.f, run.data)
         leave(run, finished.saved | {"settings": settings})
@@ -1142,13 +1155,12 @@ class Checkpoint:
         device = data.train[0].device
         # The name of the device without its number: "cuda (NVIDIA H200)".
         device_name = common.device_name(device).replace(str(device), device.type)
-        script = Path(inspect.getfile(type(group[0]))).read_bytes()
         # A checkpoint is used only if all of this is the same as when it was written.
         self.identity = {
             "processes": process_count,
             "torch": str(torch.__version__),
             "device": device_name,
-            "script": hashlib.sha256(script).hexdigest(),
+            "script": script_digest(group[0]),
             "settings": [files.run_settings(f, data) for f in group],
         }
         settings = json.dumps(self.identity["settings"]).encode()

@@ -851,6 +851,14 @@ class Provenance(unittest.TestCase):
     def lines(self, *commands):
         return page.command_lines([command_with(line, {}, []) for line in commands])
 
+    def test_reproducing_line(self):
+        """It names the result, and each seed once."""
+        rows = [{"seed": seed, "elbo": 0.0} for seed in (1, 3)]
+        commands = [command_with("x.py", {}, rows), command_with("y.py", {}, rows[1:])]
+        result = page.Measured("table_x", None, commands, None, "")
+        line = page.reproducing_line(result)
+        self.assertIn("`python reproduce.py table_x --seed 1,3`", line)
+
     def test_command_lines(self):
         self.assertEqual(self.lines("x.py --a 1", "y.py"), "    python x.py --a 1\n    python y.py")
 

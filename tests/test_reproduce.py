@@ -308,6 +308,27 @@ class TableAndFigure(Reproduced):
             self.assertEqual((self.results / "figure_cvae_beta.png").read_bytes(), picture)
 
 
+class Replaced(Reproduced):
+    def test_a_table_with_more_seeds_or_epochs(self):
+        """A warning, before anything is trained, says what a trial would replace."""
+        self.results.mkdir()
+        line = "MNIST_VAE_Linear_learnable_sigma.py --num_samples 0"
+        table = f"command,seed,num_epochs\n{line},1,1\n{line},2,3\n"
+        with experiments_with(figure_vae_sigma=[line]), \
+                mock.patch("reproduce.Run.make", return_value=0), \
+                mock.patch("reproduce.write_result"):
+            (self.results / "figure_vae_sigma.csv").write_text(table, encoding="utf-8")
+            err = self.made("figure_vae_sigma", "--seed", "1")
+            self.assertIn("has 2 seeds, and this command replaces it with a table of 1", err)
+            self.assertIn("has 3 epochs, and this command replaces it with a table of 1", err)
+            # Neither where seeds are added, nor where the table is another one.
+            err = self.made("figure_vae_sigma", "--seed", "1", "--add_seeds", "true")
+            self.assertNotIn("warning", err)
+            self.assertNotIn("seeds", self.made("figure_vae_sigma", "--seed", "3,4"))
+            (self.results / "figure_vae_sigma.csv").write_bytes(b"\xff")
+            self.assertNotIn("warning", self.made("figure_vae_sigma"))
+
+
 class Made(Reproduced):
     def test_from_the_rows(self):
         """One of each table and picture that need the rows alone."""

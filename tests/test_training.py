@@ -737,8 +737,8 @@ class TwoAtOnce(InFitFolder):
         self.data = small.gaussian_data(100)
         undisturbed = self.settings_in("undisturbed")
         _, operations = self.fit_with_visitor(undisturbed, moment=None)
-        # A checkpoint takes three, and there are two and one more at the end. Each of the two
-        # results takes as many, or more.
+        # A checkpoint takes three operations. There is one after each of the two steps, and one
+        # at the end. Each of the two results takes three operations or more.
         self.assertGreater(operations, 15)
         expected_weights, expected_records = self.left(undisturbed)
 
@@ -1016,6 +1016,18 @@ class RefusedCheckpoints(InCheckpointFolder):
 
 class OtherEvaluations(InCheckpointFolder):
     """Other draws take over the trained weights. No other flag does, and no broken file."""
+
+    def test_a_changed_script_is_noticed(self):
+        """The weights are kept, and the message says that they are of another version."""
+        [f] = self.settings(1)
+        self.fit([f])
+        _, err = self.fit([f])
+        self.assertIn("already trained: ", err)
+
+        with mock.patch("training.script_digest", return_value="of a changed script"):
+            _, err = self.fit([f])
+        self.assertIn("already trained by another version of ", err)
+        self.assertNotIn("training: ", err)
 
     def test_other_draws_train_nothing(self):
         [f] = self.settings(1)
