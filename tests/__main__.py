@@ -3,9 +3,9 @@
     python -m tests                    every file in this folder
     python -m tests test_files ...     the named files
 
-All files run side by side, each in a process of its own. Named files run in this process. The last
-line of the output is "N passed, N failed, N skipped". The exit status is 0 only if tests passed and
-none failed.
+Without names, several processes run the files side by side. A file that takes long has a process of
+its own, and the others share a few. Named files run in this process. The last line of the output is
+"N passed, N failed, N skipped". The exit status is 0 only if tests passed and none failed.
 """
 import os
 import re
@@ -18,16 +18,25 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 
-# The files that take longest. They begin first, so that no core waits for them at the end.
+# The files that take longest. They begin first, in this order, so that no core waits for them at
+# the end.
 LONGEST = (
-    "test_fuzz",
-    "test_theory",
-    "test_going_on",
     "test_deep",
+    "test_going_on",
     "test_scripts",
     "test_reproduce",
+    "test_benchmark",
     "test_linear",
+    "test_any_decoder",
+    "test_fuzz",
+    "test_theory",
+    "test_headroom",
+    "test_report",
+    "test_verify",
 )
+
+# The number of processes for all other files. Each of them imports torch, which takes seconds.
+OTHER_PROCESSES = 5
 
 # At most this number of cores is used.
 MAX_CORES = 4
@@ -79,14 +88,14 @@ def run_here(names):
     return result.counts()
 
 
-def run_apart(name):
-    """Run the tests of one file in a process of its own, and print its output when it ends.
+def run_apart(names):
+    """Run the tests of these files in a process of their own, and print its output when it ends.
 
     Returns (passed, failed, skipped). A process that does not get to its last line counts as one
     failed test.
     """
     process = subprocess.run(
-        [sys.executable, "-m", "tests", name],
+        [sys.executable, "-m", "tests", *names],
         cwd=TESTS.parent,
         text=True,
         errors="replace",
@@ -94,7 +103,7 @@ def run_apart(name):
         stderr=subprocess.STDOUT,
         env={"OMP_NUM_THREADS": "1"} | os.environ,
     )
-    print(f"\n{name}\n{process.stdout}", flush=True)
+    print(f"\n{', '.join(names)}\n{process.stdout}", flush=True)
     last_line = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n$", process.stdout)
     if last_line is None:
         return 0, 1, 0
@@ -103,15 +112,16 @@ def run_apart(name):
 
 
 def run_all():
-    """Run all files side by side. Returns (passed, failed, skipped)."""
+    """Run all files in several processes. Returns (passed, failed, skipped)."""
     names = sorted(path.stem for path in TESTS.glob("test_*.py"))
-    long_ones = [name for name in names if name in LONGEST]
     others = [name for name in names if name not in LONGEST]
+    groups = [[name] for name in LONGEST]
+    groups += [others[k::OTHER_PROCESSES] for k in range(OTHER_PROCESSES)]
 
     # One more process than there are cores, since some tests wait.
     cores = min(MAX_CORES, os.cpu_count() or 1)
     with ThreadPoolExecutor(cores + 1) as pool:
-        counts = list(pool.map(run_apart, long_ones + others))
+        counts = list(pool.map(run_apart, groups))
 
     passed = sum(count[0] for count in counts)
     failed = sum(count[1] for count in counts)

@@ -19,7 +19,6 @@ import arrays
 import predict_collapse
 from tests.test_predict_collapse import Case
 
-
 # What the names of files end in.
 SUFFIXES = (".npy", ".npz", ".csv", ".tsv", ".pt")
 

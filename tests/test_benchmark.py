@@ -16,7 +16,8 @@ from tests import benchmark, small
 
 # Flags that make the deep scripts as small as possible.
 DEEP = {
-    "latents": "1,1",
+    "side": 14,
+    "latents": "2",
     "num_ch": 4,
     "num_layers": 2,
     "d_hidden": 8,
@@ -97,7 +98,7 @@ class Commands(small.InFolder):
 
     def test_scripts(self):
         """A deep script, which has flags that make it small, and one that draws its own data."""
-        small.write_mnist(self.folder)
+        small.write_mnist(self.folder, n_train=64, n_test=16)
         first, ladder, synthetic = self.printed(
             "scripts",
             "--data_dir",
@@ -106,8 +107,8 @@ class Commands(small.InFolder):
         )
         self.assertRegex(first, r"^\d+ threads, torch ")
         ladder_flags = (
-            "--num_epochs=1 --latents=1,1 --num_ch=4 --d_hidden=8 --batch_size=8 --num_samples=0 "
-            f"--data_dir {self.folder}"
+            "--num_epochs=1 --side=14 --latents=2 --num_ch=4 --d_hidden=8 --batch_size=8 "
+            f"--num_samples=0 --data_dir {self.folder}"
         )
         for row, flags in ((ladder, ladder_flags), (synthetic, "--num_epochs=1 --num_draws=0")):
             match = re.fullmatch(r"\S+\.py +(\S+) s per epoch, +(\S+) GiB, (.*)", row)
@@ -125,7 +126,7 @@ class Commands(small.InFolder):
 
     def test_whole(self):
         small.write_mnist(self.folder)
-        flags = ["--data_dir", self.folder, "--num_epochs", "1", "--num_samples", "1000"]
+        flags = ["--data_dir", self.folder, "--num_epochs", "1", "--num_samples", "400"]
         with mock.patch.object(benchmark, "MNIST", (300, 10_000)):
             names, script, plain, usual = self.printed("whole", *flags)
         header = "seconds start to table training evaluation the rest log p(x)"
@@ -176,7 +177,7 @@ class Commands(small.InFolder):
             self.assertAlmostEqual(float(saved_row[2]), float(row[2]), delta=0.0001)
             self.assertAlmostEqual(float(saved_row[3]), float(row[3]), delta=0.001)
         picture = self.growth_png.read_bytes()
-        self.assertTrue(picture.startswith(b"\x89PNG"))
+        self.assertTrue(picture.startswith(small.PNG))
         self.growth_png.unlink()
         with self.growth_files():
             self.printed("growth-picture")

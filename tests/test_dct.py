@@ -34,19 +34,6 @@ from tests.test_ladder import (
 )
 
 
-def moved(module, distance):
-    """The module in float64, with random weights added: `distance` times standard normal ones.
-
-    They must be small enough that it stays a smooth map.
-    """
-    random = torch.Generator().manual_seed(1)
-    module = module.double()
-    with torch.no_grad():
-        for p in module.parameters():
-            p += distance * torch.randn(p.shape, generator=random, dtype=p.dtype)
-    return module
-
-
 def some_model(n, distance=0.0, **flags):
     """As `model_and_images`, with the context scaled so that all its levels occur."""
     model, f, x = model_and_images(n, distance, dct.DCTVAE, dct.Flags, **flags)
@@ -154,7 +141,7 @@ class Transform(unittest.TestCase):
 
 def log_binned(c, mean, std, step):
     """log p(c|c_1) of the diffusion model, (n,), for levels c (n,), a mean and a std."""
-    p = moved(dct.Diffusion(1, 1, step, 2), 0)
+    p = dct.Diffusion(1, 1, step, 2).double()
     means = torch.full_like(c, mean).view(-1, 1, 1, 1)
     with torch.no_grad():
         # The std is exp(log_s + v / 2), with v = 0.7.
@@ -216,7 +203,7 @@ class OneDiffusion:
 
     def __init__(self):
         torch.manual_seed(1)
-        self.p = moved(dct.Diffusion(1, 1, 0.5, 3), 0.2).eval()
+        self.p = small.moved(dct.Diffusion(1, 1, 0.5, 3).double(), 0.2).eval()
         with torch.no_grad():
             self.p.log_s.fill_(math.log(0.5))
         self.beta = torch.linspace(self.p.BETA_1, self.p.BETA_T, self.p.T, dtype=torch.float64)
@@ -375,7 +362,7 @@ class Diffusion(unittest.TestCase):
     @torch.no_grad()
     def test_training_estimates_the_bound_of_evaluation(self):
         """They agree for each coefficient, with a random network that mixes several."""
-        p = moved(dct.Diffusion(2, 2, 0.5, 4), 0.2).eval()
+        p = small.moved(dct.Diffusion(2, 2, 0.5, 4).double(), 0.2).eval()
         draws = 8000
         c = LEVELS[torch.randint(4, (1, 2, 2, 2))].expand(draws, -1, -1, -1)
         bound, _ = p.bound(c)
@@ -388,7 +375,7 @@ class Diffusion(unittest.TestCase):
 
     def test_each_row_has_its_own_step(self):
         """Two rows at different steps do not change each other's output of the network."""
-        p = moved(dct.Diffusion(1, 3, 0.5, 4), 0.2).eval()
+        p = small.moved(dct.Diffusion(1, 3, 0.5, 4).double(), 0.2).eval()
         c = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
         both = p.clean(c, torch.tensor([0, 5]))
         first = p.clean(c[:1], torch.tensor([0]))
@@ -399,14 +386,14 @@ class Diffusion(unittest.TestCase):
             torch.testing.assert_close(both[k], torch.cat([first[k], second[k]]))
 
     def test_a_fixed_variance_is_that_of_q(self):
-        p = moved(dct.Diffusion(1, 3, 0.5, 4, learned=False), 0.2)
+        p = small.moved(dct.Diffusion(1, 3, 0.5, 4, learned=False).double(), 0.2)
         c = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
         _, v = p.clean(c, torch.tensor([0, 5]))
         self.assertEqual(v.abs().max().item(), 0)
 
     @torch.no_grad()
     def test_dropout_happens_in_training_only(self):
-        p = moved(dct.Diffusion(1, 3, 0.5, 4), 0.2)
+        p = small.moved(dct.Diffusion(1, 3, 0.5, 4).double(), 0.2)
         c = torch.ones(1, 1, 3, 3, dtype=torch.float64)
         for mode in (True, False):
             p.train(mode)
@@ -740,8 +727,8 @@ class Residuals(unittest.TestCase):
                     self, model, grey, f, ["_1", "_2"], probabilities, readers=("encoder", "dct"))
 
     @torch.no_grad()
-    def test_forward_draws_the_same_numbers_as_before(self):
-        """Features come first, then one draw a level from the top down, then the context's."""
+    def test_order_of_the_draws_in_forward(self):
+        """Features come first, then a draw for each level from the top down, then the context's."""
         for decoder in ("state", "aggregate"):
             model, f, x = some_model(
                 3, distance=0.3, latents="1,1", num_ch=3, context_size=2, decoder=decoder)

@@ -46,15 +46,6 @@ def grey_images(n, dataset="digits", seed=3):
     return torch.from_numpy(images).view(n, 1, 28, 28).to(D) / 255
 
 
-def moved(module, spread):
-    """The module with weights far from their start."""
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p += spread * torch.randn(p.shape, generator=random, dtype=p.dtype)
-    return module
-
-
 def build(n=4, train=True, spread=0.3, **flags):
     """A small float64 model with weights far from their start, its setting, and n images for it."""
     f = dvp.Flags(**(TINY | {"num_steps": 4} | flags))
@@ -63,8 +54,8 @@ def build(n=4, train=True, spread=0.3, **flags):
     model.context.fit(x)
     with torch.no_grad():
         for part in (model.encoder, model.latents, model.z_to_x):
-            moved(part, spread)
-        moved(model.r, 0.1)
+            small.moved(part, spread)
+        small.moved(model.r, 0.1)
         for latent in model.latents:
             for head in (latent.s_to_p, latent.s_to_q):
                 # The means and variances of priors and posteriors depend more on the state, but
@@ -288,7 +279,7 @@ class Bound(unittest.TestCase):
         Its spread is no larger, and the standard error that it gives is no less than its spread.
         """
         torch.manual_seed(0)
-        r = moved(dvp.Diffusion(1, 2).double(), 0.3).eval()
+        r = small.moved(dvp.Diffusion(1, 2).double(), 0.3).eval()
         u = 2 * torch.rand(2, 1, 3, 3, dtype=D) - 1
         loss = r.loss(u.repeat(50_000, 1, 1, 1)).unflatten(0, (50_000, 2))
         bounds = []
@@ -311,7 +302,7 @@ class Bound(unittest.TestCase):
     @torch.no_grad()
     def test_bound_does_not_depend_on_the_parts_it_is_computed_in(self):
         torch.manual_seed(0)
-        r = moved(dvp.Diffusion(1, 2).double(), 0.3).eval()
+        r = small.moved(dvp.Diffusion(1, 2).double(), 0.3).eval()
         u = 2 * torch.rand(2, 1, 3, 3, dtype=D) - 1
 
         def constant_like(like):
@@ -529,7 +520,6 @@ class Shapes(unittest.TestCase):
         shapes = [q.mean.shape for q in model.top_posterior(x, f, len(sides))]
         c_z = f.d_z or x.shape[1]
         self.assertEqual(shapes, [(3, c_z, side, side) for side in sides])
-
 
     def test_a_pseudoinput_larger_than_the_image_ends_the_program(self):
         """A VampPrior has no pseudoinputs of this size, so that it takes any --context_size."""
@@ -752,7 +742,7 @@ class Vamp(unittest.TestCase):
         x = grey_images(64)
         model = training.build(dvp.model_of, f, datasets.Data("digits", (x,), (x,)))
         for part in (model.encoder, model.latents, model.z_to_x):
-            moved(part, 0.2)
+            small.moved(part, 0.2)
         model.begin_at(x)
         self.f = f
         self.model = model
@@ -1023,13 +1013,13 @@ class Residuals(unittest.TestCase):
         x = grey_images(16, f.dataset)
         model = training.build(dvp.model_of, f, datasets.Data(f.dataset, (x,), (x,)))
         for part in (model.encoder, model.latents, model.z_to_x):
-            moved(part, 0.2)
+            small.moved(part, 0.2)
         model.begin_at(x)
         return model.settle().eval(), common.on_device(f, x), x[:2].round()
 
     @torch.no_grad()
-    def test_forward_draws_the_same_numbers_as_before(self):
-        """u comes first, with the times of its KL, then one draw a level from the top down."""
+    def test_order_of_the_draws_in_forward(self):
+        """u comes first, with the times of its KL, then a draw for each level from the top down."""
         model, f, x = build(3, train=False)
         torch.manual_seed(5)
         terms = model(x, f, (4,))
@@ -1044,7 +1034,7 @@ class Residuals(unittest.TestCase):
         self.check_terms(terms, drawn, model, x)
 
     @torch.no_grad()
-    def test_forward_under_a_vamp_prior_draws_the_same_numbers_as_before(self):
+    def test_order_of_the_draws_in_forward_under_a_vamp_prior(self):
         model, f, _ = self.vamp()
         x = grey_images(3).round()
         torch.manual_seed(5)

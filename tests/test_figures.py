@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 import figures
 import pictures
 from tests import small
+from tests.small import PNG
 from tests.test_measurements import command_with, deep_model, predicted_sweep
-
-PNG = b"\x89PNG"
 
 
 def axes_of(draw, commands, arrays=None):

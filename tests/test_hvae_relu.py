@@ -38,14 +38,17 @@ class Terms(unittest.TestCase):
         with torch.no_grad():
             for p in cls.model.parameters():
                 p += 0.25 * torch.randn(p.shape, generator=random)
+        cls.hand = cls.by_hand()
+        cls.terms = cls.model_terms(DRAWS)
 
+    @classmethod
     @torch.no_grad()
-    def by_hand(self, draws):
-        """Draws of z1 and z2, and all densities at them, from the weights alone.
+    def by_hand(cls):
+        """DRAWS of z1 and z2, and all densities at them, from the weights alone.
 
         The networks have ReLU layers, their means are a tanh, and the std is a softplus.
         """
-        weights = dict(self.model.named_parameters())
+        weights = dict(cls.model.named_parameters())
         random = torch.Generator().manual_seed(2)
 
         def mlp(name, h):
@@ -53,13 +56,13 @@ class Terms(unittest.TestCase):
             hidden = torch.clamp(raw, min=0)
             return hidden @ weights[f"{name}.2.weight"].T + weights[f"{name}.2.bias"]
 
-        mean_1 = torch.tanh(mlp("x_to_z1", self.x))
-        z1 = mean_1 + 0.3 * torch.randn(draws, 4, 3, generator=random, dtype=torch.float64)
+        mean_1 = torch.tanh(mlp("x_to_z1", cls.x))
+        z1 = mean_1 + 0.3 * torch.randn(DRAWS, 4, 3, generator=random, dtype=torch.float64)
         out = mlp("z1_to_z2", z1)
         mean_2 = torch.tanh(out[..., :2])
         softplus = torch.log1p(torch.exp(out[..., 2:]))
         std_2 = 0.7 * torch.clamp(softplus / math.log(2), min=1e-3)
-        z2 = mean_2 + std_2 * torch.randn(draws, 4, 2, generator=random, dtype=torch.float64)
+        z2 = mean_2 + std_2 * torch.randn(DRAWS, 4, 2, generator=random, dtype=torch.float64)
         prior_1 = torch.tanh(mlp("z2_to_z1", z2))
         pixels = torch.tanh(mlp("z1_to_x", z1))
         return {
@@ -72,13 +75,14 @@ class Terms(unittest.TestCase):
             "log_p1": log_density(z1, prior_1, 0.4),
             "log_q2": log_density(z2, mean_2, std_2),
             "log_p2": log_density(z2, 0.0, 0.7),
-            "log_px_z": log_density(self.x, pixels, 0.4).sum(-1),
+            "log_px_z": log_density(cls.x, pixels, 0.4).sum(-1),
         }
 
+    @classmethod
     @torch.no_grad()
-    def model_terms(self, draws):
+    def model_terms(cls, draws):
         torch.manual_seed(3)
-        return self.model(self.x, self.f, sample_shape=(draws,))
+        return cls.model(cls.x, cls.f, sample_shape=(draws,))
 
     def assert_same_mean(self, a, b):
         """Two samples (draws, ...) have the same mean over draws, in every element.
@@ -90,8 +94,7 @@ class Terms(unittest.TestCase):
         self.assertLess((error / a.mean(0).abs()).max().item(), 0.05)
 
     def test_terms_are_the_expectations_they_claim_to_be(self):
-        hand = self.by_hand(DRAWS)
-        terms = self.model_terms(DRAWS)
+        hand, terms = self.hand, self.terms
 
         # 1. The terms of the ELBO.
         self.assert_same_mean(hand["log_px_z"], terms["log_px_z"])
@@ -120,8 +123,7 @@ class Terms(unittest.TestCase):
 
         The z1 of each draw is compared with the p(z1|z2) of the next one.
         """
-        hand = self.by_hand(DRAWS)
-        terms = self.model_terms(DRAWS)
+        hand, terms = self.hand, self.terms
         log_p1 = log_density(hand["z1"].roll(1, 0), hand["prior_1"], 0.4)
         self.assert_same_mean(hand["log_q1"].roll(1, 0) - log_p1, terms["unit_kl_1"])
         self.assertGreaterEqual(terms["unit_kl_1"].min().item(), 0)

@@ -422,8 +422,8 @@ class Residuals(small.InFolder):
         small.check_level_residuals(self, model, grey, f, levels, probabilities)
 
     @torch.no_grad()
-    def test_forward_draws_the_same_numbers_as_before(self):
-        """Features come first, then one draw a level from the top down."""
+    def test_order_of_the_draws_in_forward(self):
+        """Features come first, then one draw for each level from the top down."""
         model, f, x = model_and_images(3, moved=0.5, latents="1,2", num_ch=3)
         torch.manual_seed(5)
         terms = model.eval()(x, f, (4,))

@@ -52,18 +52,6 @@ SCRIPTS = {
 VAE_UNITS = ("lambda", "omega", "sigma", "kl", "information")
 
 
-@dataclasses.dataclass
-class Case:
-    """One script's model, away from its start."""
-
-    script: object
-    model: torch.nn.Module
-    # The setting, and the setting with its scalars on the device.
-    f: object
-    scalars: object
-    data: datasets.Data
-
-
 def kl_terms(terms):
     """The sum of all KL terms, (..., B)."""
     return sum(terms[f"kl{level}"].sum(-1) for level in common.levels(terms))
@@ -76,7 +64,7 @@ class Models(unittest.TestCase):
         cls.quarters = small.as_quarters(cls.images)
 
     def cases(self, shift=0.05, scale=1.0, rows=60, **other_flags):
-        """Yield a Case for each script, with other_flags where the script has them.
+        """Yield a ModelCase for each script, with other_flags where the script has them.
 
         Each weight is multiplied by `scale`, and moved by a random number of the std `shift`.
         """
@@ -95,7 +83,7 @@ class Models(unittest.TestCase):
                 for p in model.parameters():
                     noise = torch.randn(p.shape, generator=random, dtype=p.dtype)
                     p.mul_(scale).add_(shift * noise)
-            yield Case(script, model, f, common.on_device(f, data.test[0]), data)
+            yield small.ModelCase(script, model, f, common.on_device(f, data.test[0]), data)
 
     @torch.no_grad()
     def test_terms_are_integrals_of_the_noise(self):
@@ -185,7 +173,7 @@ class Models(unittest.TestCase):
 
         The minimiser is L-BFGS on the model's own forward over all training rows.
         """
-        for case in self.cases(0.01, rows=20, d_hidden=20):
+        for case in self.cases(0.01, rows=12, d_hidden=20):
             gaps, comparison = self.gaps_of_a_minimisation(case)
             self.assertGreater(min(gaps), -1e-9)
             self.assertGreater(gaps[0], 1)
@@ -208,7 +196,7 @@ class Models(unittest.TestCase):
         optimizer = torch.optim.LBFGS(
             parameters,
             max_iter=100,
-            history_size=5,
+            history_size=12,
             tolerance_change=0,
             tolerance_grad=1e-9,
             line_search_fn="strong_wolfe",
@@ -226,7 +214,7 @@ class Models(unittest.TestCase):
             gaps.append(verify.check_model(model, case.f, case.data, {}).gap)
             optimizer.step(closure)
             stands_still = len(gaps) > 1 and gaps[-2] - gaps[-1] < 1e-8
-            if gaps[-1] < 1e-4 or stands_still:
+            if gaps[-1] < 3e-4 or stands_still:
                 break
         comparison = verify.check_model(model, case.f, case.data, {})
         gaps.append(comparison.gap)

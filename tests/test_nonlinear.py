@@ -164,18 +164,6 @@ def log_bernoulli(x, logits):
 
 # ----------------------------------------------------------------------------------- the models
 
-@dataclasses.dataclass
-class Case:
-    """One script's model, away from its start."""
-
-    script: object
-    model: torch.nn.Module
-    # The setting, and the setting with its scalars on the device.
-    f: object
-    scalars: object
-    data: datasets.Data
-
-
 class Cases(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -191,7 +179,7 @@ class Cases(unittest.TestCase):
         return self.quarters if name == "CVAE" else self.images
 
     def cases(self, scripts=SCRIPTS, **other_flags):
-        """Yield a Case for each script, with other_flags where the script has them."""
+        """Yield a ModelCase for each script, with other_flags where the script has them."""
         for script in scripts:
             name, flags = SCRIPTS[script]
             flags = dict(flags)
@@ -210,7 +198,7 @@ class Cases(unittest.TestCase):
                 for p in model.parameters():
                     noise = torch.randn(p.shape, generator=random, dtype=p.dtype)
                     p += 0.3 * p.std(correction=0) * noise
-            yield Case(script, model, f, common.on_device(f, data.test[0]), data)
+            yield small.ModelCase(script, model, f, common.on_device(f, data.test[0]), data)
 
 
 class Models(Cases):

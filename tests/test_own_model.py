@@ -844,7 +844,7 @@ class Answers(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "headroom.png")
             pictures.draw_headroom(path, {"z": level}, "")
-            self.assertTrue(path.read_bytes().startswith(b"\x89PNG"))
+            self.assertTrue(path.read_bytes().startswith(small.PNG))
 
         # Without the KL, only the collapsed units are known.
         level = examined([4.0, 3.0, 2.0], units=3).level_headroom()

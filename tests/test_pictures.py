@@ -29,7 +29,7 @@ def check_drawn(test, draw, names):
         drawn = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     test.assertEqual(sorted(drawn), sorted(names))
     for name, picture in drawn.items():
-        test.assertTrue(picture.startswith(b"\x89PNG"), name)
+        test.assertTrue(picture.startswith(small.PNG), name)
     messages = [str(w.message) for w in caught if w.category in (UserWarning, RuntimeWarning)]
     test.assertEqual(messages, [])
 

@@ -24,8 +24,7 @@ import predict_collapse
 import stability
 import verify
 from tests import small
-
-PNG = b"\x89PNG"
+from tests.small import PNG
 
 
 def newest(folder, name):
@@ -82,10 +81,20 @@ class Case(small.InFolder):
         return json.loads(path.read_text(encoding="utf-8")), out, err
 
     def refuse(self, argv, *words):
-        """Check that the program ends with one line on stderr that holds these words.
+        """Check that the program ends with one error line on stderr that holds these words.
 
         Nothing is printed on stdout, and the exit status is 2. Returns the line.
         """
+        line, _ = self.refusal(argv, words)
+        return line
+
+    def refuse_in_one_line(self, argv, *words):
+        """`refuse`, where stderr holds nothing but the line, not even the progress of reading."""
+        line, err = self.refusal(argv, words)
+        self.assertEqual(err, line + "\n")
+
+    def refusal(self, argv, words):
+        """Check what `refuse` promises. Returns (the line, all of stderr)."""
         status, out, err = self.call(*argv)
         self.assertEqual((status, out), (2, ""), err)
         lines = [line for line in err.strip().split("\n") if "error" in line]
@@ -93,13 +102,7 @@ class Case(small.InFolder):
         self.assertNotIn("Traceback", err)
         for word in words:
             self.assertIn(word, lines[0])
-        return lines[0]
-
-    def refuse_in_one_line(self, argv, *words):
-        """`refuse`, where stderr holds nothing but the line, not even the progress of reading."""
-        line = self.refuse(argv, *words)
-        _, _, err = self.call(*argv)
-        self.assertEqual(err, line + "\n")
+        return lines[0], err
 
 
 # -------------------------------------------------------------------------------- the predictions
@@ -1025,6 +1028,7 @@ class OtherDecoders(Case):
                 f"--dataset: cannot be combined with --likelihood {likelihood}",
             )
         self.refuse([*argv, "--beta", "1e-320"], "--beta", "not finite")
+
 
 # ------------------------------------------------------------------------------------------ flags
 

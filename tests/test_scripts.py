@@ -4,7 +4,6 @@ Then what a command makes of Ctrl-C, of settings that diverge, of files that are
 way, and of another process that runs the same command at the same time.
 """
 import importlib
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ import MNIST_CVAE_Relu
 import MNIST_HVAE_Relu
 import Synthetic_CVAE_Relu_correlation
 from tests import small
-from tests.small import ROOT
+from tests.small import PNG, ROOT, read_json
 from tests.test_structure import MODULES
 
 UNIT_METRICS = ["AU", "AU_kl", "active_share"]
@@ -114,13 +113,9 @@ def is_main(metric):
 def png_size(path):
     """The width and height of a whole PNG file."""
     content = path.read_bytes()
-    assert content.startswith(b"\x89PNG"), path
+    assert content.startswith(PNG), path
     assert content.rstrip().endswith(b"IEND\xaeB`\x82"), path
     return tuple(int.from_bytes(content[k:k + 4], "big") for k in (16, 20))
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_weights(folder):
@@ -167,11 +162,11 @@ class CommandLine(small.WithMnist):
             **options,
         )
 
-    def run_in_child(self, name, script, argv):
+    def run_in_child(self, name, script, argv, draws_pictures=True):
         """Run a script in a child process until it ends. Its output goes to files of that name."""
         out = self.folder / f"{name}.out"
         err = self.folder / f"{name}.err"
-        process = small.start_command(script, argv, self.folder, out, err)
+        process = small.start_command(script, argv, self.folder, out, err, draws_pictures)
         [status] = small.exit_statuses([process])
         return EndedCommand(
             script, argv, status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
@@ -330,7 +325,7 @@ class CommandLine(small.WithMnist):
         numbers = []
         for out_dir in ("once", "again"):
             command = self.run_in_child(
-                out_dir, "MNIST_HVAE_Relu.py", [*argv, "--out_dir", out_dir]
+                out_dir, "MNIST_HVAE_Relu.py", [*argv, "--out_dir", out_dir], draws_pictures=False
             )
             self.assertIn("training 2 settings: epoch 2/2", command.err)
             tables.append(command.out)

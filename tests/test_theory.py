@@ -115,7 +115,7 @@ class ExactLosses(unittest.TestCase):
 class BruteForce(unittest.TestCase):
     """Each closed form against the exact loss minimised from random starts."""
 
-    def check(self, Problem, f, starts=3):
+    def check(self, Problem, f, starts=2):
         """Minimise the loss of a setting and compare the result with the closed form, returned."""
         problem = Problem(f)
         random = torch.Generator().manual_seed(5)
