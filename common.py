@@ -595,10 +595,10 @@ def _check_out_dir(parser, out_dir):
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as error:
-        parser.error(
-            f"--out_dir: got {out_dir!r} ({error.strerror}), wants a folder to write the results to"
-        )
+    except (OSError, ValueError) as error:
+        # A name with a null character or half of a surrogate pair raises a ValueError.
+        reason = getattr(error, "strerror", None) or error
+        parser.error(f"--out_dir: got {out_dir!r} ({reason}), wants a folder to write to")
 
 
 # --- The device ---

@@ -267,7 +267,7 @@ def _choose_dataset(f):
     if f.dataset == "digits":
         return "digits"
     if f.dataset == "auto":
-        if _is_on_disk_or_fetched("mnist", f.data_dir):
+        if _is_on_disk_or_fetched("mnist", f):
             return "mnist"
         print(
             f"warning: MNIST is not in {f.data_dir!r} and cannot be downloaded; the embedded "
@@ -275,7 +275,7 @@ def _choose_dataset(f):
             file=sys.stderr,
         )
         return "digits"
-    if not _is_on_disk_or_fetched(f.dataset, f.data_dir):
+    if not _is_on_disk_or_fetched(f.dataset, f):
         common.stop(
             f,
             f"--dataset: {f.dataset} is not in --data_dir {f.data_dir!r} and cannot be downloaded; "
@@ -338,9 +338,18 @@ def _locate(name, data_dir):
     )
 
 
-def _is_on_disk_or_fetched(name, data_dir):
-    """Whether the data set is in data_dir, after unpacking or downloading it where needed."""
-    location = _locate(name, data_dir)
+def _is_on_disk_or_fetched(name, f):
+    """Whether the data set is in --data_dir, after unpacking or downloading it where needed.
+
+    Ends the program if --data_dir is no possible name of a folder.
+    """
+    data_dir = f.data_dir
+    try:
+        location = _locate(name, data_dir)
+    except (OSError, ValueError) as error:
+        # Such as a name that is too long, or one with a null character.
+        reason = getattr(error, "strerror", None) or error
+        common.stop(f, f"--data_dir: got {data_dir!r} ({reason}), wants a folder with data sets")
     if location.on_disk:
         return True
     if not location.packed and not _any_answers(location.urls):

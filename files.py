@@ -197,6 +197,11 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         _replace(unfinished, path)
+    except OSError as error:
+        # The message names the file that was wanted, not the unfinished one.
+        if error.filename in (None, str(unfinished)):
+            error.filename = str(path)
+        raise
     finally:
         # After an error the file may be there, or even its folder may be absent.
         with contextlib.suppress(OSError):

@@ -1007,17 +1007,19 @@ def write_result(f, name, runs):
     # Pictures that show a single seed show the one that the table already had.
     earlier_arrays = (read_arrays(f, name) or {}) if earlier_rows else {}
 
-    # An old picture, and its arrays, would not show the new numbers.
+    # An old picture would not show the new numbers.
     Path(f.results_dir, f"{name}.png").unlink(missing_ok=True)
-    Path(f.results_dir, "data", f"{name}.npz").unlink(missing_ok=True)
     files.write_text(path, csv_text(runs, earlier_rows))
+
+    # Old arrays are there until the new ones replace them. After a kill in between, the same
+    # command finds the arrays of the earlier seeds again.
     arrays = (experiment.arrays(runs) or {}) if experiment.arrays else {}
     arrays |= earlier_arrays
+    arrays_path = Path(f.results_dir, "data", f"{name}.npz")
     if arrays:
-        files.write(
-            Path(f.results_dir, "data", f"{name}.npz"),
-            lambda file: np.savez_compressed(file, **arrays),
-        )
+        files.write(arrays_path, lambda file: np.savez_compressed(file, **arrays))
+    else:
+        arrays_path.unlink(missing_ok=True)
     write_page(f, [name, *collected_from(experiment)])
     print(f"written: {Path(f.results_dir, name)}.csv", file=sys.stderr)
 
@@ -1215,6 +1217,20 @@ def warn_of_smaller_tables(f, runs_by_name):
                 )
 
 
+def check_earlier_tables(f, runs_by_name):
+    """End the program if --add_seeds cannot read a table to which it would add rows."""
+    for name, runs in runs_by_name.items():
+        path = Path(f.results_dir, f"{name}.csv")
+        try:
+            rows_of_other_seeds(path, runs)
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+            common.stop(
+                f,
+                f"--add_seeds: {path} cannot be read ({error!r}), wants a table of results; "
+                "without --add_seeds it is replaced",
+            )
+
+
 def make_own_share(runs, costs):
     """Make the runs that are dealt to this process, then wait for the other processes."""
     rank, count = processes.rank_and_count()
@@ -1243,7 +1259,9 @@ def main(argv=None):
         # The page with a collected result is written when the results that have its rows are made.
         if not EXPERIMENTS[name].collected:
             runs_by_name[name] = [Run(command, f, seeds) for command in EXPERIMENTS[name].commands]
-    if not f.add_seeds:
+    if f.add_seeds:
+        check_earlier_tables(f, runs_by_name)
+    else:
         warn_of_smaller_tables(f, runs_by_name)
     # Several results may need the same command.
     all_runs = list({run.command: run for runs in runs_by_name.values() for run in runs}.values())

@@ -364,6 +364,7 @@ class Refused(unittest.TestCase):
             file.touch()
             self.refuse(["--out_dir", file], "--out_dir", str(file))
             self.refuse(["--out_dir", file / "below"], "--out_dir", str(file))
+        self.refuse(["--out_dir", "a\0b"], "--out_dir", "null")
 
     def test_device_unknown_or_absent(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -114,6 +114,13 @@ class Mnist(small.InFolder):
             self.assertIn(f"error: --data_dir: {path} is truncated or corrupt", err)
             self.assertEqual(err.count("\n"), 1)
 
+    def test_a_name_of_a_folder_that_is_too_long(self):
+        status, err = load("x" * 300, "mnist")
+        self.assertEqual(status, 2)
+        self.assertIn("error: --data_dir: got ", err)
+        self.assertIn("too long", err)
+        self.assertEqual(err.count("\n"), 1)
+
     def test_a_label_that_is_no_digit(self):
         raw = write_mnist(self.folder)
         labels = raw / "t10k-labels-idx1-ubyte"

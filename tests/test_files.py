@@ -53,8 +53,11 @@ class Writing(small.InFolder):
     def test_an_error_while_the_file_is_written(self):
         path = self.folder / "file"
         path.write_bytes(b"first")
-        with mock.patch("os.fsync", side_effect=OSError("disk full")), self.assertRaises(OSError):
+        with mock.patch("os.fsync", side_effect=OSError("disk full")), \
+                self.assertRaises(OSError) as raised:
             files.write(path, lambda file: file.write(b"second"))
+        # A message about the error can name the file.
+        self.assertEqual(raised.exception.filename, str(path))
         self.assertEqual(self.names(), {"file"})
         self.assertEqual(path.read_bytes(), b"first")
 

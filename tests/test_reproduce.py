@@ -297,6 +297,11 @@ class TableAndFigure(Reproduced):
         self.assertEqual(self.rows("figure_cvae_beta"), only_first)
         picture = (self.results / "figure_cvae_beta.png").read_bytes()
 
+        # A kill before the new arrays are written loses nothing.
+        with mock.patch("numpy.savez_compressed", side_effect=KeyboardInterrupt), \
+                self.assertRaises(KeyboardInterrupt):
+            self.call("figure_cvae_beta", "--seed", "2", "--add_seeds", "true")
+
         for _ in range(2):
             self.made("figure_cvae_beta", "--seed", "2", "--add_seeds", "true")
             rows = self.rows("figure_cvae_beta")
@@ -327,6 +332,9 @@ class Replaced(Reproduced):
             self.assertNotIn("seeds", self.made("figure_vae_sigma", "--seed", "3,4"))
             (self.results / "figure_vae_sigma.csv").write_bytes(b"\xff")
             self.assertNotIn("warning", self.made("figure_vae_sigma"))
+            status, _, err = self.call("figure_vae_sigma", "--add_seeds", "true")
+            self.assertEqual((status, err.count("\n")), (2, 1), err)
+            self.assertIn("--add_seeds: ", err)
 
 
 class Made(Reproduced):
