@@ -9,20 +9,20 @@ topic and on the word before it. The language is drawn here, so that its exact m
 known.
 
 What happens: all 8 units collapse. The decoder reads the previous words, infers the topic from
-them, and needs no z. The post-mortem names the objective as the cause, and a rho_1 just above 1.
-So the sum over the words, which has beta = 1, would not be enough. The program then trains three
-new models:
+them, and needs no z. The post-mortem names the objective as the cause. On held-out rows rho_1 is
+just above 1. So the sum over the words alone, which has beta = 1, would hardly be enough. The
+program then trains three new models:
 
-- The remedy has beta = 0.5, which is below rho_1.
+- The remedy has beta = 0.5, which is far below rho_1.
 - The control keeps the mistake and trains three times as long.
-- A last model has beta = 1. Its KL is small, and its loss is that of the collapsed model.
+- A last model has beta = 1. Its KL is small, and its loss is about that of the collapsed model.
 
     python -m examples.sequence
 
 The losses that are compared are all the cross-entropy, summed over the words, plus 0.5 KL, in nats
 per sentence. It is the mean over the 20,000 training sentences, with one draw of z for each. A
 collapsed model has the same loss for any beta. The program also prints the negative ELBO, which
-has beta = 1. The remedy raises it: with this decoder, z is of use only if the KL costs less.
+has beta = 1. The remedy raises it, because this decoder describes the sentences as well without z.
 """
 import sys
 
