@@ -1504,12 +1504,15 @@ def _remedy(result):
         return "Examine more rows, at best all training rows, before you change anything."
     if result.cause == "training":
         return (
-            "Beta need not change, because the loss would fall at this beta. First count the dead "
-            "units of ReLU layers, which fire for no example and get no gradient. If most are "
-            "dead, start anew with a smaller learning rate. Otherwise try in this order: "
-            f"{TRAINING_REMEDIES}. If the units stay collapsed, your networks may be unable to "
-            "express them: a further unit has a weight for each column, which a purely "
-            "convolutional decoder lacks."
+            "Check two lines of your program first. Is beta that of your loss? With a mean over D "
+            "columns and a KL of weight w, it is w D, or w D / 2 for mse_loss. Does the gradient "
+            "of the reconstruction loss reach the encoder? It does if z is mean + std * noise or a "
+            "draw of rsample(), and not with sample(). If both are right, beta need not change, "
+            "because the loss would fall at this beta. Count the dead units of ReLU layers, which "
+            "fire for no example and get no gradient. If most are dead, start anew with a smaller "
+            f"learning rate. Otherwise try in this order: {TRAINING_REMEDIES}. If the units stay "
+            "collapsed, your networks may be unable to express them: a further unit has a weight "
+            "for each column, which a purely convolutional decoder lacks."
         )
     if result.cause == "encoder":
         return (
@@ -1519,7 +1522,8 @@ def _remedy(result):
     if result.cause == "unstable":
         return (
             "Train longer, because a small step lowers the loss. How far it falls is not known in "
-            "advance."
+            "advance. If the units stay collapsed, the gain is probably small. A smaller beta "
+            "raises it, and so does a weaker decoder, if it reads x."
         )
     if result.likelihood == "gaussian":
         return _remedy_of_gaussian_objective(result)
@@ -1542,12 +1546,20 @@ def _remedy_of_gaussian_objective(result):
 
     beta = largest / result.eta_dec**2
     eta_dec = (largest / result.beta)**0.5
+    # The root mean squared residual per column: about what a decoder would learn as its eta_dec.
+    learned = result.eigenvalues[1].mean().item()**0.5
+    if learned < eta_dec:
+        advice = (
+            "If eta_dec is fixed, you may let the decoder learn it: it would become about "
+            f"{learned:.4g}, which is low enough."
+        )
+    else:
+        advice = f"A learned eta_dec would be about {learned:.4g}, which is not low enough."
     return (
         "More training of this model hardly revives collapsed units. For it, a collapsed unit with "
         f"any encoder lowers the loss only if beta is below {beta:.4g}, which is "
         f"{beta / result.beta:.2g} times its value, or, at this beta, if eta_dec is below "
-        f"{eta_dec:.4g}. If eta_dec is fixed, you may let the decoder learn it. This lowers "
-        "eta_dec if the mean squared error per column is below eta_dec^2."
+        f"{eta_dec:.4g}. {advice}"
     )
 
 

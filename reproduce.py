@@ -95,7 +95,7 @@ def both_objectives(command):
 
 CVAE_BETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --eta_dec 1.0 --beta 0.1,0.5,1.0,2.0"
 CVAE_ETA = "MNIST_CVAE_Relu.py --eta_enc 1.0 --beta 1.0 --eta_dec 0.25,0.5,1.0,2.0"
-CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:5.0:0.1"
+CVAE_LINEAR = "MNIST_CVAE_Linear.py --beta 0.1:4.9:0.2 --num_samples 0"
 
 HVAE_BETA_1 = "MNIST_HVAE_Relu.py --beta_1 0.25,0.5,1.0,2.0,3.0"
 HVAE_BETA_2 = "MNIST_HVAE_Relu.py --beta_2 0.25,0.5,1.0,2.0,3.0"

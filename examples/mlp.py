@@ -4,9 +4,11 @@ The mistake: `binary_cross_entropy` averages over the 784 pixels by default, and
 this mean. Relative to the sum over the pixels, the KL is then 784 times too heavy: beta = 784.
 
 What happens: all 16 units collapse, and every reconstruction is the mean image. The post-mortem
-names the objective as the cause, and the beta below which a unit is of use. The program then trains
-two new models. The first one sums over the pixels, so that beta = 1. The second one keeps the
-mistake and trains three times as long, which the post-mortem says would hardly help.
+names the objective as the cause, and the beta below which a unit is of use. For this it must be
+given the beta that the loss really has. With `beta=1`, as the loss seems to have, it would name
+training. The program then trains two new models. The first one sums over the pixels, so that
+beta = 1. The second one keeps the mistake and trains three times as long, which the post-mortem
+says would hardly help.
 
     python -m examples.mlp [folder of the data sets, by default "data"]
 

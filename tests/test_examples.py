@@ -237,7 +237,7 @@ class Results(unittest.TestCase):
                 self.assertIn(cells, line)
             self.assertIn(f"| {row['cause']} |", line)
 
-    def test_all_verdicts_held(self):
+    def test_all_causes_were_right(self):
         """README and the page say that each remedy activated all units, and each control none."""
         with open(program.TABLE, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):

@@ -684,7 +684,10 @@ class Answers(unittest.TestCase):
             result.certainty,
             "Units found on one half of the rows and measured on the other half lead to the same "
             "verdict, so the 1,000 rows are enough for it.")
-        remedies = ("Beta need not change", "dead", "initial std", "warm-up of beta", "more epochs")
+        remedies = (
+            "Is beta that of your loss?", "rsample()", "beta need not change", "dead",
+            "initial std", "warm-up of beta", "more epochs",
+        )
         places = [result.remedy.index(remedy) for remedy in remedies]
         self.assertEqual(places, sorted(places))
 
@@ -701,7 +704,13 @@ class Answers(unittest.TestCase):
             result.remedy.startswith("More training of this model hardly revives collapsed units."),
             result.remedy,
         )
-        self.assertIn("let the decoder learn it", result.remedy)
+        # A learned eta_dec^2 would be the mean of 0.3 and 0.1, which exceeds 0.15.
+        self.assertIn(
+            f"A learned eta_dec would be about {0.2**0.5:.4g}, which is not low", result.remedy)
+        # Here it would be the mean of 0.3, 0.1 and 0.02.
+        learned = examined([0.2, 0.1, 0], any_tau=[0.3, 0.1, 0.02], beta=2.0, eta_dec=0.5)
+        self.assertIn(
+            f"let the decoder learn it: it would become about {0.14**0.5:.4g}", learned.remedy)
 
         # They hold: just below them a unit gains something, and just above nothing.
         for factor, gains in ((0.99, True), (1.01, False)):
@@ -801,7 +810,7 @@ class Answers(unittest.TestCase):
         structured = x + 3 * x[:, :1]
         result = examine(structured.mean(0) + offset, structured, beta=2)
         self.assertEqual(result.cause, "training")
-        self.assertTrue(result.remedy.startswith("Beta need not change"))
+        self.assertTrue(result.remedy.startswith("Check two lines of your program first."))
 
     def test_sizes_of_halves(self):
         """All rows are the mean over both halves, weighted by their numbers of rows."""
