@@ -36,8 +36,9 @@ def programs_and_modules():
 
 
 def python_files():
-    """All Python files of the project, tests included."""
-    return [*programs_and_modules(), *sorted(ROOT.glob("tests/*.py"))]
+    """All Python files of the project, tests and examples included."""
+    others = [*ROOT.glob("tests/*.py"), *ROOT.glob("examples/*.py")]
+    return [*programs_and_modules(), *sorted(others)]
 
 
 def syntax_tree(path):
