@@ -155,7 +155,7 @@ class CommandLines(small.InFolder):
             [script] = draw.choices(list(SCRIPTS), list(SCRIPTS.values()))
             argv = random_command_line(draw, script, case, self.folder)
             with self.subTest(script=script.__name__, argv=argv):
-                statuses.append(self.check(script, argv, with_pictures=case % 10 == 0))
+                statuses.append(self.check(script, argv, with_pictures=case % 25 == 0))
         self.assertGreater(statuses.count(0), 100)
         self.assertGreater(statuses.count(2), 100)
 
