@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import datasets
+import losses
 import text_files
 
 # The largest number in a file. Its square is finite in float64.
@@ -775,7 +776,7 @@ def _wanted(f, source, domain, value):
         return f"{domain.words} for --scale"
     is_pixel = f.likelihood == "bernoulli" and source.flag == "x" and 1 < value <= LARGEST_PIXEL
     remedy = "; --scale divides pixels from 0 to 255 by 255" if is_pixel else ""
-    return f"{domain.words} for --likelihood {f.likelihood}{remedy}"
+    return f"{domain.words} for {losses.decoder_flag(f)}{remedy}"
 
 
 # --- Remarks on the numbers ---

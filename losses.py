@@ -167,3 +167,11 @@ def in_words(settings, columns, units):
         f"The loss {f.loss} with KL weight {weights} amounts to {decoder} and beta = {betas}"
         f"{reason}."
     )
+
+
+def decoder_flag(f):
+    """The flag that has chosen the decoder, as text: "--likelihood bernoulli" or "--loss bce_sum".
+
+    A --loss determines the likelihood. Without both flags the decoder is --likelihood gaussian.
+    """
+    return f"--likelihood {f.likelihood}" if f.loss == "none" else f"--loss {f.loss}"

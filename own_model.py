@@ -345,8 +345,9 @@ class HalfSums:
         if most > MOST_COLUMNS:
             raise ValueError(
                 f"x has {most:,} columns (with its categories and conditions), wants at most "
-                f"{MOST_COLUMNS:,}; train on smaller images, or, for a Gaussian decoder and at "
-                f"most {MOST_COLUMNS:,} rows, save arrays for predict_collapse.py --residual"
+                f"{MOST_COLUMNS:,}; train on smaller images, or join rare categories into groups. "
+                f"For a Gaussian decoder and at most {MOST_COLUMNS:,} rows, you may instead save "
+                "arrays for predict_collapse.py --residual"
             )
         if self._first_input is None:
             self._first_input = u[:1]

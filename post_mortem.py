@@ -46,7 +46,7 @@ def check_flags(settings):
         common.stop(f, "--residual: also wants --x, a file with the inputs of the encoder")
     _check_model(settings)
     _check_units(settings)
-    decoder = decoder_flag(f)
+    decoder = losses.decoder_flag(f)
     if f.likelihood == "gaussian":
         refuse_flags(settings, ("fisher",), f"{decoder}, whose information is known")
         if any(g.eta_dec == "learned" for g in settings):
@@ -68,14 +68,6 @@ def check_flags(settings):
             f"--residual: also wants --fisher for {decoder}, a file with the Fisher information of "
             "each column",
         )
-
-
-def decoder_flag(f):
-    """The flag that has chosen the decoder, as text: "--likelihood bernoulli" or "--loss bce_sum".
-
-    A --loss determines the likelihood. Without both flags the decoder is --likelihood gaussian.
-    """
-    return f"--likelihood {f.likelihood}" if f.loss == "none" else f"--loss {f.loss}"
 
 
 def refuse_flags(settings, names, reason):
@@ -248,7 +240,7 @@ def _check_sizes(f, sources):
         common.stop(
             f,
             f"--residual: got {columns:,} columns, wants at most {arrays.MAX_COLUMNS:,} for "
-            f"{decoder_flag(f)}; average neighbouring pixels",
+            f"{losses.decoder_flag(f)}; average neighbouring pixels",
         )
     if "y" in sources:
         joined = sources["x"].columns + sources["y"].columns

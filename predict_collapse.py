@@ -265,7 +265,7 @@ def check_prediction_flags(settings):
 def check_likelihood_flags(settings):
     """End the program if flags of a prediction do not go with a decoder that is not Gaussian."""
     f = settings[0]
-    decoder = post_mortem.decoder_flag(f)
+    decoder = losses.decoder_flag(f)
     other_models = [g.model for g in settings if g.model != "vae"]
     if other_models:
         common.stop(f, f"--model: got {other_models[0]}, wants vae for {decoder}")

@@ -164,7 +164,7 @@ def measure_instability(f):
         common.stop(
             f,
             f"--x: got {source.columns:,} columns, wants at most {arrays.MAX_COLUMNS:,} for "
-            f"--likelihood {f.likelihood}; choose columns with --columns, or average neighbouring "
+            f"{losses.decoder_flag(f)}; choose columns with --columns, or average neighbouring "
             "pixels",
         )
     codes = arrays.find_categories(f, source) if f.likelihood == "categorical" else None

@@ -9,8 +9,8 @@ from tests.small import ROOT
 # Each module imports only modules that stand before it in this list.
 MODULES = (
     "processes", "common", "theory", "files", "own_model", "headroom", "verify", "datasets",
-    "text_files", "arrays",
-    "training", "pictures", "losses", "linear_prediction", "stability", "post_mortem", "report",
+    "text_files", "losses", "arrays",
+    "training", "pictures", "linear_prediction", "stability", "post_mortem", "report",
     "deep",
     "measurements", "answers", "figures", "page",
 )
