@@ -69,13 +69,12 @@ def numbers_of_theorems():
 
 
 def numbers_of_linear_cvae():
-    off = [row for row in rows_of("figure_cvae_linear") if row["singular values off"] > 0.02]
-    first, second = sorted(off, key=lambda row: row["beta"])
+    first, second = sorted(differing("figure_cvae_linear"), key=lambda row: row["beta"])
     return {
-        "0.5": first["beta"],
-        "3.3": second["beta"],
-        "2.8": 100 * first["singular values off"],
-        "6.0": 100 * second["singular values off"],
+        "0.1": first["beta"],
+        "0.3": second["beta"],
+        "3.8": 100 * first["singular values off"],
+        "2.7": 100 * second["singular values off"],
     }
 
 
@@ -287,7 +286,7 @@ DEFINITIONS = {
     "figure_hvae_beta_1": {"95", "2019"},
     "figure_cvae_beta": {"1", "2"},
     # The share of a threshold, and the cost below which an error does not count.
-    "figure_cvae_linear": {"1", "0.0001"},
+    "figure_cvae_linear": {"1", "0.0001", "0.5", "3.3"},
     "figure_vae_sigma": {"1"},
     "table_remedies": {"0.1", "1", "2", "0", "0.01"},
     # The values of ρ.
@@ -321,6 +320,12 @@ class Comments(unittest.TestCase):
                     self.assertAlmostEqual(values[text], written, delta=0.5001 * 10**-decimals)
 
     def test_numbers_in_words(self):
+        # Nine linear CVAEs have errors above 2 %. Two differ, and seven do not count.
+        off = [row for row in rows_of("figure_cvae_linear") if row["singular values off"] > 0.02]
+        uncounted = [row for row in off if row["verdict"] == "as predicted"]
+        self.assertEqual((len(off) - len(uncounted), len(uncounted)), (2, 7))
+        self.assertEqual(sum(row["beta"] in (0.5, 3.3) for row in uncounted), 6)
+
         # The largest error of the linear HVAEs is at the smallest beta_2.
         rows = rows_of("figure_hvae_linear")
         worst = max(rows, key=lambda row: row["singular values off"])
