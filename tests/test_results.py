@@ -46,11 +46,6 @@ def differing(name):
     return [row for row in rows_of(name) if row["verdict"] != "as predicted"]
 
 
-def with_singular_values_off(name):
-    """The rows whose verdict names a singular value."""
-    return [row for row in differing(name) if "singular value" in row["verdict"]]
-
-
 def percent_off(rows):
     """How far the singular values of rows are off, in percent of the largest one."""
     return [100 * row["singular values off"] for row in rows]
@@ -65,7 +60,8 @@ def log_px(name, **flags):
 
 
 def numbers_of_theorems():
-    return {"3.7": max(percent_off(with_singular_values_off("table_theorems")))}
+    trained = [row for row in rows_of("table_theorems") if "singular values off" in row]
+    return {"0.64": max(percent_off(trained))}
 
 
 def numbers_of_linear_cvae():
