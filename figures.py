@@ -603,8 +603,8 @@ def plot_gains(ax, commands):
 def against_prediction(path, commands, arrays):
     """Draw the trained KL over the predicted one, one panel per script and level.
 
-    Each point is a setting. Its colour says which flag its command varies. Scripts with fewer than
-    three settings that have a prediction are left out.
+    Each point is a setting. Its colour says which flag its command varies, or that it varies none.
+    Scripts with fewer than three settings that have a prediction are left out.
     """
     panels = prediction_panels(commands)
     if not panels:
@@ -615,7 +615,7 @@ def against_prediction(path, commands, arrays):
         for flag, flag_points in points.items():
             color = f"C{flags.index(flag)}"
             x, y = flag_points.T
-            ax.plot(x, y, "o", color=color, markersize=4, label=flag)
+            ax.plot(x, y, "o", color=color, markersize=4, label=flag or "none")
         # Both axes have the limits of all predicted and trained values.
         low = min(flag_points.min() for flag_points in points.values())
         high = max(flag_points.max() for flag_points in points.values())

@@ -758,6 +758,8 @@ class AgainstPrediction(Drawn):
         np.testing.assert_array_equal(panels["x"]["beta"], pairs)
         np.testing.assert_array_equal(panels["x"][""], [(5.0, 6.0)])
         self.picture(figures.against_prediction, commands, {})
+        legend = axes_of(figures.against_prediction, commands).flat[0].get_legend()
+        self.assertEqual([text.get_text() for text in legend.get_texts()], ["beta", "none"])
 
     def test_equal_axes_hold_all_points(self):
         commands = [predicted_sweep([(1.0, 9.0), (2.0, 2.5), (-3.0, 2.0)], line="x.py")]
