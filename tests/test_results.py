@@ -285,7 +285,8 @@ DEFINITIONS = {
     "figure_cvae_linear": {"1", "0.0001", "0.5", "3.3"},
     # The largest error, in percent, that a singular value may have.
     "figure_hvae_linear": {"2"},
-    "figure_vae_sigma": {"1"},
+    # The values of β and σ, and the thresholds that follow from them.
+    "figure_vae_sigma": {"1", "4", "0.5"},
     "table_remedies": {"0.1", "1", "2", "0", "0.01"},
     # The values of ρ.
     "table_correlation": {"1", "2", "4", "8", "0"},
@@ -323,6 +324,16 @@ class Comments(unittest.TestCase):
         uncounted = [row for row in off if row["verdict"] == "as predicted"]
         self.assertEqual((len(off) - len(uncounted), len(uncounted)), (2, 7))
         self.assertEqual(sum(row["beta"] in (0.5, 3.3) for row in uncounted), 6)
+
+        # A fixed variance lowers the ELBO and log p(x) at β = 1, and raises them at β = 4.
+        commands = commands_of("figure_vae_sigma")
+        for learnable, fixed in zip(commands[::2], commands[1::2], strict=True):
+            for metric in ("elbo", "log_px"):
+                means = []
+                for command in (learnable, fixed):
+                    means.append(measurements.seed_mean(command.rows, metric))
+                beta = fixed.rows[0]["beta"]
+                self.assertEqual(means[1] < means[0], beta == 1, (beta, metric))
 
         # The largest error of the linear HVAEs is at the smallest beta_2.
         rows = rows_of("figure_hvae_linear")
@@ -469,8 +480,10 @@ class Glance(unittest.TestCase):
             self.assertIn(steps, self.row(beginning))
 
     def test_encoder_variance(self):
-        _, _, learnable, fixed, *_ = commands_of("figure_vae_sigma")
+        _, _, learnable, fixed, linear_learnable, linear_fixed = commands_of("figure_vae_sigma")
         row = self.row("A learnable encoder variance")
+        kept = [answers.active_units(model, "AU_kl") for model in (linear_learnable, linear_fixed)]
+        self.assertIn(f"{kept[0]} of 5 units are kept with it, and {kept[1]} without", row)
         for metric in ("AU_kl", "AU"):
             for command in (learnable, fixed):
                 self.assertIn(answers.active_units(command, metric), row)
