@@ -130,7 +130,11 @@ def numbers_of_cvae():
 
 def numbers_of_single_digit():
     rows = [row for row in rows_of("figure_single_digit") if row.get("linear AU")]
+    causes = measurements.causes_of_collapse(commands_of("figure_single_digit"))
     return {
+        "31": causes.by_objective,
+        "33": causes.collapsed,
+        "0.051": max(row["headroom_any"] for row in rows),
         "1": [row["digit"] for row in rows if row["linear AU"] < 16][0],
         "16": max(row["linear AU"] for row in rows),
     }
