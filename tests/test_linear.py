@@ -214,7 +214,8 @@ class Models(unittest.TestCase):
             gaps.append(verify.check_model(model, case.f, case.data, {}).gap)
             optimizer.step(closure)
             stands_still = len(gaps) > 1 and gaps[-2] - gaps[-1] < 1e-8
-            if gaps[-1] < 3e-4 or stands_still:
+            # The error of singular values falls as the root of the gap. Here it is about 0.2 %.
+            if gaps[-1] < 1e-4 or stands_still:
                 break
         comparison = verify.check_model(model, case.f, case.data, {})
         gaps.append(comparison.gap)
