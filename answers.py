@@ -1,7 +1,8 @@
 """The answer of each of reproduce.py's results in a sentence or two, computed from its rows.
 
-A function takes the measurements.Command list of a result and returns a sentence. The words depend
-on what was measured, so that a result which turns out otherwise is not described as expected.
+A function takes the measurements.Command list of a result and returns its answer. Details may
+follow as a list in Markdown, after a blank line. The words depend on what was measured, so that a
+result which turns out otherwise is not described as expected.
 """
 from dataclasses import dataclass
 
@@ -21,6 +22,16 @@ def yes_or_no(agreeing, total):
     if agreeing == total:
         return "Yes."
     return "Mostly." if agreeing > total / 2 else "No."
+
+
+def with_details(answer, details):
+    """An answer, and below it the details, a list of texts, as a list in Markdown.
+
+    The summary of the page shows the part above the blank line alone.
+    """
+    if not details:
+        return answer
+    return answer + "\n\n" + "\n".join(f"- {detail}" for detail in details)
 
 
 # ------------------------------------------------------------------------------------- small models
@@ -137,18 +148,29 @@ def learnable_and_fixed(commands):
     KL, and by the variance of their posterior means. A unit with a fixed variance has a KL even if
     it ignores x, unless the variance is the prior's.
     """
-    sentences = []
-    for learnable, fixed in finished_pairs(commands):
+    pairs = finished_pairs(commands)
+    if not pairs:
+        return "No pair of models is finished."
+    by_kl = sum(is_smaller_with_each_seed(*pair, "AU_kl") for pair in pairs)
+    by_mean = sum(is_smaller_with_each_seed(*pair, "AU") for pair in pairs)
+    answer = (
+        f"In {by_kl} of {measurements.plural(len(pairs), 'pair')} of models, a learnable variance "
+        "leaves fewer units active with each seed, counted by their KL. Counted by their posterior "
+        f"means, it does so in {by_mean}."
+    )
+
+    details = []
+    for learnable, fixed in pairs:
         kind = "ReLU" if "Relu" in learnable.script else "linear"
         row = learnable.rows[0]
         by_kl = [active_units(command, "AU_kl") for command in (learnable, fixed)]
         by_mean = [active_units(command, "AU") for command in (learnable, fixed)]
-        sentences.append(
-            f"With β = {row['beta']:g}, {by_kl[0]} of {row['d_1']} units of the {kind} model have "
-            f"a KL with a learnable variance, and {by_kl[1]} with a fixed one. The posterior means "
-            f"of {by_mean[0]} and {by_mean[1]} units vary."
+        details.append(
+            f"The {kind} model with β = {row['beta']:g}: by their KL, {by_kl[0]} of {row['d_1']} "
+            f"units are active with a learnable variance, and {by_kl[1]} with a fixed one. By "
+            f"their posterior means, {by_mean[0]} and {by_mean[1]} are."
         )
-    return " ".join(sentences) or "No pair of models is finished."
+    return with_details(answer, details)
 
 
 def finished_pairs(commands):
@@ -164,6 +186,16 @@ def active_units(command, metric):
     """The number of active units of a command's one setting as text, over its seeds."""
     rows = measurements.finished_rows(command.rows)
     return measurements.format_seeds([row[metric] for row in rows])
+
+
+def is_smaller_with_each_seed(command, other, metric):
+    """Whether a metric of a command is smaller than that of another one with each shared seed.
+
+    Without a shared seed it is not.
+    """
+    rows, other_rows = measurements.rows_by_seed(command), measurements.rows_by_seed(other)
+    seeds = measurements.shared_seeds([command, other])
+    return bool(seeds) and all(rows[seed][metric] < other_rows[seed][metric] for seed in seeds)
 
 
 def prediction(commands):
@@ -431,12 +463,12 @@ def converged_models(commands):
     best = best_model(finished)
     if best is not None:
         sentences += [best_sentence(best), *margin_sentences(best, finished)]
-    elif len(finished) > 1:
-        sentences.append("The models have no log p(x) with the same seed.")
-    sentences += [units_sentence(finished), *rise_sentences(finished)]
+    else:
+        sentences.append("There is no log p(x) with the same seed to compare.")
+    details = [units_sentence(finished), *rise_sentences(finished)]
     for command in finished[1:]:
-        sentences += term_sentences(command, finished[0])
-    return " ".join(sentences)
+        details += term_sentences(command, finished[0])
+    return with_details(" ".join(sentences), details)
 
 
 def margin_sentences(best, commands):
@@ -656,24 +688,29 @@ def collapse_range(command):
 
 def collapse_ranges(commands):
     """Where training collapsed z, beside the predicted threshold."""
-    predicted = None
+    ranges = []
     kinds_by_range = {}
     for command in commands:
         measured = collapse_range(command)
         if measured is not None:
-            predicted = measured.predicted
+            ranges.append(measured)
             kind = f"the {kind_of_start(command)}"
             kinds_by_range.setdefault(range_in_words(measured), []).append(kind)
-    if predicted is None:
+    if not ranges:
         return "All models diverged."
 
-    sentences = [
-        f"Collapse is predicted to be stable from β = {predicted:.2f} on. The percentages are "
-        "differences from this β."
-    ]
+    sentences = [f"Collapse is predicted to be stable from β = {ranges[0].predicted:.2f} on."]
+    last_in_use = [measured.last_in_use for measured in ranges]
+    first_collapsed = [measured.first_collapsed for measured in ranges]
+    if None not in last_in_use + first_collapsed:
+        sentences.append(
+            f"Each kind of model still uses z at β = {min(last_in_use):g}, and none does from β = "
+            f"{max(first_collapsed):g} on."
+        )
+    details = []
     for words, kinds in kinds_by_range.items():
-        sentences.append(f"The KL of {measurements.join_words(kinds)} is {words}.")
-    return " ".join(sentences)
+        details.append(f"The KL of {measurements.join_words(kinds)} is {words}.")
+    return with_details(" ".join(sentences), details)
 
 
 def kind_of_start(command):
@@ -688,7 +725,9 @@ def range_in_words(measured):
     """A CollapseRange in words, with the differences from the predicted threshold in percent."""
 
     def beta_in_words(beta):
-        return f"β = {beta:g} ({100 * (beta / measured.predicted - 1):+.1f} %)"
+        percent = 100 * (beta / measured.predicted - 1)
+        side = "above" if percent > 0 else "below"
+        return f"β = {beta:g} ({abs(percent):.1f} % {side} the prediction)"
 
     parts = []
     if measured.last_in_use is not None:

@@ -579,8 +579,8 @@ class ReleasedComparison:
     differences: list
 
     @property
-    def sentence(self):
-        """Which numbers differ from ours by more than two standard deviations."""
+    def answer(self):
+        """How many numbers are within two standard deviations of ours, and which are not."""
         outside = [words for words in self.differences if words]
         total = len(self.differences)
         if not total:
@@ -597,7 +597,7 @@ class ReleasedComparison:
         if len(outside) > MOST_DIFFERENCES:
             return f"{within} A star marks the others."
         beginning = "The other is" if len(outside) == 1 else "The others are"
-        return f"{within} {beginning} {measurements.join_words(outside)}."
+        return f"{within}\n\n{beginning} {measurements.join_words(outside)}."
 
     def paragraphs(self):
         """The table in Markdown, with a caption."""
@@ -667,10 +667,15 @@ class Measured:
 
     @property
     def answer(self):
-        """The answer to the question, in a sentence or two."""
+        """The answer to the question, with its details if it has any."""
         if self.experiment.answer is None:
-            return self.comparison.sentence if self.comparison else ""
+            return self.comparison.answer if self.comparison else ""
         return self.experiment.answer(self.commands)
+
+    @property
+    def short_answer(self):
+        """The answer in a sentence or two, without the details below it."""
+        return self.answer.partition("\n\n")[0]
 
 
 def summary_table(results):
@@ -710,7 +715,7 @@ def summary_row(result):
     ]
     return [
         f"[{result.experiment.question}](#{result.name})",
-        result.answer,
+        result.short_answer,
         *statistics_cells(result),
         ", ".join(part for part in origin if part),
     ]
@@ -859,7 +864,7 @@ def result_paragraphs(result, commands_by_name, has_picture):
     if result.comparison:
         paragraphs += result.comparison.paragraphs()
         if experiment.answer:
-            paragraphs.append(result.comparison.sentence)
+            paragraphs.append(result.comparison.answer)
     measured = [command for command in commands if command.rows]
     return [
         *paragraphs,

@@ -207,9 +207,36 @@ class LearnableAndFixed(unittest.TestCase):
         ])
         self.assertEqual(
             answer,
-            "With β = 4, 3.5 ± 0.7 of 5 units of the ReLU model have a KL with a learnable "
-            "variance, and 5 with a fixed one. The posterior means of 2 and 3 units vary.",
+            "In 1 of 1 pair of models, a learnable variance leaves fewer units active with each "
+            "seed, counted by their KL. Counted by their posterior means, it does so in 1.\n\n"
+            "- The ReLU model with β = 4: by their KL, 3.5 ± 0.7 of 5 units are active with a "
+            "learnable variance, and 5 with a fixed one. By their posterior means, 2 and 3 are.",
         )
+
+    def test_fewer_units(self):
+        """Seed by seed, once by KL and once by posterior mean. The seeds are 0, 1 and so on."""
+        answer = answers.learnable_and_fixed([
+            # Fewer by the KL. By the means as many with seed 1.
+            self.command("MNIST_VAE_Relu_learnable_sigma.py", [1, 4], [3, 4]),
+            self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [5, 5], [4, 4]),
+            # By the KL more with seed 1. Fewer by the means, and the fixed one lacks seed 2.
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [1, 4, 1], [1, 4, 9]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", [3, 3], [3, 5]),
+            self.command("MNIST_VAE_Linear_learnable_sigma.py", [1], [1]),
+            self.command("MNIST_VAE_Linear_nonlearnable_sigma.py", [2], [2]),
+        ])
+        self.assertTrue(answer.startswith(
+            "In 2 of 3 pairs of models, a learnable variance leaves fewer units active with each "
+            "seed, counted by their KL. Counted by their posterior means, it does so in 2.\n\n"
+            "- The ReLU model"
+        ), answer)
+
+    def test_no_seed_in_common(self):
+        learnable = self.command("MNIST_VAE_Relu_learnable_sigma.py", [1])
+        fixed = self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [5])
+        self.assertTrue(answers.is_smaller_with_each_seed(learnable, fixed, "AU"))
+        fixed.rows[0]["seed"] = 7
+        self.assertFalse(answers.is_smaller_with_each_seed(learnable, fixed, "AU"))
 
     def test_a_command_without_rows(self):
         """The .csv file lacks one of the fixed ones. The others are still the right pair."""
@@ -219,7 +246,8 @@ class LearnableAndFixed(unittest.TestCase):
             self.command("MNIST_VAE_Relu_learnable_sigma.py", [1]),
             self.command("MNIST_VAE_Relu_nonlearnable_sigma.py", [3]),
         ])
-        self.assertTrue(answer.startswith("With β = 4, 1 of 5 units of the ReLU model"), answer)
+        self.assertIn("The ReLU model with β = 4: by their KL, 1 of 5 units", answer)
+        self.assertIn("In 1 of 1 pair of", answer)
         self.assertNotIn("linear model", answer)
 
     def test_all_seeds_diverged(self):
@@ -544,8 +572,9 @@ class ConvergedModels(unittest.TestCase):
             answer,
             # log p(x) is 1 nat above the ELBO: -29 and -30.
             "MNIST_HVAE_Ladder has the highest log p(x), -29.50 ± 0.71 nats. It is 5.50 ± 0.71 "
-            "nats above MNIST_HVAE_DVP. Learned units in use: MNIST_HVAE_Ladder 18 and "
-            "MNIST_HVAE_DVP 18. The ELBO of MNIST_HVAE_DVP is 5.50 ± 0.71 nats lower than that of "
+            "nats above MNIST_HVAE_DVP.\n\n"
+            "- Learned units in use: MNIST_HVAE_Ladder 18 and MNIST_HVAE_DVP 18.\n"
+            "- The ELBO of MNIST_HVAE_DVP is 5.50 ± 0.71 nats lower than that of "
             "MNIST_HVAE_Ladder, mostly because of the context (-14.50 ± 0.71).",
         )
 
@@ -556,7 +585,7 @@ class ConvergedModels(unittest.TestCase):
         self.assertTrue(answer.startswith(
             # Its ELBO is -25. Those of seed 1 of the others are -30 and -35.
             "MNIST_HVAE_DCT has the highest log p(x), -24.00 nats. It is 5.00 nats above "
-            "MNIST_HVAE_Ladder (only seed 1) and 10.00 nats above MNIST_HVAE_DVP (only seed 1). "
+            "MNIST_HVAE_Ladder (only seed 1) and 10.00 nats above MNIST_HVAE_DVP (only seed 1).\n"
         ), answer)
         self.assertIn("MNIST_HVAE_DVP is 5.50 ± 0.71 nats lower than", answer)
         self.assertIn(
@@ -571,7 +600,7 @@ class ConvergedModels(unittest.TestCase):
         answer = answers.converged_models([self.ladder(), dct])
         self.assertTrue(answer.startswith(
             "MNIST_HVAE_Ladder has the highest log p(x), -29.50 ± 0.71 nats. It is 8.00 nats above "
-            "MNIST_HVAE_DCT (only seed 2). "
+            "MNIST_HVAE_DCT (only seed 2).\n"
         ), answer)
 
     def test_the_learned_latents(self):
@@ -595,8 +624,8 @@ class ConvergedModels(unittest.TestCase):
                 row["units from the top"] = "8, 16"
         answer = answers.converged_models([ladder, dvp])
         self.assertIn(
-            "Learned units in use: MNIST_HVAE_Ladder 9.0 ± 1.4 of 24 and MNIST_HVAE_DVP 7 of 24. "
-            "Over the last ten epochs the ELBO of the test images still changes by these nats: "
+            "Learned units in use: MNIST_HVAE_Ladder 9.0 ± 1.4 of 24 and MNIST_HVAE_DVP 7 of 24.\n"
+            "- Over the last ten epochs the ELBO of the test images still changes by these nats: "
             "+0.50 ± 0.35 (MNIST_HVAE_Ladder) and -0.50 (MNIST_HVAE_DVP).",
             answer,
         )
@@ -619,9 +648,12 @@ class ConvergedModels(unittest.TestCase):
         answer = answers.converged_models([diverged, dct])
         self.assertEqual(
             answer,
-            "MNIST_HVAE_DCT has the highest log p(x), -24.00 nats. Learned units in use: "
-            "MNIST_HVAE_DCT 18.",
+            "MNIST_HVAE_DCT has the highest log p(x), -24.00 nats.\n\n"
+            "- Learned units in use: MNIST_HVAE_DCT 18.",
         )
+        del dct.rows[0]["log_px"]
+        answer = answers.converged_models([diverged, dct])
+        self.assertTrue(answer.startswith("There is no log p(x)"), answer)
 
 
 def bernoulli(kls, threshold=10.0, linear=False, beta_warmup=0.0):
@@ -686,10 +718,16 @@ class CollapseRanges(unittest.TestCase):
             for last, first in ((9.0, 12.5), (9.0, None), (None, 12.5))
         ]
         self.assertEqual(
-            both, "above 0.01 nats up to β = 9 (-10.0 %) and smaller from β = 12.5 (+25.0 %) on"
+            both,
+            "above 0.01 nats up to β = 9 (10.0 % below the prediction) and smaller from β = 12.5 "
+            "(25.0 % above the prediction) on",
         )
-        self.assertEqual(only_in_use, "above 0.01 nats up to β = 9 (-10.0 %)")
-        self.assertEqual(only_collapsed, "at most 0.01 nats from β = 12.5 (+25.0 %) on")
+        self.assertEqual(
+            only_in_use, "above 0.01 nats up to β = 9 (10.0 % below the prediction)"
+        )
+        self.assertEqual(
+            only_collapsed, "at most 0.01 nats from β = 12.5 (25.0 % above the prediction) on"
+        )
 
     def test_answer(self):
         """Commands with the same range share a sentence. One that diverged has none."""
@@ -702,12 +740,25 @@ class CollapseRanges(unittest.TestCase):
         ])
         self.assertEqual(
             answer,
-            "Collapse is predicted to be stable from β = 10.00 on. The percentages are differences "
-            "from this β. The KL of the ReLU model that starts next to collapse and the linear "
-            "model after a rise of β is above 0.01 nats up to β = 9 (-10.0 %) and smaller from β = "
-            "12.5 (+25.0 %) on. The KL of the linear model that starts next to collapse is at most "
-            "0.01 nats from β = 12.5 (+25.0 %) on.",
+            "Collapse is predicted to be stable from β = 10.00 on.\n\n"
+            "- The KL of the ReLU model that starts next to collapse and the linear model after a "
+            "rise of β is above 0.01 nats up to β = 9 (10.0 % below the prediction) and smaller "
+            "from β = 12.5 (25.0 % above the prediction) on.\n"
+            "- The KL of the linear model that starts next to collapse is at most 0.01 nats from "
+            "β = 12.5 (25.0 % above the prediction) on.",
         )
+
+    def test_answer_with_all_ranges(self):
+        """β 8 is the last one at which both models use z, β 12 the first at which neither does."""
+        answer = answers.collapse_ranges([
+            bernoulli({8.0: [1.0], 9.0: [1.0], 11.0: [0.0], 12.0: [0.0]}),
+            bernoulli({8.0: [1.0], 9.0: [0.0], 11.0: [0.0], 12.0: [0.0]}, linear=True),
+            bernoulli({8.0: [1.0], 9.0: [1.0], 11.0: [1.0], 12.0: [0.0]}, beta_warmup=8.0),
+        ])
+        self.assertTrue(answer.startswith(
+            "Collapse is predicted to be stable from β = 10.00 on. Each kind of model still uses z "
+            "at β = 8, and none does from β = 12 on.\n\n- "
+        ), answer)
 
     def test_all_diverged(self):
         self.assertEqual(

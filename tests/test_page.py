@@ -695,16 +695,16 @@ class Comparison(unittest.TestCase):
             ["beta = 1.0", "5.1", "5.0 ± 1.4", "-4.90", "-5.00 ± 1.41"],
             ["beta = 2.0", "1.0", "1.0", "-1.00", "-1.00"],
         ])
-        self.assertTrue(comparison.sentence.startswith("All 4 numbers"), comparison.sentence)
+        self.assertTrue(comparison.answer.startswith("All 4 numbers"), comparison.answer)
         self.assertIn("2 seeds", comparison.paragraphs()[0])
 
     def test_otherwise(self):
         comparison = self.compare(
             self.command([[4.0, 6.0], [1.0, 1.0]]), (1.0, "kl", "5.1"), (2.0, "kl", "1.2")
         )
-        self.assertTrue(comparison.sentence.startswith("1 of 2 numbers"), comparison.sentence)
-        self.assertIn("kl at beta = 2.0 (1.2 there, 1.0 here)", comparison.sentence)
-        self.assertNotIn("beta = 1.0", comparison.sentence)
+        self.assertTrue(comparison.answer.startswith("1 of 2 numbers"), comparison.answer)
+        self.assertIn("kl at beta = 2.0 (1.2 there, 1.0 here)", comparison.answer)
+        self.assertNotIn("beta = 1.0", comparison.answer)
 
     def test_settings_with_different_seeds(self):
         comparison = self.compare(
@@ -716,7 +716,7 @@ class Comparison(unittest.TestCase):
         """A single seed has no standard deviation, so no number counts as different."""
         comparison = self.compare(self.command([[4.0], [1.0]]), (1.0, "kl", "9.0"))
         self.assertEqual(comparison.table[1], ["beta = 1.0", "9.0", "4.0"])
-        self.assertIn("too few seeds", comparison.sentence)
+        self.assertIn("too few seeds", comparison.answer)
 
     def test_settings_that_are_not_there(self):
         """Only settings that we have, too, are shown. Without any there is no comparison."""
