@@ -117,8 +117,8 @@ def where_z2_is_empty(commands):
         return f"{counts}."
     if min(empty) > max(in_use):
         return (
-            f"{counts}. These are exactly the ones with β2 / β1 ≥ {min(empty):g}. The others "
-            f"have β2 / β1 ≤ {max(in_use):g}."
+            f"{counts}. In this grid, these are exactly the ones with β2 / β1 ≥ {min(empty):g}. "
+            f"The others have β2 / β1 ≤ {max(in_use):g}."
         )
     return (
         f"{counts}. With β2 / β1 < {min(empty):g} some unit is always in use. With β2 / β1 > "
@@ -253,13 +253,13 @@ def models_as_predicted(commands):
 
 
 def models_in_words(commands):
-    """How many models pass every check, and how far the others are from the optimum."""
+    """How many models pass every check, and how far the losses are from the optimum."""
     rows = measurements.distinct_rows(commands)
     agreeing, total = models_as_predicted(commands)
     sentences = [f"{agreeing} of {total} trained models pass every check of the closed form."]
-    gaps = [row["gap"] for row in rows if row.get("verdict", "as predicted") != "as predicted"]
+    gaps = [row["gap"] for row in rows if "gap" in row]
     if gaps:
-        sentences.append(f"The rest is at most {max(gaps):.1g} nats above the optimal loss.")
+        sentences.append(f"The losses are at most {max(gaps):.1g} nats above the optimal ones.")
     diverged = total - len(measurements.finished_rows(rows))
     if diverged:
         sentences.append(f"{measurements.plural(diverged, 'model')} diverged.")

@@ -882,9 +882,9 @@ class Progress:
         return line
 
 
-def format_metric(value):
+def format_metric(value, number_format="{:.2f}"):
     """A metric as text: a number with two decimals, a count or a text as it is."""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return number_format.format(value) if isinstance(value, float) else str(value)
 
 
 def format_repeats(values, number_format="{:.2f}"):

@@ -595,7 +595,7 @@ class ReleasedComparison:
             "standard deviations of ours, up to rounding."
         )
         if len(outside) > MOST_DIFFERENCES:
-            return f"{within} A star marks the others."
+            return f"{within}\n\nA star marks the others."
         beginning = "The other is" if len(outside) == 1 else "The others are"
         return f"{within}\n\n{beginning} {measurements.join_words(outside)}."
 
@@ -674,8 +674,14 @@ class Measured:
 
     @property
     def short_answer(self):
-        """The answer in a sentence or two, without the details below it."""
-        return self.answer.partition("\n\n")[0]
+        """The answer in a sentence or two, without the details below it.
+
+        A comparison with the authors' released code adds its own sentence.
+        """
+        answers_to_show = [self.answer]
+        if self.experiment.answer and self.comparison:
+            answers_to_show.append(self.comparison.answer)
+        return " ".join(answer.partition("\n\n")[0] for answer in answers_to_show)
 
 
 def summary_table(results):

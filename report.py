@@ -936,10 +936,12 @@ def metric_cell(repeats, name):
     values = [metrics[name] for metrics in repeats if metrics and name in metrics]
     if not values:
         return "-"
+    # Two decimals would not show on which side of 0.01 nats a headroom is.
+    number_format = "{:.3f}" if name.startswith("headroom") else "{:.2f}"
     if len(repeats) == 1:
-        return common.format_metric(values[0])
+        return common.format_metric(values[0], number_format)
     # The mean of a count is printed with decimals, too, even if only one seed has finished.
-    text = common.format_repeats([float(value) for value in values])
+    text = common.format_repeats([float(value) for value in values], number_format)
     if len(values) < len(repeats):
         text += f" ({len(values)} of {len(repeats)})"
     return text

@@ -459,8 +459,8 @@ EXPERIMENTS = {
     ),
     "figure_deep_curves": page.Experiment(
         section=page.BEYOND,
-        question="Which of a Ladder VAE, a DCT-VAE and a DVP-VAE of one size is best when training "
-        "has converged?",
+        question="Which of a Ladder VAE, a DCT-VAE and a DVP-VAE of one size is best after 100 "
+        "epochs, when the ELBO of the test images stands still?",
         commands=DEEP_SMALL,
         answer=answers.converged_models,
         picture=figures.test_curves,

@@ -827,9 +827,17 @@ class Headroom(small.InFolder):
         self.assertEqual(self.level_lines([run]), [
             ["level", "kl", "AU", *names],
             ["3", "6.00", "7.00", "-", "-", "-", "-"],
-            ["2", "4.00", "5.00", "0.25", "0.50", "0.50", "0.90"],
-            ["1", "2.00", "3.00", "0.50", "1.00", "0.50", "0.90"],
+            # A headroom has three decimals, since its limit is 0.01 nats.
+            ["2", "4.00", "5.00", "0.250", "0.500", "0.50", "0.90"],
+            ["1", "2.00", "3.00", "0.500", "1.000", "0.50", "0.90"],
         ])
+
+    def test_decimals_of_a_headroom(self):
+        for nats, text in (([0.0144], "0.014"), ([0.009, 0.013], "0.011 ± 0.003")):
+            repeats = [{"headroom_2": value, "kl": value} for value in nats]
+            self.assertEqual(report.metric_cell(repeats, "headroom_2"), text)
+            self.assertIn("0.01", report.metric_cell(repeats, "kl"))
+            self.assertNotIn("0.014", report.metric_cell(repeats, "kl"))
 
     def level_lines(self, runs):
         """The cells of the table of levels that report.print_metrics prints."""
