@@ -327,19 +327,19 @@ class Causes:
     levels        the number of levels, over all settings and seeds
     by_objective  those with collapsed units because of the objective
     by_training   those with collapsed units because of training
-    undecided     other levels with collapsed units. Only a richer encoder could use them, or their
-                  collapse is unstable and the gain without it is not known.
+    other         the other levels with collapsed units. Only a richer encoder could use them, or
+                  their collapse is unstable and the gain without it is not known.
     """
 
     levels: int = 0
     by_objective: int = 0
     by_training: int = 0
-    undecided: int = 0
+    other: int = 0
 
     @property
     def collapsed(self):
         """The number of levels with collapsed units."""
-        return self.by_objective + self.by_training + self.undecided
+        return self.by_objective + self.by_training + self.other
 
 
 def causes_of_collapse(commands):
@@ -353,7 +353,7 @@ def causes_of_collapse(commands):
             elif cause == "objective":
                 causes.by_objective += 1
             elif cause != "none":
-                causes.undecided += 1
+                causes.other += 1
     return causes
 
 

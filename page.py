@@ -767,13 +767,13 @@ def correlation_cell(commands):
 def causes_cell(commands):
     """How many levels the objective and training collapsed, such as "13 / 35 of 48".
 
-    Levels whose cause is undecided have a number of their own: "13 / 33, 2 undecided, of 48".
+    Levels with another cause have a number of their own: "13 / 33, 2 other, of 48".
     """
     causes = measurements.causes_of_collapse(commands)
     if not causes.levels:
         return "-"
-    undecided = f", {causes.undecided} undecided," if causes.undecided else ""
-    return f"{causes.by_objective} / {causes.by_training}{undecided} of {causes.levels}"
+    other = f", {causes.other} other," if causes.other else ""
+    return f"{causes.by_objective} / {causes.by_training}{other} of {causes.levels}"
 
 
 def agreement_cell(commands):

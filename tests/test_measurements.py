@@ -423,14 +423,14 @@ class CausesOfCollapse(unittest.TestCase):
         )
         self.assertEqual((causes.levels, causes.by_objective, causes.by_training), (1, 1, 0))
 
-    def test_undecided(self):
+    def test_other_causes(self):
         """Only a richer encoder could use the units, or collapse is unstable."""
         rows = []
         for cause in ("none", "objective", "training", "training", "encoder", "unstable", "none"):
             rows.append({"dim_z": 16, "AU_kl": 0, "headroom": 0.0, "cause": cause})
         causes = self.causes(self.command(rows))
         self.assertEqual(
-            (causes.levels, causes.by_objective, causes.by_training, causes.undecided),
+            (causes.levels, causes.by_objective, causes.by_training, causes.other),
             (7, 1, 2, 2),
         )
         self.assertEqual(causes.collapsed, 5)
@@ -442,7 +442,7 @@ class CausesOfCollapse(unittest.TestCase):
             {"cause from the top": "objective"},
         ]))
         self.assertEqual(
-            (causes.levels, causes.by_objective, causes.by_training, causes.undecided),
+            (causes.levels, causes.by_objective, causes.by_training, causes.other),
             (7, 2, 2, 2),
         )
 

@@ -767,7 +767,7 @@ class SummaryCells(unittest.TestCase):
         deep = {"elbo": -1.0, "cause from the top": "training, encoder, unstable, none, objective"}
         self.assertEqual(
             page.causes_cell([command_with("x.py", {}, rows), command_with("y.py", {}, [deep])]),
-            "2 / 3, 2 undecided, of 9",
+            "2 / 3, 2 other, of 9",
         )
         self.assertEqual(page.causes_cell([sweep("kl", [1.0])]), "-")
 
