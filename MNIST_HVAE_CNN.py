@@ -3,9 +3,19 @@
     python MNIST_HVAE_CNN.py --eta_enc 0.5 --eta_dec 0.5 --beta_1 16.0 --beta_2 1.0
     python MNIST_HVAE_CNN.py --beta_1 1,2,4,8,16 --beta_2 1,2,4,8,16
 
-How it is trained: Adam minimises the negative beta-ELBO in batches of 128 images for 100 epochs,
-with one draw of z1 and z2 per image. The learning rate is 1e-3 throughout. Each setting's gradient
-is clipped to a norm of 0.1. The training step is the first function of training.py.
+The model: an image x is encoded to a latent vector z1, and z1 to a second latent vector z2. Their
+components are called units. The class HVAE below defines the distributions. The loss is the
+negative beta-ELBO,
+
+    E_q[-log p(x|z1) + beta_1 (log q(z1|x) - log p(z1|z2)) + beta_2 KL(q(z2|z1) || p(z2))]
+
+where E_q is the expectation over q(z1|x) and q(z2|z1). A unit collapses if its posterior is the
+same for every value of the encoder's input. It then carries no information.
+
+How it is trained: Adam minimises the loss in batches of 128 images for 100 epochs, with one draw of
+z1 and z2 per image. The learning rate is 1e-3 throughout. A setting is a combination of the flags'
+values. Each setting's gradient is clipped to a norm of 0.1. The training step is the first function
+of training.py.
 
 What the theory says: theorem 3 of Dang et al. (2024, arXiv 2306.05023) covers only the linear
 HVAE. MNIST_HVAE_Linear_learnable_sigma_2.py states when its units collapse. This script prints the
@@ -27,7 +37,9 @@ import training
 
 @dataclass
 class Flags(common.RemedyFlags, common.TrainFlags):
-    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", low=0)
+    beta_1: float = common.scalar(
+        1.0, "weight of E_q[log q(z1|x) - log p(z1|z2)] in the loss", low=0
+    )
     beta_2: float = common.scalar(1.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", low=0)
     eta_enc: float = common.scalar(0.5, "standard deviation of the prior p(z2)", above=0)
     eta_dec: float = common.scalar(
@@ -63,7 +75,7 @@ class HVAE(nn.Module):
         p(x|z1)  = N(tanh z1_to_x(z1), eta_dec^2 I)
 
     x_to_z1 and z1_to_x are convolutional networks. z1_to_z2 and z2_to_z1 are MLPs with one ReLU
-    layer. The two halves of z1_to_z2's outputs give m(z1) and s(z1).
+    layer. The two halves of z1_to_z2's outputs give m(z1) and, by common.std_head, s(z1).
 
     The methods take the setting f as an argument, so that settings can be trained as a batch. It is
     an instance of Flags whose scalars, such as f.beta_1, are 0-d tensors, except in __init__ and
@@ -104,16 +116,20 @@ class HVAE(nn.Module):
         )
 
     def q_z1(self, x, f):
+        """q(z1|x) of the shape (B, d_1), for images x (B, 784)."""
         return Normal(self.x_to_z1(x.view(-1, 1, 28, 28)).tanh(), f.sigma_1)
 
     def q_z2(self, z1, f):
+        """q(z2|z1) of the shape (..., d_2), for z1 (..., d_1)."""
         mean, raw_std = self.z1_to_z2(z1).chunk(2, dim=-1)
         return Normal(mean.tanh(), common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z1(self, z2, f):
+        """p(z1|z2) of the shape (..., d_1), for z2 (..., d_2)."""
         return Normal(self.z2_to_z1(z2).tanh(), f.eta_dec)
 
     def p_z2(self, f):
+        """The prior p(z2) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def x_mean(self, z1):

@@ -50,7 +50,9 @@ import verify
 
 @dataclass
 class Flags(common.LinearFlags):
-    beta_1: float = common.scalar(1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss", above=0)
+    beta_1: float = common.scalar(
+        1.0, "weight of E_q[log q(z1|x) - log p(z1|z2)] in the loss", above=0
+    )
     beta_2: float = common.scalar(2.0, "weight of KL(q(z2|z1) || p(z2)) in the loss", above=0)
     eta_enc: float = common.scalar(0.5, "standard deviation of the prior p(z2)", above=0)
     eta_dec: float = common.scalar(

@@ -66,7 +66,7 @@ def directions(commands):
         )
     if not steps:
         return "There are too few settings for a step."
-    agreeing = sum(step.agreeing + step.unchanged for step in steps)
+    agreeing = sum(step.agreeing for step in steps)
     total = sum(step.total for step in steps)
     return " ".join([yes_or_no(agreeing, total), *sentences])
 
@@ -669,11 +669,17 @@ class CollapseRange:
     predicted: float
 
 
-def collapse_range(command):
-    """The CollapseRange of a command that varies beta, or None if all its settings diverged."""
+def z_in_use(command):
+    """Whether z is in use at each beta of a command that varies it: {beta: bool}."""
     is_in_use = {}
     for rows in command.by_setting().values():
         is_in_use[rows[0]["beta"]] = any(row["kl"] > theory.ACTIVE for row in rows)
+    return is_in_use
+
+
+def collapse_range(command):
+    """The CollapseRange of a command that varies beta, or None if all its settings diverged."""
+    is_in_use = z_in_use(command)
     if not is_in_use:
         return None
 
@@ -689,22 +695,25 @@ def collapse_range(command):
 def collapse_ranges(commands):
     """Where training collapsed z, beside the predicted threshold."""
     ranges = []
+    betas_in_use = []
     kinds_by_range = {}
     for command in commands:
         measured = collapse_range(command)
         if measured is not None:
             ranges.append(measured)
+            betas_in_use.append({beta for beta, in_use in z_in_use(command).items() if in_use})
             kind = f"the {kind_of_start(command)}"
             kinds_by_range.setdefault(range_in_words(measured), []).append(kind)
     if not ranges:
         return "All models diverged."
 
     sentences = [f"Collapse is predicted to be stable from β = {ranges[0].predicted:.2f} on."]
-    last_in_use = [measured.last_in_use for measured in ranges]
+    # The commands need not have the same values of beta.
+    shared_betas = set.intersection(*betas_in_use)
     first_collapsed = [measured.first_collapsed for measured in ranges]
-    if None not in last_in_use + first_collapsed:
+    if shared_betas and None not in first_collapsed:
         sentences.append(
-            f"Each kind of model still uses z at β = {min(last_in_use):g}, and none does from β = "
+            f"Each kind of model still uses z at β = {max(shared_betas):g}, and none does from β = "
             f"{max(first_collapsed):g} on."
         )
     details = []
@@ -731,7 +740,9 @@ def range_in_words(measured):
 
     parts = []
     if measured.last_in_use is not None:
-        parts.append(f"above {theory.ACTIVE:g} nats up to {beta_in_words(measured.last_in_use)}")
+        parts.append(
+            f"last above {theory.ACTIVE:g} nats at {beta_in_words(measured.last_in_use)}"
+        )
     if measured.first_collapsed is not None:
         smaller = "smaller" if parts else f"at most {theory.ACTIVE:g} nats"
         parts.append(f"{smaller} from {beta_in_words(measured.first_collapsed)} on")

@@ -142,7 +142,7 @@ LEAST_INFORMATION = 100
 
 # The ridges that the held-out headroom of a post-mortem tries, as shares of the total variance of
 # u. The ridge with the largest gain counts, since each gain is measured on rows that were not used
-# for the fit.
+# for the fit. The choice among six ridges makes that gain a little too large.
 RIDGES = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -554,7 +554,7 @@ class Residual:
         The target is the last input of the encoder. So E[t u^T] is in the rows of A just before
         the last one, and that one belongs to the constant 1.
         """
-        dim_t = self.encoder_input[-1].shape[1]
+        dim_t = self.encoder_input[-1].shape[1:].numel()
         target = slice(-1 - dim_t, -1)
         decoder = self._decoder_matrix(dim_t)
 
@@ -887,9 +887,8 @@ class LevelMoments:
 def residual_moments(model, f, data):
     """The moments of each level over the training rows: {level suffix: LevelMoments}.
 
-    The draws of z come from the default generator. The sums over chunks are in float64. The
-    products within a chunk of a few thousand rows are in the data's precision, but on CUDA they
-    are in float64, too.
+    The draws of z come from the default generator. The sums over chunks of rows are in float64. The
+    products within a chunk are in the data's precision, but on CUDA they are in float64, too.
     """
     import common
 
@@ -911,11 +910,11 @@ def residual_moments(model, f, data):
     residuals = {}
     parts = {}
     for rows in halves:
-        sums, residuals = _sums_over_rows(model, f, rows, is_whole=rows is data.train)
-        for level, products in sums.items():
+        means_by_level, residuals = _mean_products(model, f, rows, is_whole=rows is data.train)
+        for level, means in means_by_level.items():
             # Where the encoder reads the data themselves, the moment of all rows is known.
-            moment = products["moment"] if "moment" in products else data.moment_with_one
-            cross, squares, fisher = residuals[level].moments(products, moment)
+            moment = means["moment"] if "moment" in means else data.moment_with_one
+            cross, squares, fisher = residuals[level].moments(means, moment)
             parts.setdefault(level, []).append(ResidualMoments(cross, moment, squares, fisher))
 
     moments = {}
@@ -927,7 +926,7 @@ def residual_moments(model, f, data):
     return moments
 
 
-def _sums_over_rows(model, f, rows, is_whole):
+def _mean_products(model, f, rows, is_whole):
     """The means over rows of the products of each level, and the residuals of the last chunk.
 
     is_whole is whether the rows are all training rows. Returns ({level suffix: {name: tensor}},
@@ -1066,7 +1065,7 @@ class PostMortem:
     verdict: whether the objective or training collapsed the units, in words.
     certainty: whether the rows are enough for the verdict, in a sentence. If no unit collapsed, it
         says that every mean KL exceeds the limit.
-    remedy: what to change, and why, in one to five sentences.
+    remedy: what to change, and why, in a few sentences.
     """
     count: int
     units: int | None

@@ -147,7 +147,10 @@ class Flags(common.BaseFlags):
         1.0, "weight of the KL in the loss of a VAE or CVAE", above=0, high=LARGEST
     )
     beta_1: float = common.flag(
-        1.0, "weight of KL(q(z1|x) || p(z1|z2)) in the loss of an HVAE", above=0, high=LARGEST
+        1.0,
+        "weight of E_q[log q(z1|x) - log p(z1|z2)] in the loss of an HVAE",
+        above=0,
+        high=LARGEST,
     )
     beta_2: float = common.flag(
         1.0, "weight of KL(q(z2|z1) || p(z2)) in the loss of an HVAE", above=0, high=LARGEST

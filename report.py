@@ -35,9 +35,9 @@ Every model has these two methods:
                                  level whose term kl* is not a divergence.
 
         A term that does not depend on the draw may lack the dimension S. Any further term (S, B)
-        becomes a metric, which is its mean over the examples. A further term whose name starts
-        with "error" is the standard error of an example's term. Its metric is the standard error
-        of the mean over the examples.
+        becomes a metric, which is its mean over the examples. Its name must not start with "log_w".
+        A further term whose name starts with "error" is the standard error of an example's term.
+        Its metric is the standard error of the mean over the examples.
 
     loss(terms, f)
         Returns the negative beta-ELBO (B,), which training minimises.
@@ -89,6 +89,7 @@ A model may also have these methods and attributes:
 """
 import dataclasses
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -194,7 +195,10 @@ class RunResult:
 
     @classmethod
     def from_json(cls, saved):
-        """The result from the dict in its file. Raises KeyError or TypeError if it is not whole."""
+        """The result from the dict in its file.
+
+        Raises AttributeError, KeyError or TypeError if it is not whole.
+        """
         names = {field.name for field in dataclasses.fields(cls)}
         result = cls(**{name: value for name, value in saved.items() if name in names})
 
@@ -452,12 +456,16 @@ def mean_over_draws(model, batch, f, draws, max_pairs, context):
                 means[name] = torch.logaddexp(means[name], log_sum) if name in means else log_sum
             else:
                 # 2. Other terms: the mean over these draws, weighted by their share of all draws.
-                has_units = name.startswith(("kl", "unit_kl", "mean"))
-                has_draws = value.ndim > (2 if has_units else 1)
+                has_draws = value.ndim > (2 if has_units(name) else 1)
                 mean = value.mean(0) if has_draws else value
                 part = mean * (S / draws)
                 means[name] = means[name] + part if name in means else part
     return means
+
+
+def has_units(name):
+    """Whether a term of a model has a number for each unit of a level: kl*, unit_kl* and mean*."""
+    return re.fullmatch(r"(kl|unit_kl|mean)(_\d+)?", name) is not None
 
 
 def estimated_log_px(terms, draws):
@@ -486,7 +494,7 @@ def further_metrics(terms):
         # The errors of different examples are independent.
         if name.startswith("error"):
             metrics[name] = value.square().sum().sqrt().item() / len(value)
-        elif name != "log_px_z" and not name.startswith(("log_w", "kl", "unit_kl", "mean")):
+        elif name != "log_px_z" and not name.startswith("log_w") and not has_units(name):
             metrics[name] = value.mean().item()
     return metrics
 
@@ -533,8 +541,10 @@ def report(runs, counterpart=None):
 
     runs is the list that training.fit returns. Each process evaluates its share of it. The first
     process then prints all results. counterpart is the name of a script to compare with: where it
-    has a run with the same flags, both collapse curves are drawn in one picture. Returns the exit
-    status: 1 if a setting diverged or if the result of another process is missing, else 0.
+    has a run with the same flags, both collapse curves are drawn in one picture.
+
+    Returns the exit status of the first process: 1 if a setting diverged or if the result of
+    another process is missing, else 0. The other processes return 0.
     """
     own_runs = {}
     for i in processes.own_indices(len(runs)):
@@ -971,8 +981,8 @@ def print_verdicts(runs):
             lines.append(labelled(label, verdict))
     if any(run.result.headroom == {} for run in runs):
         lines.append(
-            "There is no verdict on collapsed units, since no theory covers this decoder, a "
-            "mixture of discretised logistics."
+            "There is no verdict on collapsed units, since headroom.py has no theory of this "
+            "decoder."
         )
     if lines:
         print()

@@ -34,6 +34,17 @@ class Directions(unittest.TestCase):
             answers.directions([once]), "Mostly. Along β the KL falls in 2 of 3 steps."
         )
 
+    def test_unchanged_steps(self):
+        """A step that changes nothing does not speak for the paper."""
+        self.assertEqual(
+            answers.directions([sweep("kl", [0.0, 0.0, 0.0])]),
+            "No. Along β the KL falls in 0 of 2 steps and stays in 2.",
+        )
+        self.assertEqual(
+            answers.directions([sweep("kl", [3.0, 2.0, 0.0, 0.0])]),
+            "Mostly. Along β the KL falls in 2 of 3 steps and stays in 1.",
+        )
+
     def test_levels_and_objectives(self):
         """z2 is named. The released objective is not counted."""
         exact = sweep("kl_2", [1.0, 2.0], flag="beta_1")
@@ -719,11 +730,11 @@ class CollapseRanges(unittest.TestCase):
         ]
         self.assertEqual(
             both,
-            "above 0.01 nats up to β = 9 (10.0 % below the prediction) and smaller from β = 12.5 "
+            "last above 0.01 nats at β = 9 (10.0 % below the prediction) and smaller from β = 12.5 "
             "(25.0 % above the prediction) on",
         )
         self.assertEqual(
-            only_in_use, "above 0.01 nats up to β = 9 (10.0 % below the prediction)"
+            only_in_use, "last above 0.01 nats at β = 9 (10.0 % below the prediction)"
         )
         self.assertEqual(
             only_collapsed, "at most 0.01 nats from β = 12.5 (25.0 % above the prediction) on"
@@ -742,7 +753,7 @@ class CollapseRanges(unittest.TestCase):
             answer,
             "Collapse is predicted to be stable from β = 10.00 on.\n\n"
             "- The KL of the ReLU model that starts next to collapse and the linear model after a "
-            "rise of β is above 0.01 nats up to β = 9 (10.0 % below the prediction) and smaller "
+            "rise of β is last above 0.01 nats at β = 9 (10.0 % below the prediction) and smaller "
             "from β = 12.5 (25.0 % above the prediction) on.\n"
             "- The KL of the linear model that starts next to collapse is at most 0.01 nats from "
             "β = 12.5 (25.0 % above the prediction) on.",
@@ -759,6 +770,20 @@ class CollapseRanges(unittest.TestCase):
             "Collapse is predicted to be stable from β = 10.00 on. Each kind of model still uses z "
             "at β = 8, and none does from β = 12 on.\n\n- "
         ), answer)
+
+    def test_different_values_of_beta(self):
+        """β 8 is the largest β at which all models were trained and use z."""
+        answer = answers.collapse_ranges([
+            bernoulli({8.0: [1.0], 9.0: [1.0], 12.0: [0.0]}),
+            # No model was trained at β 9 here, and z is collapsed at β 10.
+            bernoulli({8.0: [1.0], 10.0: [0.0], 11.0: [1.0], 12.0: [0.0]}, linear=True),
+        ])
+        self.assertIn("Each kind of model still uses z at β = 8, and none does from", answer)
+        # Without such a β there is no sentence.
+        answer = answers.collapse_ranges([
+            bernoulli({8.0: [1.0], 12.0: [0.0]}), bernoulli({9.0: [1.0], 12.0: [0.0]}, linear=True)
+        ])
+        self.assertNotIn("Each kind", answer)
 
     def test_all_diverged(self):
         self.assertEqual(

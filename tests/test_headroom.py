@@ -589,6 +589,18 @@ class NonlinearModels(unittest.TestCase):
                 self.assertLess((part.squares[:40, :40] - F).abs().max(), 1e-12)
                 self.assertLess((part.squares - part.squares.T).abs().max(), 1e-12)
 
+    def test_a_target_with_several_dimensions(self):
+        """A target (n, 1, D) has the moments of a target (n, D)."""
+        for f, model, data in self.models_of_each_kind():
+            with torch.no_grad():
+                f = common.on_device(f, data.train[0])
+                [residual] = model.residuals(*data.train, f, headroom.DRAWS).values()
+            inputs = [t.unflatten(1, (1, -1)) for t in residual.encoder_input]
+            images = dataclasses.replace(residual, encoder_input=tuple(inputs))
+            with self.subTest(model=type(model).__module__):
+                self.assertTrue(
+                    torch.equal(self.second_moment(images), self.second_moment(residual)))
+
     def check_second_moment(self, estimates, residual):
         """Compare F from estimates of the residual with that of the residual of all draws."""
         draws, n, _ = residual.shape

@@ -358,6 +358,7 @@ class VAE(nn.Module):
         if not self.training:
             terms["log_w"] = log_px_z + (p_z.log_prob(z) - q_z.log_prob(z)).sum(-1)
             terms["mean"] = q_z.mean
+            terms["mean_squared_error"] = (x - self.z_to_x(z)).square().mean(-1)
         return terms
 
     def loss(self, terms, f):
@@ -397,7 +398,7 @@ class Interface(small.InFolder):
         # 1. The table.
         _, head, *lines, more = process.stdout.strip().split("\n")
         names = head.split()
-        self.assertEqual(names, ["beta", "log_px", "elbo", "kl", "AU"])
+        self.assertEqual(names, ["beta", "log_px", "elbo", "kl", "mean_squared_error", "AU"])
         self.assertEqual(more, "more columns: --columns all")
         rows = [line.split() for line in lines]
         self.assertEqual([row[0] for row in rows], ["0.5", "50.0"])
@@ -410,6 +411,13 @@ class Interface(small.InFolder):
         for run in ("beta=0.5", "beta=50.0"):
             [folder] = self.folder.glob(f"runs/MNIST_VAE_Tanh/{run},*")
             self.assertEqual({path.name for path in folder.iterdir()}, run_files | picture_files)
+
+            # 3. The further term. With a standard deviation of 1, half of the squared error of a
+            # pixel is its reconstruction without the constant.
+            metrics = small.read_json(folder / "result.json")["metrics"]
+            constant = 784 / 2 * math.log(2 * math.pi)
+            error = (metrics["reconstruction"] - constant) * 2 / 784
+            self.assertAlmostEqual(metrics["mean_squared_error"], error, places=4)
 
 
 # ----------------------------------------------------------------------------------- files of a run
