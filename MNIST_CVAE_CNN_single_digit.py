@@ -3,7 +3,8 @@
     CUDA_VISIBLE_DEVICES=0 python MNIST_CVAE_CNN_single_digit.py --digit 1
     python MNIST_CVAE_CNN_single_digit.py --digit 0:9
 
-The second command trains one model for each digit. Each digit is called a setting.
+The second command trains one model for each digit. Each combination of the flags' values is called
+a setting.
 
 The model: a conditional VAE models p(y|x) with a latent vector z, whose components are called
 units. Here x is the lower left quarter of an image, and y consists of the other three quarters. The
@@ -29,8 +30,8 @@ linear CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
-The script prints this prediction, computed from the same images, next to the trained nonlinear
-CVAE.
+where --released_objective halves beta. The script prints this prediction, computed from the same
+images, next to the trained nonlinear CVAE.
 """
 from dataclasses import dataclass
 

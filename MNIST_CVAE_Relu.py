@@ -21,8 +21,8 @@ CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
-The script prints this prediction, computed from the same images, next to the trained nonlinear
-CVAE.
+where --released_objective halves beta. The script prints this prediction, computed from the same
+images, next to the trained nonlinear CVAE.
 """
 from dataclasses import dataclass
 

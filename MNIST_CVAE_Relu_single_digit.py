@@ -20,8 +20,8 @@ smaller if x predicts y better. Unit i of a linear CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
-The script prints this prediction, computed from the same images, next to the trained nonlinear
-CVAE.
+where --released_objective halves beta. The script prints this prediction, computed from the same
+images, next to the trained nonlinear CVAE.
 """
 from dataclasses import dataclass
 

@@ -21,8 +21,8 @@ to (1 - rho^2) I. Unit i of a linear CVAE collapses if and only if
 
     theta_i <= beta eta_dec^2
 
-The script prints this prediction, computed from the same rows, next to the trained nonlinear
-CVAE.
+where --released_objective halves beta. The script prints this prediction, computed from the same
+rows, next to the trained nonlinear CVAE.
 """
 from dataclasses import dataclass
 

@@ -35,13 +35,13 @@ Let p(t|z) be N(mean(z), std^2 I), where std is eta_dec. The residual is r = t -
 
   tau_i   the eigenvalues of T or of F in descending order, the variance that an i-th further unit
           could explain
-  level   the variance above which a unit gains more than its KL costs:
-          level = beta std^2 / weight
+  tau_0   the threshold, the variance above which a unit gains more than its KL costs:
+          tau_0 = beta std^2 / weight
   G_k     the headroom of k units, in nats of the negative beta-ELBO per example:
 
-          G_k = beta / 2 sum (tau_i / level - 1 - ln(tau_i / level)),
+          G_k = beta / 2 sum (tau_i / tau_0 - 1 - ln(tau_i / tau_0)),
 
-          summed over those i <= k for which tau_i > level
+          summed over those i <= k for which tau_i > tau_0
 
 Let k be the number of collapsed units. With the eigenvalues of T, G_k is exactly the gain of k
 further units, at the best choice of their weights. Their encoder means are linear in u. Their stds
@@ -76,9 +76,9 @@ lower rho_1.
 
 If the curvature psi'' is bounded above, the gain is bounded below. Let B be a matrix with
 psi'' <= B. Then k further units gain at least G_k of the eigenvalues of B^(-1/2) T B^(-1/2), with
-the level beta / weight. For Bernoulli variables B is 1/4, and for categories it acts as 1/2 on r
-(Boehning 1992). Where the logits do not depend on z or x, a smaller B is allowed (Jaakkola & Jordan
-2000). A Poisson decoder has no such bound.
+the threshold beta / weight. For Bernoulli variables B is 1/4, and for categories it acts as 1/2 on
+r (Boehning 1992). Where the logits do not depend on z or x, a smaller B is allowed (Jaakkola &
+Jordan 2000). A Poisson decoder has no such bound.
 
 
 The verdict
@@ -152,7 +152,7 @@ def gain_threshold(beta, weight, std):
     """The variance above which a linear unit gains more than its KL costs: beta std^2 / weight.
 
     beta is the weight of the KL in the loss, weight that of -log p(t|z), and std the std of
-    p(t|z). Where weight is 0, no unit ever gains anything, and the level is infinite.
+    p(t|z). Where weight is 0, no unit ever gains anything, and the threshold is infinite.
     """
     if not weight:
         return math.inf
@@ -167,17 +167,6 @@ def linear_part(cross, moment):
     """
     explained = cross @ theory.whitening(moment)
     return explained @ explained.T
-
-
-def any_encoder_part(residual, other):
-    """F (D, D), float64: the second moment E[r r^T] of the residual, without the noise of draws.
-
-    residual and other (n, D) are two estimates of the residuals of the same n rows, from
-    independent draws of z. The product of one estimate with itself would count the noise of its
-    draws, too. Where r is exact, both are the same tensor.
-    """
-    product = residual.double().T @ other.double() / len(residual)
-    return (product + product.T) / 2
 
 
 def gain_of_units(tau, count, beta, weight, std):
@@ -198,19 +187,19 @@ def gain_of_ratios(ratios, count, beta, weight=1):
     decoder the ratios are tau / std^2 and the gain is exact. For another decoder it is a lower
     bound.
     """
-    level = gain_threshold(beta, weight, 1)
+    threshold = gain_threshold(beta, weight, 1)
     ratios = ratios[:count]
-    ratios = ratios[ratios > level]
+    ratios = ratios[ratios > threshold]
     if not len(ratios):
         return 0.0
 
-    # This form of the formula also holds for beta = 0, where the level is 0.
-    gains = ratios - level - torch.xlogy(level, ratios / level)
+    # This form of the formula also holds for beta = 0, where the threshold is 0.
+    gains = ratios - threshold - torch.xlogy(threshold, ratios / threshold)
     return (weight / 2 * gains.sum()).item()
 
 
-def idle_units(cross, moment, count, beta, weight, std, ridge=0):
-    """The units whose gain is G_k: at most `count` units, those whose tau is above the level.
+def best_units(cross, moment, count, beta, weight, std, ridge=0):
+    """The units whose gain is G_k: at most `count` units, those whose tau is above the threshold.
 
     cross (D, p) and moment (p, p) are C and A, float64. A ridge is added to the variances of u.
     The units then rely less on directions in which u hardly varies, and do better on other rows.
@@ -218,27 +207,27 @@ def idle_units(cross, moment, count, beta, weight, std, ridge=0):
     Returns (encoder (k, p), sigma (k,), decoder (D, k)), float64. In stds of the prior, q(z|u) is
     N(encoder u, diag sigma^2). The mean of p(t|z) gains the term decoder z.
     """
-    level = gain_threshold(beta, weight, std)
+    threshold = gain_threshold(beta, weight, std)
     white = theory.whitening(moment, ridge)
     explained = cross @ white
     tau, directions = theory.modes(explained @ explained.T)
 
-    above = (tau > level) & (torch.arange(len(tau)) < count)
+    above = (tau > threshold) & (torch.arange(len(tau)) < count)
     tau = tau[above]
     directions = directions[:, above]
 
     # The share of its mode's variance that a unit leaves unexplained.
-    noise_share = level / tau
+    noise_share = threshold / tau
     scale = (1 - noise_share).sqrt() / tau.sqrt()
     encoder = scale[:, None] * directions.T @ explained @ white.T
-    return encoder, noise_share.sqrt(), directions * (tau - level).sqrt()
+    return encoder, noise_share.sqrt(), directions * (tau - threshold).sqrt()
 
 
 def gain_on_rows(units, cross, moment, beta, weight, std):
     """The gain of units on rows with these moments, in nats per example; it may be negative.
 
     The gain is the fall of the squared error's part of the loss, minus the cost of the KL. units
-    are a result of `idle_units`, perhaps from other rows. cross (D, p) and moment (p, p) are C
+    are a result of `best_units`, perhaps from other rows. cross (D, p) and moment (p, p) are C
     and A of the rows at hand.
     """
     encoder, sigma, decoder = units
@@ -267,7 +256,7 @@ def held_out_gain(moments, ridge, count, beta, weight, std):
     """
     gains = []
     for (cross, moment), other_moments in (moments, moments[::-1]):
-        units = idle_units(
+        units = best_units(
             cross,
             moment,
             count,
@@ -419,16 +408,16 @@ def sequence_factor(covariance, std):
 
 # -------------------------------------------------------------------------------------- the verdict
 
-def instability(rho, rho_any, level):
+def instability(rho, rho_any, threshold):
     """To which encoder the collapse of units is unstable, for a decoder that is not Gaussian.
 
-    rho and rho_any are rho_1 of T and of F, and level is beta / weight. Returns "linear" if a unit
-    with a linear encoder has a small step out of collapse that lowers the loss, "any" if only one
-    with a richer encoder has, and "" if collapse is stable.
+    rho and rho_any are rho_1 of T and of F, and threshold is beta / weight. Returns "linear" if a
+    unit with a linear encoder has a small step out of collapse that lowers the loss, "any" if only
+    one with a richer encoder has, and "" if collapse is stable.
     """
-    if rho > level:
+    if rho > threshold:
         return "linear"
-    return "any" if rho_any > level else ""
+    return "any" if rho_any > threshold else ""
 
 
 def cause_of_collapse(nats, nats_any, unstable=""):
@@ -761,11 +750,11 @@ def measure(model, f, data, metrics, examples):
         moments_of_levels = residual_moments(model, f, data)
 
     headrooms = {}
-    for level, moments in moments_of_levels.items():
-        name = "z" + level.removeprefix("_")
-        kl = examples[f"unit_kl{level}"].mean(0)
+    for suffix, moments in moments_of_levels.items():
+        name = "z" + suffix.removeprefix("_")
+        kl = examples[f"unit_kl{suffix}"].mean(0)
         counts_means = moments.residual.counts_means
-        active = metrics[f"AU{level}" if counts_means else f"AU_kl{level}"]
+        active = metrics[f"AU{suffix}" if counts_means else f"AU_kl{suffix}"]
         headrooms[name] = _level_headroom(moments, kl, active)
     return headrooms
 
@@ -781,15 +770,15 @@ def _level_headroom(moments, kl, active):
     theta = []
     if residual.likelihood == "gaussian":
         std = float(residual.std)
-        level = gain_threshold(beta, weight, std)
+        threshold = gain_threshold(beta, weight, std)
         [(T, _)], [(F, _)] = moments.second_moments
         taus = [theory.spectrum(T), theory.spectrum(F)]
         gains = []
         for tau in taus:
             gains.append(gain_of_units(tau, collapsed, beta=beta, weight=weight, std=std))
-        theta = _equivalent_variances(kl, active, level)
+        theta = _equivalent_variances(kl, active, threshold)
     else:
-        level = gain_threshold(beta, weight, 1)
+        threshold = gain_threshold(beta, weight, 1)
         taus, ratios = moments.ratios
         taus = [residual.sequence_factor * tau for tau in taus]
         # Where the curvature has no bound, no gain is guaranteed.
@@ -807,7 +796,7 @@ def _level_headroom(moments, kl, active):
         collapsed=collapsed,
         headroom=gains[0],
         headroom_any=gains[1],
-        level=level if level < math.inf else None,
+        level=threshold if threshold < math.inf else None,
         tau=taus[0][:len(kl)].tolist(),
         tau_any=taus[1][:len(kl)].tolist(),
         theta=theta,
@@ -815,14 +804,14 @@ def _level_headroom(moments, kl, active):
     )
 
 
-def _equivalent_variances(kl, active, level):
+def _equivalent_variances(kl, active, threshold):
     """For each active unit the variance that a linear unit of the same KL would describe."""
-    if level == math.inf:
+    if threshold == math.inf:
         return []
     active_kl = np.sort(kl)[::-1][:active]
     # A model that has nearly diverged can have KLs whose exponential exceeds float64.
     with np.errstate(over="ignore"):
-        return np.nan_to_num(level * np.exp(2 * active_kl)).tolist()
+        return np.nan_to_num(threshold * np.exp(2 * active_kl)).tolist()
 
 
 def _natural_gain(residual, ratios, collapsed):
@@ -911,18 +900,18 @@ def residual_moments(model, f, data):
     parts = {}
     for rows in halves:
         means_by_level, residuals = _mean_products(model, f, rows, is_whole=rows is data.train)
-        for level, means in means_by_level.items():
+        for suffix, means in means_by_level.items():
             # Where the encoder reads the data themselves, the moment of all rows is known.
             moment = means["moment"] if "moment" in means else data.moment_with_one
-            cross, squares, fisher = residuals[level].moments(means, moment)
-            parts.setdefault(level, []).append(ResidualMoments(cross, moment, squares, fisher))
+            cross, squares, fisher = residuals[suffix].moments(means, moment)
+            parts.setdefault(suffix, []).append(ResidualMoments(cross, moment, squares, fisher))
 
     moments = {}
     shared = {}
-    for level, residual in residuals.items():
+    for suffix, residual in residuals.items():
         if id(residual) not in shared:
-            shared[id(residual)] = LevelMoments(residual, parts[level], len(halves[0][0]))
-        moments[level] = shared[id(residual)]
+            shared[id(residual)] = LevelMoments(residual, parts[suffix], len(halves[0][0]))
+        moments[suffix] = shared[id(residual)]
     return moments
 
 
@@ -942,17 +931,17 @@ def _mean_products(model, f, rows, is_whole):
         batch = [t[start:start + chunk] for t in rows]
         residuals = model.residuals(*batch, f, DRAWS)
         seen = set()
-        for level, residual in residuals.items():
+        for suffix, residual in residuals.items():
             if id(residual) in seen:
                 continue
             seen.add(id(residual))
-            level_sums = sums.setdefault(level, {})
+            level_sums = sums.setdefault(suffix, {})
             for name, product in _products(residual, batch, is_whole).items():
                 level_sums[name] = level_sums.get(name, 0) + product.double()
 
     means = {}
-    for level, level_sums in sums.items():
-        means[level] = {name: total.cpu() / count for name, total in level_sums.items()}
+    for suffix, level_sums in sums.items():
+        means[suffix] = {name: total.cpu() / count for name, total in level_sums.items()}
     return means, residuals
 
 
@@ -1229,15 +1218,15 @@ def examine(
     held_out_rho = None
     unstable = ("", "")
     if likelihood == "gaussian":
-        level = gain_threshold(beta=beta, weight=1, std=eta_dec)
+        threshold = gain_threshold(beta=beta, weight=1, std=eta_dec)
         eigenvalues = tuple(theory.spectrum(part) for part in parts)
     else:
         eta_dec = None
-        level = beta
+        threshold = beta
         eigenvalues = tuple(instability_ratios(part, moments.fisher) for part in parts)
         held_out_rho = _held_out_rho(halves, moments.fisher)
         largest = [rho[0].item() for rho in eigenvalues]
-        unstable = (instability(*largest, level), instability(*held_out_rho, level))
+        unstable = (instability(*largest, threshold), instability(*held_out_rho, threshold))
 
     # 2. The gains.
     gains = _gains_on_all_rows(parts, collapsed, **decoder)
@@ -1251,7 +1240,7 @@ def examine(
         beta=beta,
         eta_dec=eta_dec,
         likelihood=likelihood,
-        level=level,
+        level=threshold,
         eigenvalues=eigenvalues,
         gains=gains,
         held_out_gains=held_out_gains,

@@ -96,7 +96,7 @@ class Rows:
         r = self.statistics - means.mean(1)
         n = len(r)
         T = headroom.linear_part(r.T @ self.inputs / n, self.inputs.T @ self.inputs / n)
-        return T, headroom.any_encoder_part(r, r)
+        return T, r.T @ r / n
 
     def fisher(self):
         """H as `mean_fisher` returns it."""

@@ -123,7 +123,7 @@ class BruteForce(unittest.TestCase):
         own_columns = torch.eye(n, dtype=torch.float64)
         for seed, (k, beta, weight, std) in enumerate(self.CASES):
             r, u = regression_rows(seed, n)
-            tau = theory.spectrum(headroom.any_encoder_part(r, r))
+            tau = theory.spectrum(r.T @ r / n)
             gain = headroom.gain_of_units(tau, k, beta, weight, std)
 
             def loss(units):
@@ -149,7 +149,7 @@ class BruteForce(unittest.TestCase):
             moments = moments_of_rows(r, u)
             tau = theory.spectrum(headroom.linear_part(*moments))
             gain = headroom.gain_of_units(tau, k, *objective)
-            units = headroom.idle_units(*moments, k, *objective)
+            units = headroom.best_units(*moments, k, *objective)
             self.assertAlmostEqual(
                 headroom.gain_on_rows(units, *moments, *objective), gain, places=10)
 
@@ -474,7 +474,7 @@ class NonlinearModels(unittest.TestCase):
         self.assertGreater(gain, 1e-6)
 
         # 2. Compute what the units change in the terms of an average example.
-        encoder, sigma, decoder = headroom.idle_units(cross, moment, k, **objective)
+        encoder, sigma, decoder = headroom.best_units(cross, moment, k, **objective)
         mean = decoder @ encoder
         error = (
             -2 * (mean * cross).sum()
@@ -820,10 +820,10 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(headroom.cause_of_collapse(0.01, 0.01), "objective")
 
     def test_instability(self):
-        """rho_1 of T and of F are compared with the level. At the level collapse is stable."""
-        self.assertEqual(headroom.instability(1.01, 1.2, level=1), "linear")
-        self.assertEqual(headroom.instability(1.0, 1.01, level=1), "any")
-        self.assertEqual(headroom.instability(1.0, 1.0, level=1), "")
+        """rho_1 of T and of F are compared with the threshold. At the threshold collapse is stable."""
+        self.assertEqual(headroom.instability(1.01, 1.2, threshold=1), "linear")
+        self.assertEqual(headroom.instability(1.0, 1.01, threshold=1), "any")
+        self.assertEqual(headroom.instability(1.0, 1.0, threshold=1), "")
 
     def test_words_for_another_decoder(self):
         """The gain is a lower bound there, and only small steps are judged."""
