@@ -820,7 +820,7 @@ class Verdicts(unittest.TestCase):
         self.assertEqual(headroom.cause_of_collapse(0.01, 0.01), "objective")
 
     def test_instability(self):
-        """rho_1 of T and of F are compared with the threshold. At the threshold collapse is stable."""
+        """rho_1 of T and of F are compared with the threshold, at which collapse is stable."""
         self.assertEqual(headroom.instability(1.01, 1.2, threshold=1), "linear")
         self.assertEqual(headroom.instability(1.0, 1.01, threshold=1), "any")
         self.assertEqual(headroom.instability(1.0, 1.0, threshold=1), "")
