@@ -121,12 +121,14 @@ class CVAE(nn.Module):
         self.g_z = nn.Sequential(*transposed_convolutions(f.dim_z))
 
     def q_z(self, x, y, f):
+        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
         x_image = x.view(-1, 1, 14, 14)
         y_image = datasets.whole_images(torch.zeros_like(x), y).view(-1, 1, 28, 28)
         mean, raw_std = (self.f_x(x_image) + self.f_y(y_image)).chunk(2, dim=-1)
         return Normal(mean, common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z(self, f):
+        """The prior p(z|x) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def y_mean(self, x, z):

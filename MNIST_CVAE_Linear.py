@@ -70,9 +70,11 @@ class CVAE(nn.Module):
         self.log_sigma = nn.Parameter(torch.zeros(f.dim_z))
 
     def q_z(self, x, y, f):
+        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
         return Normal(self.W1(x) + self.W2(y), f.eta_enc * self.log_sigma.exp())
 
     def p_z(self, f):
+        """The prior p(z|x) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def y_mean(self, x, z):

@@ -95,10 +95,12 @@ class CVAE(nn.Module):
         self.g_z = mlp(f.dim_z, 588)
 
     def q_z(self, x, y, f):
+        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
         mean, raw_std = (self.f_x(x) + self.f_y(y)).chunk(2, dim=-1)
         return Normal(mean, common.std_head(raw_std, f.eta_enc, f.start_std))
 
     def p_z(self, f):
+        """The prior p(z|x) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def y_mean(self, x, z):

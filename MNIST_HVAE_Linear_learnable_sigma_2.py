@@ -130,15 +130,19 @@ class HVAE(nn.Module):
         return f.eta_enc * self.log_sigma_2.exp()
 
     def q_z1(self, x, f):
+        """q(z1|x) of the shape (..., d_1), for images x (..., 784)."""
         return Normal(x @ self.W1.T, f.sigma_1)
 
     def q_z2(self, z1, f):
+        """q(z2|z1) of the shape (..., d_2), for z1 (..., d_1)."""
         return Normal(z1 @ self.W2.T, self.sigma_2(f))
 
     def p_z1(self, z2, f):
+        """p(z1|z2) of the shape (..., d_1), for z2 (..., d_2)."""
         return Normal(z2 @ self.U2.T, f.eta_dec)
 
     def p_z2(self, f):
+        """The prior p(z2) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_enc), f.eta_enc)
 
     def forward(self, x, f, sample_shape=()):

@@ -93,10 +93,12 @@ class VAE(nn.Module):
         self.g = network(f.d_1, 784)
 
     def q_z(self, x, f):
+        """q(z|x) of the shape (B, d_1), for images x (B, 784)."""
         mean, raw_std = self.f(x).chunk(2, dim=-1)
         return Normal(mean, common.std_head(raw_std, torch.ones_like(f.start_std), f.start_std))
 
     def p_z(self, f):
+        """The prior p(z) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.beta), torch.ones_like(f.beta))
 
     def forward(self, x, f, sample_shape=()):

@@ -77,9 +77,11 @@ class VAE(nn.Module):
         self.g = nn.Sequential(nn.Linear(f.d_1, f.d_hidden), nn.ReLU(), nn.Linear(f.d_hidden, 784))
 
     def q_z(self, x, f):
+        """q(z|x) of the shape (B, d_1), for images x (B, 784)."""
         return Normal(self.f(x), f.sigma)
 
     def p_z(self, f):
+        """The prior p(z) of one unit, a scalar."""
         return Normal(torch.zeros_like(f.eta_dec), f.eta_dec / f.c)
 
     def forward(self, x, f, sample_shape=()):
