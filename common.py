@@ -345,19 +345,29 @@ def parse_flags(Flags, argv=None):
     folder, the program ends here. It prints one line that names the flag, with exit status 2.
     """
     argv = Flags.expand(sys.argv[1:] if argv is None else argv)
-    fields = all_flags(Flags)
     parser = _build_parser(Flags)
-
-    words = _check_words(parser, fields, argv)
-    options, rest = parser.parse_args(words)
-    if rest:
-        parser.error(f"{rest[0]!r} follows no flag; write --flag value")
-    values = _read_values(parser, fields, options)
-    settings = _combine(parser, Flags, values)
+    settings = _read_settings(parser, Flags, argv)
 
     _check_out_dir(parser, settings[0].out_dir)
     select_device(settings[0])
     return settings
+
+
+def settings_of(Flags, argv):
+    """The settings of a command line as in `parse_flags`, without a look at folder and device."""
+    return _read_settings(_build_parser(Flags), Flags, Flags.expand(argv))
+
+
+def _read_settings(parser, Flags, argv):
+    """The settings of a command line whose presets are expanded."""
+    fields = all_flags(Flags)
+    words = _check_words(parser, fields, argv)
+    options, rest = parser.parse_args(words)
+    if rest and Flags.positional:
+        parser.error(f"{rest[0]!r} follows no flag; names come before all flags")
+    if rest:
+        parser.error(f"{rest[0]!r} follows no flag; write --flag value")
+    return _combine(parser, Flags, _read_values(parser, fields, options))
 
 
 def _build_parser(Flags):
@@ -548,10 +558,12 @@ def _parse_range(field, text):
     step = decimal.Decimal(parts[2]) if len(parts) > 2 else decimal.Decimal(1)
     if not step.is_finite() or step <= 0 or last < first:
         raise ValueError
+    kind = type(field.default)
+    if kind is int and step != int(step):
+        raise ValueError
     if (last - first) / step > MAX_SETTINGS:
         raise _LongRange
 
-    kind = type(field.default)
     count = int((last - first) / step) + 1
     return [kind(first + i * step) for i in range(count)]
 
@@ -622,6 +634,8 @@ def select_device(f):
             device = torch.device("cuda", processes.local_rank_and_count()[0])
         # An absent device raises here.
         torch.zeros(1, device=device)
+    except torch.OutOfMemoryError:
+        stop(f, f"--device: got {f.device!r}, which has no free memory; wants another one")
     except (RuntimeError, AssertionError):
         names = ["auto", "cpu"] + [f"cuda:{i}" for i in range(gpus)]
         stop(f, f"--device: got {f.device!r}, wants one of {', '.join(names)} on this computer")
@@ -983,9 +997,10 @@ def _status_of(main):
         return status
     except KeyboardInterrupt as interrupt:
         _ignore_sigterm()
-        _print_last_line(
-            "interrupted; finished work is kept, and the same command continues from there"
-        )
+        sequel = "and the same command continues from there"
+        if "--overwrite" in sys.argv:
+            sequel = "but the same command trains it again, because of --overwrite"
+        _print_last_line(f"interrupted; finished work is kept, {sequel}")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
         message = _explain(error)

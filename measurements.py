@@ -42,11 +42,15 @@ class Command:
     line   the command line, such as "MNIST_CVAE_Relu.py --beta 0.1,0.5"
     flags  the flags that differ between its settings, except for the seed: {name: values in order}
     rows   a row for each setting and seed: {column: value}. Cells without a value are left out.
+    num_epochs
+           the epochs that the command line stands for; None if they are unknown, or if it trains
+           nothing. The rows have others where reproduce.py was given --num_epochs.
     """
 
     line: str
     flags: dict
     rows: list
+    num_epochs: int | None = None
 
     @property
     def script(self):

@@ -617,7 +617,13 @@ def compare_with_released_code(released, commands):
     for command in commands:
         if command.is_released:
             for values, rows in command.by_setting().items():
-                ours[command.label(values)] = rows
+                # A trial with other epochs or on drawn digits is no comparison.
+                rows = [
+                    row for row in rows
+                    if not has_other_epochs(command, row) and row.get("dataset") != "digits"
+                ]
+                if rows:
+                    ours[command.label(values)] = rows
     by_setting = {}
     for value in released:
         if value.setting in ours:
@@ -882,10 +888,22 @@ def result_paragraphs(result, commands_by_name, has_picture):
 
 
 def reproducing_line(result):
-    """The command that makes a Measured with its seeds, in a sentence."""
+    """The command that makes a Measured with its seeds and epochs, in a sentence."""
     seeds = sorted({row["seed"] for row in all_rows(result.commands)})
-    seeds_text = ",".join(str(seed) for seed in seeds)
-    return f"`python reproduce.py {result.name} --seed {seeds_text}` runs these commands:"
+    words = f"python reproduce.py {result.name} --seed {','.join(str(seed) for seed in seeds)}"
+    other_epochs = set()
+    for command in result.commands:
+        for row in command.rows:
+            if has_other_epochs(command, row):
+                other_epochs.add(row["num_epochs"])
+    if len(other_epochs) == 1:
+        words += f" --num_epochs {other_epochs.pop()}"
+    return f"`{words}` runs these commands:"
+
+
+def has_other_epochs(command, row):
+    """Whether a row was trained with other epochs than its command line stands for."""
+    return command.num_epochs is not None and row.get("num_epochs") != command.num_epochs
 
 
 def write_page(folder, experiments, commands_by_name):

@@ -16,6 +16,9 @@ picture shows beyond the numbers to data/<name>.npz. README.md in that folder is
 all results. page.py writes it from these files and from comments.md, and figures.py draws the
 pictures. Finished runs are reused, so that the same command continues after a kill.
 
+A command that ends without an answer, such as one whose data set cannot be fetched, is named. The
+other commands are made all the same, and the tables that need this one stay as they are.
+
 The file has these parts: the flags, the list of experiments, the runs, the files of a result, the
 progress, and main.
 """
@@ -576,6 +579,8 @@ class Run:
         self.module = importlib.import_module(self.script)
         self.argv = argv + self._passed_flags(argv, f, seeds)
         self.settings = common.parse_flags(self.module.Flags, self.argv)
+        # Whether the script ended without an answer, as without its data set.
+        self.is_refused = False
         self.read()
 
     @property
@@ -844,15 +849,13 @@ def rows_of_other_seeds(path, runs):
     return [row for row in rows if row["command"] in commands and row["seed"] not in seeds]
 
 
-def varying_flags(line):
-    """The flags that differ between the settings of a command line, except for the seed.
-
-    Returns {name: values in order}.
-    """
+def measured_command(line, rows):
+    """The measurements.Command of a command line with these rows."""
     script, *argv = shlex.split(line)
     module = importlib.import_module(script.removesuffix(".py"))
-    settings = common.parse_flags(module.Flags, argv)
-    return files.varying_flags(settings, data_of_settings(settings, "mnist"))
+    settings = common.settings_of(module.Flags, argv)
+    flags = files.varying_flags(settings, data_of_settings(settings, "mnist"))
+    return measurements.Command(line, flags, rows, getattr(settings[0], "num_epochs", None))
 
 
 # Columns that every row of a .csv file has.
@@ -896,7 +899,7 @@ def collect_commands(experiment, commands_by_name):
         if with_rows:
             commands.append(with_rows[0])
         else:
-            commands.append(measurements.Command(line, varying_flags(line), []))
+            commands.append(measured_command(line, []))
     return commands
 
 
@@ -937,7 +940,7 @@ def read_commands(f, name):
         commands = []
         for line in EXPERIMENTS[name].commands:
             command_rows = [row for row in rows if row["command"] == line]
-            commands.append(measurements.Command(line, varying_flags(line), command_rows))
+            commands.append(measured_command(line, command_rows))
             # Fails if a row is of a setting that the command does not have.
             commands[-1].all_settings()
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
@@ -1114,7 +1117,13 @@ class CommandProgress:
         )
         # The script of one command must not wait for the processes that make other commands.
         with processes.alone():
-            return run.make()
+            try:
+                return run.make()
+            except SystemExit as end:
+                # Such as a data set that cannot be fetched. The other commands can be made.
+                run.is_refused = True
+                print(f"not made: python {run.command}", file=sys.stderr)
+                return end.code if isinstance(end.code, int) else 1
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1222,12 +1231,30 @@ def check_earlier_tables(f, runs_by_name):
     for name, runs in runs_by_name.items():
         path = Path(f.results_dir, f"{name}.csv")
         try:
-            rows_of_other_seeds(path, runs)
+            rows = rows_of_other_seeds(path, runs)
+            for run in runs:
+                check_same_epochs(f, path, run, rows)
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             common.stop(
                 f,
                 f"--add_seeds: {path} cannot be read ({error!r}), wants a table of results; "
                 "without --add_seeds it is replaced",
+            )
+
+
+def check_same_epochs(f, path, run, rows):
+    """End the program if the earlier rows of a run's command have other epochs than the run.
+
+    rows are a result of `rows_of_other_seeds` for the table at the path.
+    """
+    own = getattr(run.settings[0], "num_epochs", None)
+    for row in rows:
+        epochs = row.get("num_epochs")
+        if row["command"] == run.command and own is not None and epochs != str(own):
+            common.stop(
+                f,
+                f"--num_epochs: {path} has {epochs} epochs for python {run.command}, and this "
+                f"command has {own}; --add_seeds wants the same number",
             )
 
 
@@ -1278,14 +1305,18 @@ def main(argv=None):
     # 3. The runs that are left, and the files of each experiment.
     status = 0
     progress = CommandProgress(costs)
-    made = set()
+    made = {}
     for name, runs in runs_by_name.items():
         for run in runs:
             if run.command in made:
+                run.is_refused = made[run.command].is_refused
                 run.read()
                 continue
-            made.add(run.command)
+            made[run.command] = run
             status = max(status, progress.make(run))
+        if any(run.is_refused for run in runs):
+            print(f"not written: {Path(f.results_dir, name)}.csv", file=sys.stderr)
+            continue
         write_result(f, name, runs)
     return status
 

@@ -343,6 +343,13 @@ class Refused(unittest.TestCase):
                 f"--beta_1: got '{value}', wants first:last:step with first <= last and step > 0, "
                 "each value a number of at least 0",
             )
+        # Whole numbers need a whole step.
+        for value in ("16:64:7.5", "16:64:0.5"):
+            self.refuse(
+                ["--d_1", value],
+                f"--d_1: got '{value}', wants first:last:step with first <= last and step > 0, "
+                "each value a whole number",
+            )
         # A text with a colon is no range.
         self.refuse(["--dataset", "a:b"], "--dataset: got 'a:b', wants one of auto, mnist, ")
 
@@ -371,6 +378,15 @@ class Refused(unittest.TestCase):
             for device in ("gpu", "cuda:99", "meta", "cpu:x"):
                 argv = ["--device", device, "--out_dir", folder]
                 self.refuse(argv, f"--device: got '{device}', wants one of auto, cpu")
+
+    def test_a_device_without_free_memory(self):
+        """The device is there, so a list of devices would mislead."""
+        full = mock.patch("torch.zeros", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+        with tempfile.TemporaryDirectory() as folder, full:
+            self.refuse(
+                ["--device", "cpu", "--out_dir", folder],
+                "--device: got 'cpu', which has no free memory",
+            )
 
     def test_the_gpu_of_macos(self):
         """The line says that it is not supported, even where the computer has one."""
@@ -566,6 +582,16 @@ class Run(small.WithMnist):
         # Other errors are faults of the program.
         with self.assertRaises(RuntimeError):
             common.run(mock.Mock(side_effect=RuntimeError("shapes")))
+
+    def test_interrupted_with_overwrite(self):
+        """The same command would train finished work again, so it does not continue."""
+        for words, sequel in (
+            (["--beta", "1"], "and the same command continues from there"),
+            (["--overwrite"], "but the same command trains it again, because of --overwrite"),
+        ):
+            with mock.patch("sys.argv", ["script.py", *words]):
+                _, _, err = self.run_main(mock.Mock(side_effect=KeyboardInterrupt))
+            self.assertIn(f"interrupted; finished work is kept, {sequel}", err)
 
     def test_sigterm_interrupts_and_its_handler_comes_back(self):
         def handler(number, frame):

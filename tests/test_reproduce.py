@@ -327,6 +327,8 @@ class Replaced(Reproduced):
             self.assertIn("has 2 seeds, and this command replaces it with a table of 1", err)
             self.assertIn("has 3 epochs, and this command replaces it with a table of 1", err)
             # Neither where seeds are added, nor where the table is another one.
+            (self.results / "figure_vae_sigma.csv").write_text(
+                table.replace("2,3", "2,1"), encoding="utf-8")
             err = self.made("figure_vae_sigma", "--seed", "1", "--add_seeds", "true")
             self.assertNotIn("warning", err)
             self.assertNotIn("seeds", self.made("figure_vae_sigma", "--seed", "3,4"))
@@ -642,6 +644,68 @@ class Made(Reproduced):
         self.assertEqual(status, 1)
 
 
+class Refused(Reproduced):
+    """A script ends without an answer, as where its data set cannot be fetched."""
+
+    LINE = "MNIST_CVAE_Linear.py --beta 0.5,1 --dim_z 4 --num_samples 0"
+
+    def test_the_others_are_made(self):
+        """Two results share the refused command. Neither replaces its table by an empty one."""
+        refused = "MNIST_CVAE_Linear.py --dataset omniglot"
+        commands = {
+            "figure_cvae_linear": [refused],
+            "table_fashion": [refused, self.LINE],
+            "table_theorems": [self.LINE],
+        }
+        self.results.mkdir()
+        (self.results / "table_fashion.csv").write_text("old", encoding="utf-8")
+        offline = mock.patch("datasets._any_answers", return_value=False)
+        with experiments_with(**commands), offline:
+            status, _, err = self.call("figure_cvae_linear", "table_fashion", "table_theorems")
+        self.assertEqual(status, 2)
+        self.assertIn("--dataset: omniglot is not in", err)
+        self.assertEqual(err.count(f"not made: python {refused}"), 1)
+        self.assertEqual(err.count("not written: "), 2)
+        self.assertEqual((self.results / "table_fashion.csv").read_text(encoding="utf-8"), "old")
+        self.assertFalse((self.results / "figure_cvae_linear.csv").exists())
+        self.assertEqual(len(self.rows("table_theorems")), 2)
+
+    def test_seeds_with_other_epochs(self):
+        """Such a mean would mix one epoch and two."""
+        with experiments_with(figure_cvae_linear=[self.LINE]):
+            self.made("figure_cvae_linear", "--seed", "1")
+            text = (self.results / "figure_cvae_linear.csv").read_text(encoding="utf-8")
+            path = self.results / "figure_cvae_linear.csv"
+            rows = list(csv.DictReader(io.StringIO(text)))
+            for row in rows:
+                row["num_epochs"] = "2"
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            status, _, err = self.call("figure_cvae_linear", "--seed", "2", "--add_seeds", "true")
+        self.assertEqual(status, 2)
+        self.assertIn("--num_epochs: ", err)
+        self.assertIn("has 2 epochs", err)
+        self.assertIn("has 1; --add_seeds wants the same number", err)
+        self.assertEqual([row["seed"] for row in self.rows("figure_cvae_linear")], ["1", "1"])
+
+    def test_the_page_names_the_epochs(self):
+        """They are named where they are not those of the command itself."""
+        with experiments_with(figure_cvae_linear=[self.LINE]):
+            self.made("figure_cvae_linear")
+            self.assertIn(
+                "`python reproduce.py figure_cvae_linear --seed 0 --num_epochs 1` runs",
+                self.part("figure_cvae_linear"),
+            )
+        with experiments_with(figure_cvae_linear=[f"{self.LINE} --num_epochs 1"]):
+            self.made("figure_cvae_linear")
+            self.assertIn(
+                "`python reproduce.py figure_cvae_linear --seed 0` runs",
+                self.part("figure_cvae_linear"),
+            )
+
+
 class Remedies(Reproduced):
     def test_rows(self):
         """Each cell agrees with its results. The objective is the plain one for all remedies."""
@@ -724,6 +788,9 @@ class Refused(Reproduced):
         self.check_refused(["table_nothing"], "'table_nothing'", "table_theorems")
         # Earlier versions had an experiment of this name.
         self.check_refused(["table_vae_sigma"], "'table_vae_sigma'")
+
+    def test_names_after_the_flags(self):
+        self.check_refused(["--seed", "4", "table_cvae"], "'table_cvae'", "before all flags")
 
     def test_no_such_flag(self):
         self.check_refused(["table_cvae", "--out_dirr", "x"], "--out_dirr: no such flag")
@@ -1160,7 +1227,7 @@ class DataSets(small.InFolder):
         self.assertEqual([result.settings["dataset"] for result in run.results], ["fashion"])
         flags = {"beta": [1.0, 2.0], "dataset": ["mnist", "fashion"]}
         self.assertEqual(run.varying_flags(), flags)
-        self.assertEqual(reproduce.varying_flags(command), flags)
+        self.assertEqual(reproduce.measured_command(command, []).flags, flags)
 
     def test_scripts_without_a_data_set(self):
         run = self.run_of("Synthetic_CVAE_Relu_correlation.py")
@@ -1174,7 +1241,7 @@ class DataSets(small.InFolder):
             ("MNIST_CVAE_Relu.py --dataset fashion --seed 1,2", {}),
             ("matrix_VAE.py --learnable_sigma true,false", {"learnable_sigma": [True, False]}),
         ):
-            self.assertEqual(reproduce.varying_flags(command), flags)
+            self.assertEqual(reproduce.measured_command(command, []).flags, flags)
 
 
 class Commands(unittest.TestCase):
@@ -1223,8 +1290,9 @@ class Commands(unittest.TestCase):
         for sweep in repeated:
             with self.subTest(line=sweep.line):
                 self.assertIn(sweep.original, reproduce.EXPERIMENTS[sweep.result].commands)
-                flags = reproduce.varying_flags(sweep.line)
-                self.assertEqual(list(flags), list(reproduce.varying_flags(sweep.original)))
+                flags = reproduce.measured_command(sweep.line, []).flags
+                original_flags = reproduce.measured_command(sweep.original, []).flags
+                self.assertEqual(list(flags), list(original_flags))
                 self.assertEqual(
                     sweep.line.split(".py")[0], sweep.original.split(".py")[0]
                 )
