@@ -107,8 +107,8 @@ def numbers_of_samples():
 def numbers_of_cnn_samples():
     causes = measurements.causes_of_collapse(commands_of("figure_hvae_cnn_samples"))
     return {
-        "19": causes.by_training,
-        "42": causes.collapsed,
+        "11": causes.by_training,
+        "27": causes.collapsed,
     }
 
 
@@ -519,6 +519,8 @@ class Glance(unittest.TestCase):
         cvae = measurements.causes_of_collapse(commands_of("table_cvae"))
         self.assertIn(f"{hvae.by_objective} of {hvae.collapsed}", row)
         self.assertIn(f"{cvae.by_training} of {cvae.collapsed}", row)
+        cnn = measurements.causes_of_collapse(commands_of("figure_hvae_cnn_samples"))
+        self.assertIn(f"training for {cnn.by_training} of {cnn.collapsed}", row)
 
         row = self.row("From which β on")
         commands = commands_of("figure_bernoulli")
