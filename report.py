@@ -981,8 +981,7 @@ def print_verdicts(runs):
             lines.append(labelled(label, verdict))
     if any(run.result.headroom == {} for run in runs):
         lines.append(
-            "There is no verdict on collapsed units, since headroom.py has no theory of this "
-            "decoder."
+            "There is no verdict on collapsed units, since no theory covers this decoder."
         )
     if lines:
         print()
