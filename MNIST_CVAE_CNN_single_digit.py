@@ -121,7 +121,7 @@ class CVAE(nn.Module):
         self.g_z = nn.Sequential(*transposed_convolutions(f.dim_z))
 
     def q_z(self, x, y, f):
-        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
+        """q(z|x,y) of the shape (B, dim_z), for B pairs of x (B, dim_x) and y (B, dim_y)."""
         x_image = x.view(-1, 1, 14, 14)
         y_image = datasets.whole_images(torch.zeros_like(x), y).view(-1, 1, 28, 28)
         mean, raw_std = (self.f_x(x_image) + self.f_y(y_image)).chunk(2, dim=-1)

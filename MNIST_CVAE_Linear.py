@@ -70,7 +70,7 @@ class CVAE(nn.Module):
         self.log_sigma = nn.Parameter(torch.zeros(f.dim_z))
 
     def q_z(self, x, y, f):
-        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
+        """q(z|x,y) of the shape (B, dim_z), for B pairs of x (B, dim_x) and y (B, dim_y)."""
         return Normal(self.W1(x) + self.W2(y), f.eta_enc * self.log_sigma.exp())
 
     def p_z(self, f):

@@ -87,7 +87,7 @@ class CVAE(nn.Module):
         self.std = nn.Linear(784, f.dim_z)
 
     def q_z(self, x, y, f):
-        """q(z|x,y) of the shape (B, dim_z), for quarters x (B, 196) and y (B, 588)."""
+        """q(z|x,y) of the shape (B, dim_z), for B pairs of x (B, dim_x) and y (B, dim_y)."""
         mean = self.f_x(x) + self.f_y(y)
         raw_std = self.std(torch.cat([x, y], dim=-1))
         return Normal(mean, common.std_head(raw_std, f.eta_enc, f.start_std))
